@@ -1,0 +1,90 @@
+"""The conditions under which a campaign was run, in words, for captions and tables."""
+
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.load import Campaign, panels
+
+# Label, and the columns of Campaign.runs behind it; a column that no run has is passed over.
+_CONDITIONS = {
+    "model": ["model.name"],
+    "clients": ["federation.num_clients"],
+    "cohort": ["federation.cohort"],
+    "rounds": ["federation.num_rounds"],
+    "local steps": ["train.local_steps"],
+    "local epochs": ["train.local_epochs"],
+    "batch size": ["train.batch_size"],
+    "optimizer": ["train.optimizer"],
+    "lr": ["train.lr"],
+    "LoRA rank": ["adapter.lora_rank"],
+    "targets": ["adapter.targets"],
+    "evaluated on": ["evaluate.split"],
+    "examples evaluated before the last round (all in the last)": ["evaluate.eval_examples"],
+    "processes": ["comm", "world_size"],
+    "device": ["device"],
+    "CPU": ["cpu"],
+    "GPU": ["gpu"],
+    "data digest": ["dataset_digest"],
+    "commit": ["git_commit", "git_dirty"],
+}
+_WIDTH = 100
+
+
+def write(campaign: Campaign, out: Path, *, title: str) -> Path:
+    """Write the caption `out`.txt beside a figure; returns its path."""
+    file = out.with_name(f"{out.name}.txt")
+    paragraphs = [f"{title} {_seeds_sentence(campaign)}", *conditions(campaign)]
+    # Run ids hold hyphens, and must stay whole so that they can be searched for.
+    wrapped = [textwrap.fill(text, _WIDTH, break_on_hyphens=False) for text in paragraphs]
+    file.write_text("\n\n".join(wrapped) + "\n", encoding="utf-8", newline="\n")
+    return file
+
+
+def conditions(campaign: Campaign) -> list[str]:
+    """One line per panel, with every value that occurs in it, and one on incomplete runs."""
+    lines = []
+    for dataset, partition in panels(campaign):
+        same = (campaign.runs["dataset"] == dataset) & (campaign.runs["partition"] == partition)
+        runs = campaign.runs[same]
+        parts = [f"{label} {text}" for label in _CONDITIONS if (text := _values(runs, label))]
+        lines.append(f"{dataset}, {partition}: {'; '.join(parts)}; {_seeds(runs)}.")
+    if campaign.incomplete:
+        names = ", ".join(campaign.incomplete)
+        lines.append(f"Left out as incomplete ({len(campaign.incomplete)}): {names}.")
+    return lines
+
+
+def _values(runs: pd.DataFrame, label: str) -> str:
+    columns = [column for column in _CONDITIONS[label] if column in runs]
+    rows = runs[columns].dropna(how="all").drop_duplicates().itertuples(index=False)
+    texts = {_join(label, [value for value in row if not pd.isna(value)]) for row in rows}
+    return " or ".join(sorted(texts - {""}))
+
+
+def _join(label: str, values: list[object]) -> str:
+    if label == "commit":
+        dirty = " with uncommitted changes" if True in values else ""
+        return f"{str(values[0])[:12]}{dirty}"
+    if label == "data digest":
+        return str(values[0])[:12]
+    if label == "processes":
+        return " x ".join(str(value) for value in values)
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _seeds(runs: pd.DataFrame) -> str:
+    parts = []
+    for (method, setting), group in runs.groupby(["method", "setting"]):
+        name = f"{method} ({setting})" if setting else method
+        seeds = ", ".join(str(seed) for seed in sorted(group["seed"]))
+        parts.append(f"{name} n = {len(group)} ({seeds})")
+    return "seeds: " + ", ".join(parts)
+
+
+def _seeds_sentence(campaign: Campaign) -> str:
+    counts = campaign.runs.groupby(["dataset", "partition", "method", "setting"]).size()
+    if counts.max() == 1:
+        return "One seed per line: differences between lines carry no measure of spread."
+    return "Line: mean over seeds. Band: smallest to largest value over seeds, no interval."

@@ -1,0 +1,152 @@
+"""Accuracy curves, one panel per data set and partition: what both curve figures share."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from pandas.api.types import is_integer_dtype
+
+from analysis import caption, style
+from analysis.load import PANEL, SERIES, AnalysisError, Campaign, panels
+
+_MAX_COLUMNS = 3
+_PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
+_LEGEND_LINE_INCHES = 0.18
+_MAX_MARKERS = 10
+
+
+def accuracy_curves(campaign: Campaign) -> pd.DataFrame:
+    """Mean, minimum and maximum over seeds for each line and each round with an evaluation.
+
+    Columns: dataset, partition, method, setting, round_index, rounds_completed, num_seeds,
+    accuracy_percent_{mean,min,max}, cumulative_uplink_bytes_mean.
+    """
+    evaluated = campaign.rounds.dropna(subset=["accuracy"])
+    rows = evaluated.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
+    rows["accuracy_percent"] = 100 * rows["accuracy"]
+    groups = rows.groupby([*SERIES, "round_index"], as_index=False)
+    frame = groups.agg(
+        num_seeds=("run_id", "nunique"),
+        accuracy_percent_mean=("accuracy_percent", "mean"),
+        accuracy_percent_min=("accuracy_percent", "min"),
+        accuracy_percent_max=("accuracy_percent", "max"),
+        cumulative_uplink_bytes_mean=("cumulative_uplink_bytes", "mean"),
+    )
+    # Accuracy is that of the state after the round.
+    frame.insert(len(SERIES) + 1, "rounds_completed", frame["round_index"] + 1)
+    return frame
+
+
+def draw_panels(
+    campaign: Campaign, frame: pd.DataFrame, out: Path, *, x: str, x_label: str, title: str
+) -> list[Path]:
+    """Draw accuracy over column `x` of `frame`; writes `out`.pdf, .png and the caption `out`.txt.
+
+    The x axis is logarithmic when the lines end more than a factor of ten apart.
+    """
+    if frame.empty:
+        raise AnalysisError("no finished run holds an evaluated round: nothing to draw")
+    shown = [panel for panel in panels(campaign) if panel in _panels_of(frame)]
+    with style.context():
+        num_columns = _num_columns(shown)
+        fig, axes = _grid(shown, num_columns)
+        log_x = _spans_decades(frame, x)
+        for index, (panel, ax) in enumerate(zip(shown, axes, strict=True)):
+            _draw_lines(ax, frame[_is_panel(frame, panel)], x)
+            ax.set_title(", ".join(panel))
+            if log_x:
+                ax.set_xscale("log")
+            elif is_integer_dtype(frame[x]):
+                ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            last_of_column = index + num_columns >= len(shown)
+            ax.set_xlabel(x_label if last_of_column else "")
+            ax.set_ylabel("Accuracy (%)" if index % num_columns == 0 else "")
+        _add_legend(fig, axes, frame, num_columns)
+        files = style.save(fig, out)
+    return [*files, caption.write(campaign, out, title=title)]
+
+
+def _num_columns(shown: list[tuple[str, str]]) -> int:
+    """One row per data set where data sets have several partitions, otherwise just filled rows."""
+    most_partitions = max(Counter(dataset for dataset, _ in shown).values())
+    return min(most_partitions if most_partitions > 1 else len(shown), _MAX_COLUMNS)
+
+
+def _grid(shown: list[tuple[str, str]], num_columns: int) -> tuple[Figure, list[Any]]:
+    num_rows = math.ceil(len(shown) / num_columns)
+    width, height = _PANEL_INCHES
+    fig = Figure(figsize=(width * num_columns, height * num_rows))
+    first_of: dict[str, Any] = {}
+    axes = []
+    for index, (dataset, _) in enumerate(shown, start=1):
+        # One accuracy scale per data set, so that its partitions can be compared by eye.
+        ax = fig.add_subplot(num_rows, num_columns, index, sharey=first_of.get(dataset))
+        first_of.setdefault(dataset, ax)
+        axes.append(ax)
+    return fig, axes
+
+
+def _draw_lines(ax: Any, frame: pd.DataFrame, x: str) -> None:
+    for (method, setting), line in frame.groupby(["method", "setting"]):
+        settings = sorted(frame.loc[frame["method"] == method, "setting"].unique())
+        look, fill = style.setting_look(method, settings.index(setting))
+        ax.plot(
+            line[x],
+            line["accuracy_percent_mean"],
+            color=look.color,
+            marker=look.marker,
+            markerfacecolor=fill,
+            linestyle=look.linestyle,
+            markevery=math.ceil(len(line) / _MAX_MARKERS),
+            label=f"{method} ({setting})" if setting else method,
+        )
+        if line["num_seeds"].max() > 1:
+            low, high = line["accuracy_percent_min"], line["accuracy_percent_max"]
+            ax.fill_between(line[x], low, high, color=look.color, alpha=0.2, linewidth=0)
+
+
+def _add_legend(fig: Figure, axes: list[Any], frame: pd.DataFrame, num_columns: int) -> None:
+    """One legend for all panels, below them where no line can be; the figure grows to hold it."""
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        lines, labels = ax.get_legend_handles_labels()
+        handles = dict(zip(labels, lines, strict=True)) | handles
+    labels = sorted(handles)
+    inches_per_entry = 0.8 + 0.075 * max(len(label) for label in labels)
+    fitting = int(_PANEL_INCHES[0] * num_columns / inches_per_entry)
+    num_legend_columns = max(1, min(len(labels), fitting))
+    num_lines = 1 + math.ceil(len(labels) / num_legend_columns)
+    fig.set_figheight(fig.get_figheight() + num_lines * _LEGEND_LINE_INCHES)
+    fig.legend(
+        [handles[label] for label in labels],
+        labels,
+        title=_seeds_text(frame),
+        loc="outside lower center",
+        ncols=num_legend_columns,
+        handlelength=3.2,
+    )
+
+
+def _seeds_text(frame: pd.DataFrame) -> str:
+    low, high = frame["num_seeds"].min(), frame["num_seeds"].max()
+    if high == 1:
+        return "one seed per line (n = 1)"
+    count = f"n = {high}" if low == high else f"n = {low} to {high}"
+    return f"mean (line) and min to max (band) over {count} seeds"
+
+
+def _spans_decades(frame: pd.DataFrame, x: str) -> bool:
+    ends = frame.groupby(SERIES)[x].max()
+    return bool(frame[x].min() > 0 and ends.max() > 10 * ends.min())
+
+
+def _panels_of(frame: pd.DataFrame) -> set[tuple[str, str]]:
+    return set(frame[PANEL].itertuples(index=False, name=None))
+
+
+def _is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
+    return (frame["dataset"] == panel[0]) & (frame["partition"] == panel[1])

@@ -1,0 +1,228 @@
+"""Read a campaign's records (run.json, rounds.jsonl, DONE) into two tidy data frames."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+SCHEMA_VERSION = 1
+
+# What one panel of a figure, or one block of a table, shares; and what one line or row shares.
+PANEL = ["dataset", "partition"]
+SERIES = [*PANEL, "method", "setting"]
+
+_REQUIRED_IN_RUN = [
+    "run_id",
+    "seed",
+    "method.name",
+    "dataset.name",
+    "partition.scheme",
+    "federation.num_rounds",
+]
+_REQUIRED_IN_ROUND = ["round_index", "uplink_bytes", "downlink_bytes"]
+
+# Columns that figures and tables name; one that no run measured is there, and empty.
+_RUN_COLUMNS = ["total_seconds", "partition.alpha"]
+_ROUND_COLUMNS = ["accuracy", "macro_f1", "live_triplets", "local_train_seconds"]
+
+# Nested keys of a round become columns that carry their unit.
+_UNITS = {"seconds": "seconds", "energy_joules": "joules"}
+
+
+class AnalysisError(ValueError):
+    """The records can not be read or compared as they are; the message is one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Campaign:
+    """The records below one folder.
+
+    runs: one row per finished run. Keys of run.json keep their names, nested ones are joined by a
+        dot, and those of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
+        method, dataset, partition (labels), device (cpu, cuda), and setting (what tells runs of one method apart within
+        a panel, seeds aside; "" when nothing does).
+    rounds: one row per (run_id, round_index) of the finished runs. Scalar keys keep their names;
+        seconds.X is X_seconds and energy_joules.X is X_joules. Added: cumulative_uplink_bytes,
+        cumulative_downlink_bytes and cumulative_total_bytes (up and down), each up to and including
+        this round.
+    incomplete: folder names of the runs without DONE; they never enter a figure.
+    """
+
+    runs: pd.DataFrame
+    rounds: pd.DataFrame
+    incomplete: list[str]
+
+
+def load_campaign(path: Path) -> Campaign:
+    """Read all records below `path`, any number of levels down.
+
+    Raises AnalysisError when there is none, when a run id comes twice, or when the record of a
+    finished run is corrupt or has lost rounds.
+    """
+    folders = _record_folders(Path(path))
+    runs: dict[str, dict[str, Any]] = {}
+    rounds: list[pd.DataFrame] = []
+    found_in: dict[str, Path] = {}
+    incomplete = []
+    for folder in folders:
+        if not (folder / "DONE").exists():
+            incomplete.append(folder.name)
+            continue
+        run = _read_run(folder / "run.json")
+        run_id = run["run_id"]
+        if run_id in runs:
+            raise AnalysisError(f"run {run_id} comes twice: {found_in[run_id]} and {folder}")
+        runs[run_id], found_in[run_id] = run, folder
+        rounds.append(_read_rounds(folder / "rounds.jsonl", run))
+    return Campaign(
+        runs=_runs_frame(list(runs.values())),
+        rounds=_with_columns(pd.concat(rounds, ignore_index=True), _ROUND_COLUMNS)
+        if rounds
+        else pd.DataFrame(columns=["run_id", *_REQUIRED_IN_ROUND, *_ROUND_COLUMNS]),
+        incomplete=incomplete,
+    )
+
+
+def panels(campaign: Campaign) -> list[tuple[str, str]]:
+    """(dataset, partition) pairs in the order to show them: by data set, scheme, then alpha."""
+    order = campaign.runs.sort_values(["dataset", "partition.scheme", "partition.alpha"])
+    return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
+
+
+def _record_folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise AnalysisError(f"{path}: no such folder")
+    names = ("run.json", "rounds.jsonl")
+    folders = sorted({file.parent for name in names for file in path.rglob(name)})
+    if not folders:
+        raise AnalysisError(f"{path}: no records here (looked for */run.json at any depth)")
+    return folders
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    record = _parse(_read_text(file), file, first_line=1)
+    run = _flatten(record)
+    version = run.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise AnalysisError(f"{file}: schema_version {version}, this code reads {SCHEMA_VERSION}")
+    run = {key.removeprefix("config."): value for key, value in run.items()}
+    missing = [key for key in _REQUIRED_IN_RUN if key not in run]
+    if missing:
+        raise AnalysisError(f"{file}: missing {', '.join(missing)}")
+    run["method"] = run["method.name"]
+    run["dataset"] = run["dataset.name"].removeprefix("file:").rstrip("/").split("/")[-1]
+    run["partition"] = _partition_label(run)
+    devices = {process["device"].split(":")[0] for process in record.get("processes", [])}
+    run["device"] = " and ".join(sorted(devices)) or None
+    return run
+
+
+def _read_rounds(file: Path, run: dict[str, Any]) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(_read_text(file).splitlines(), start=1):
+        record = _parse(line, file, first_line=number)
+        missing = [key for key in _REQUIRED_IN_ROUND if key not in record]
+        if missing:
+            raise AnalysisError(f"{file}:{number}: missing {', '.join(missing)}")
+        rows.append({"run_id": run["run_id"], **_round_columns(record)})
+    # Cumulative bytes are wrong when a round is lost or written twice, so neither may pass.
+    if [row["round_index"] for row in rows] != list(range(run["federation.num_rounds"])):
+        raise AnalysisError(
+            f"{file}: a finished run must hold rounds 0 to {run['federation.num_rounds'] - 1}, "
+            f"each once and in order"
+        )
+    frame = pd.DataFrame(rows)
+    for direction in ("uplink", "downlink"):
+        frame[f"cumulative_{direction}_bytes"] = frame[f"{direction}_bytes"].cumsum()
+    both = frame["cumulative_uplink_bytes"] + frame["cumulative_downlink_bytes"]
+    return frame.assign(cumulative_total_bytes=both)
+
+
+def _round_columns(record: dict[str, Any]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for key, value in record.items():
+        if key in _UNITS:
+            columns |= {f"{part}_{_UNITS[key]}": number for part, number in value.items()}
+        elif not isinstance(value, dict | list):
+            columns[key] = value
+    return columns
+
+
+def _runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
+    if not runs:
+        return pd.DataFrame(columns=["run_id", "seed", *SERIES, "partition.scheme", *_RUN_COLUMNS])
+    frame = _with_columns(pd.DataFrame(runs), _RUN_COLUMNS)
+    frame["setting"] = ""
+    for _, group in frame.groupby([*PANEL, "method"]):
+        frame.loc[group.index, "setting"] = _settings(group)
+    return frame
+
+
+def _settings(group: pd.DataFrame) -> pd.Series:
+    """What differs between the configs of one method's runs, such as "lr=0.01", apart from seeds.
+
+    Without it, runs at different settings would be averaged as if they were seeds.
+    """
+    # [system] and evaluate.batch_size do not change results; dotted columns of other sections of
+    # run.json (package versions, hosts) are no settings.
+    sections = ("method", "adapter", "model", "dataset", "partition", "federation", "train")
+    keys = [key for key in group if key.split(".")[0] in sections and "." in key]
+    keys += [key for key in ("evaluate.every", "evaluate.split", "evaluate.eval_examples")]
+    differing = [key for key in keys if key in group and group[key].nunique(dropna=False) > 1]
+    texts = [
+        ", ".join(f"{key.split('.')[-1]}={_text(row[key])}" for key in differing)
+        for _, row in group.iterrows()
+    ]
+    return pd.Series(texts, index=group.index, dtype=object)
+
+
+def _partition_label(run: dict[str, Any]) -> str:
+    scheme = run["partition.scheme"]
+    if scheme == "shards" and "partition.labels_per_client" in run:
+        return f"shards, {run['partition.labels_per_client']} labels per client"
+    if scheme in ("dirichlet", "quantity") and "partition.alpha" in run:
+        return f"{scheme}, alpha {run['partition.alpha']:g}"
+    return scheme  # the config writes alpha for every scheme, also where it plays no part
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            flat[f"{prefix}{key}"] = json.dumps(value)  # hashable, so that values can be compared
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _with_columns(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    absent = [name for name in names if name not in frame]
+    return frame.assign(**dict.fromkeys(absent, float("nan")))
+
+
+def _text(value: Any) -> str:
+    if pd.isna(value):
+        return "unset"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnalysisError(f"{file}: cannot be read: {error}") from None
+
+
+def _parse(text: str, file: Path, *, first_line: int) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise AnalysisError(f"{file}:{line}: not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise AnalysisError(f"{file}:{first_line}: a JSON object was expected")
+    return value

@@ -1,0 +1,173 @@
+"""Table: final accuracy, traffic and time of each method, per data set and partition."""
+
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from analysis import caption
+from analysis.load import PANEL, SERIES, Campaign, panels
+
+NAME = "summary"
+_SHOW_COLUMNS = 100
+
+# Headings of summary.md (in one line) and of the screen (in two, to fit 100 columns).
+_HEADINGS = [
+    "method",
+    "n",
+    "accuracy\n%",
+    "macro\nF1",
+    "up\nMB",
+    "down\nMB",
+    "up /\nlora",
+    "total\ns",
+    "train s\nfirst",
+    "train s\nlast",
+    "live\ntriplets",
+]
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """One row per data set, partition, method and setting; means over runs, which differ in seed.
+
+    Columns: dataset, partition, method, setting, num_rounds, cohort, num_runs,
+    accuracy_percent_{mean,std}, macro_f1_{mean,std} (of the last round with an evaluation; std is
+    the sample standard deviation, missing for one run), uplink_bytes, downlink_bytes (sums over all
+    rounds), uplink_ratio_to_lora (missing without a comparable lora), total_seconds (of the whole
+    run), first_round_local_train_seconds, last_round_local_train_seconds, and live_triplets
+    of the last round.
+    """
+    groups = _per_run(campaign).groupby(SERIES, as_index=False)
+    frame = groups.agg(
+        num_rounds=("num_rounds", "first"),
+        cohort=("cohort", "first"),
+        num_runs=("run_id", "nunique"),
+        accuracy_percent_mean=("accuracy_percent", "mean"),
+        accuracy_percent_std=("accuracy_percent", "std"),
+        macro_f1_mean=("macro_f1", "mean"),
+        macro_f1_std=("macro_f1", "std"),
+        uplink_bytes=("cumulative_uplink_bytes", "mean"),
+        downlink_bytes=("cumulative_downlink_bytes", "mean"),
+        total_seconds=("total_seconds", "mean"),
+        first_round_local_train_seconds=("first_round_local_train_seconds", "mean"),
+        last_round_local_train_seconds=("local_train_seconds", "mean"),
+        live_triplets=("live_triplets", "mean"),
+    )
+    ratios = [_ratio_to_lora(row, frame) for _, row in frame.iterrows()]
+    frame.insert(frame.columns.get_loc("total_seconds"), "uplink_ratio_to_lora", ratios)
+    order = {panel: place for place, panel in enumerate(panels(campaign))}
+    place = frame[PANEL].apply(lambda row: order[tuple(row)], axis=1)
+    return (
+        frame.assign(_place=place)
+        .sort_values(["_place", "method", "setting"], ignore_index=True)
+        .drop(columns="_place")
+    )
+
+
+def write(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write summary.md (rounded, MB) and summary.csv (all digits, bytes) to `out_dir`."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    frame = data(campaign)
+    markdown, csv = out_dir / f"{NAME}.md", out_dir / f"{NAME}.csv"
+    markdown.write_text(_markdown(campaign, frame), encoding="utf-8", newline="\n")
+    frame.to_csv(csv, index=False, lineterminator="\n")
+    return [markdown, csv]
+
+
+def show(campaign: Campaign) -> None:
+    """Print the table, one block per data set and partition, at most 100 columns wide."""
+    console = Console()
+    console.width = min(console.width, _SHOW_COLUMNS) if console.is_terminal else _SHOW_COLUMNS
+    for panel, rows in _blocks(data(campaign)):
+        table = Table(title=", ".join(panel), title_justify="left", padding=(0, 1, 0, 0), box=None)
+        for heading in _HEADINGS:
+            text = heading == "method"
+            table.add_column(heading, justify="left" if text else "right", no_wrap=not text)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+
+
+def _per_run(campaign: Campaign) -> pd.DataFrame:
+    runs = campaign.runs[["run_id", *SERIES, "total_seconds"]].assign(
+        num_rounds=campaign.runs["federation.num_rounds"],
+        cohort=campaign.runs.get("federation.cohort"),
+    )
+    rounds = campaign.rounds.sort_values(["run_id", "round_index"])
+    ends = rounds.groupby("run_id").tail(1)
+    first = rounds.groupby("run_id").head(1).set_index("run_id")["local_train_seconds"]
+    evaluated = rounds.dropna(subset=["accuracy"]).groupby("run_id").tail(1).set_index("run_id")
+    per_run = runs.merge(
+        ends.drop(columns=["accuracy", "macro_f1", "total_seconds"], errors="ignore")
+    )
+    return per_run.assign(
+        accuracy_percent=100 * per_run["run_id"].map(evaluated["accuracy"]),
+        macro_f1=per_run["run_id"].map(evaluated["macro_f1"]),
+        first_round_local_train_seconds=per_run["run_id"].map(first),
+    )
+
+
+def _ratio_to_lora(row: pd.Series, frame: pd.DataFrame) -> float:
+    """Uplink relative to lora's in the same panel, over as many rounds with as large a cohort.
+
+    Several lora rows that differ in uplink: the one at the same setting, or no ratio.
+    """
+    keys = [*PANEL, "num_rounds", "cohort"]
+    lora = frame[(frame["method"] == "lora") & (frame[keys] == row[keys]).all(axis=1)]
+    same_setting = lora[lora["setting"] == row["setting"]]
+    uplink = (lora if same_setting.empty else same_setting)["uplink_bytes"].unique()
+    return row["uplink_bytes"] / uplink[0] if len(uplink) == 1 else float("nan")
+
+
+def _blocks(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], list[list[str]]]]:
+    """(panel, rows of formatted cells under _HEADINGS), in the order of the frame."""
+    groups = frame.groupby(PANEL, sort=False)
+    return [(panel, [_cells(row) for _, row in rows.iterrows()]) for panel, rows in groups]
+
+
+def _cells(row: pd.Series) -> list[str]:
+    return [
+        f"{row['method']} ({row['setting']})" if row["setting"] else row["method"],
+        str(row["num_runs"]),
+        _number(row["accuracy_percent_mean"], 1) + _spread(row["accuracy_percent_std"], 1),
+        _number(row["macro_f1_mean"], 3),
+        _number(row["uplink_bytes"] / 1e6, 2),
+        _number(row["downlink_bytes"] / 1e6, 2),
+        _number(row["uplink_ratio_to_lora"], 3),
+        _number(row["total_seconds"], 1),
+        _number(row["first_round_local_train_seconds"], 2),
+        _number(row["last_round_local_train_seconds"], 2),
+        _number(row["live_triplets"], 0),
+    ]
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _spread(std: float, digits: int) -> str:
+    return "" if pd.isna(std) else f" +- {std:.{digits}f}"
+
+
+def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
+    lines = ["# Summary", ""]
+    for panel, rows in _blocks(frame):
+        lines += [f"## {', '.join(panel)}", ""]
+        headings = [heading.replace("\n", " ") for heading in _HEADINGS]
+        lines += [_line(headings), _line(["---", *["--:"] * (len(_HEADINGS) - 1)])]
+        lines += [*map(_line, rows), ""]
+    lines += [
+        "n: runs, which differ in seed. Accuracy, macro F1: last evaluated round, mean (+- sample",
+        "standard deviation). MB: 10^6 bytes, sum over all rounds. up / lora: uplink as a part of",
+        "lora's. total s: whole run. train s: local training in the first and in the last round,",
+        "maximum over processes. live triplets: last round.",
+        "",
+    ]
+    lines += [f"- {line}" for line in caption.conditions(campaign)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,5 @@
+"""python -m bench is the fedara command; torchrun starts it so."""
+
+from bench.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""The command line: fedara run | list | doctor | micro."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from fedara_core.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Benchmark of federated adaptive-rank fine-tuning on MPI and torch.distributed processes.",
+)
+micro = typer.Typer(no_args_is_help=True, help="Micro-benchmarks of the suite itself.")
+app.add_typer(micro, name="micro")
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see bench/configs.")],
+    results: Annotated[
+        Path, typer.Option("--results", help="Folder for the records, one folder a run.")
+    ] = Path("results/runs"),
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=3e-3"),
+    ] = None,
+    comm: Annotated[
+        str, typer.Option("--comm", help="auto, serial, mpi or torch; auto knows the launcher.")
+    ] = "auto",
+) -> None:
+    """Run a config, or every point of its [sweep], and record each round.
+
+    Finished runs are skipped; a run that was interrupted goes on after its last recorded round.
+
+    \b
+      fedara run bench/configs/quickstart.toml
+      mpiexec -n 4 fedara run my.toml --set federation.num_clients=100
+      torchrun --nproc-per-node 2 -m bench run my.toml
+    """
+    from bench.runner import run_all
+    from fedara_core.comm import abort_on_error, open_communicator
+
+    try:
+        communicator = open_communicator(comm)
+    except InputError as error:
+        _refuse(error)
+    try:
+        run_all(config, results, overrides or [], communicator)
+    except InputError as error:  # raised on every process alike
+        communicator.close()
+        _refuse(error, quiet=communicator.world_rank != 0)
+    except BaseException as error:
+        if communicator.world_size == 1:
+            raise
+        abort_on_error(communicator, error)
+    communicator.close()
+
+
+@app.command(name="list")
+def list_command(
+    what: Annotated[str, typer.Argument(help="methods, datasets, models or configs")],
+) -> None:
+    """Say what there is to choose from."""
+    from bench.catalog import CATALOGS
+
+    if what not in CATALOGS:
+        _refuse(InputError(f"list {what!r}: allowed: {', '.join(CATALOGS)}"))
+    for name, text in CATALOGS[what]():
+        typer.echo(f"{name:<14} {text}")
+
+
+@app.command()
+def doctor() -> None:
+    """Look at this machine: MPI, torch, GPUs, energy counters, Slurm, hub; what works and what to do."""
+    from bench.doctor import show
+
+    show(Console())
+
+
+@micro.command()
+def overhead(
+    launches: Annotated[int, typer.Option(help="Independent repeats; the median counts.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds timed in each repeat.")] = 3,
+) -> None:
+    """Seconds per round of the suite against a bare PyTorch loop that does the same steps."""
+    from bench.overhead import measure
+
+    measure(launches, rounds)
+
+
+def _refuse(error: InputError, *, quiet: bool = False) -> NoReturn:
+    if not quiet:
+        sys.stderr.write(f"fedara: {error}\n")
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    app(prog_name="fedara")

@@ -1,0 +1,239 @@
+"""RunConfig: one run, read from TOML, validated and hashed; and the points of a [sweep] table."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from fedara_core.errors import InputError
+from fedara_core.method import Method, load_method
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class MethodConfig(BaseModel):
+    """`name` is a file of fedara_core/methods; every other key is a hyperparameter of that method."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+def make_method(config: MethodConfig) -> Method:
+    """The method with its hyperparameters. Raises InputError for an unknown key or a wrong type."""
+    cls = load_method(config.name)
+    hints = get_type_hints(cls)
+    allowed = [item.name for item in dataclasses.fields(cls)]
+    for key, value in config.hyperparameters.items():
+        if key not in allowed:
+            has = ", ".join(allowed) or "no hyperparameters of its own"
+            raise InputError(f"unknown key method.{key}; {config.name} has {has}")
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise InputError(f"method.{key} = {value!r} is not allowed: {reason}") from None
+    return cls(**config.hyperparameters)
+
+
+class AdapterSection(_Section):
+    """Settings that all methods share, so that no method is flattered by defaults of its own."""
+
+    lora_rank: int = Field(12, ge=1)
+    lora_alpha: float = Field(12.0, gt=0)
+    targets: str | list[str] = "all-linear"
+
+
+class ModelConfig(_Section):
+    name: str = "minilm"
+    pooling: Literal["model", "mean"] = "mean"
+    max_length: int = Field(64, ge=4)
+    dropout: float | None = Field(None, ge=0, lt=1)
+
+
+class DatasetConfig(_Section):
+    name: str = "docstrings"
+    text_column: str = "text"
+    label_column: str = "label"
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+
+
+class PartitionConfig(_Section):
+    scheme: Literal["iid", "dirichlet", "shards", "quantity"] = "dirichlet"
+    alpha: float = Field(0.1, gt=0)
+    labels_per_client: int = Field(2, ge=1)
+    min_examples: int = Field(1, ge=1)
+
+
+class FederationConfig(_Section):
+    num_clients: int = Field(20, ge=1)
+    cohort: int = Field(10, ge=1)
+    num_rounds: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> "FederationConfig":
+        if self.cohort > self.num_clients:
+            raise ValueError(
+                f"cohort = {self.cohort} is larger than num_clients = {self.num_clients}; "
+                f"allowed: 1 to {self.num_clients}"
+            )
+        return self
+
+
+class TrainConfig(_Section):
+    """One client's local training. Set local_steps or local_epochs, not both."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_rounds: int = Field(0, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    local_steps: int | None = Field(None, ge=1)
+    local_epochs: int | None = Field(None, ge=1)
+    batch_size: int = Field(16, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("set exactly one of local_steps and local_epochs")
+        return self
+
+
+class EvaluateConfig(_Section):
+    every: int = Field(1, ge=1)
+    split: Literal["test", "validation"] = "test"
+    eval_examples: int | None = Field(None, ge=1)
+    batch_size: int = Field(64, ge=1)
+
+
+class SystemConfig(_Section):
+    """Where it runs; no part of run_id. threads: intra-op threads of each process."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _threads_positive(self) -> "SystemConfig":
+        if self.threads != "auto" and self.threads < 1:
+            raise ValueError(f"threads = {self.threads} is not allowed; allowed: auto, or 1 and up")
+        return self
+
+
+class RunConfig(_Section):
+    """One run: one method, one data set, one seed."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    method: MethodConfig
+    adapter: AdapterSection = AdapterSection()
+    model: ModelConfig = ModelConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    partition: PartitionConfig = PartitionConfig()
+    federation: FederationConfig = FederationConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    system: SystemConfig = SystemConfig()
+
+    @model_validator(mode="after")
+    def _method_exists(self) -> "RunConfig":
+        make_method(self.method)
+        return self
+
+    @property
+    def config_hash(self) -> str:
+        """SHA-256 of the canonical config, in hex; [system] is left out, as it may not change results."""
+        canonical = self.model_dump(mode="json", exclude={"system"})
+        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def run_id(self) -> str:
+        dataset = self.dataset.name.removeprefix("file:").rstrip("/").split("/")[-1]
+        return f"{dataset}-{self.method.name}-seed{self.seed}-{self.config_hash[:10]}"
+
+
+def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
+    """Read a TOML file, apply `section.key=value` overrides, and expand its [sweep] table.
+
+    A [sweep] table holds `points` (a list of tables, each with the keys that differ) and any number
+    of dotted config keys with a list of values; the runs are points x grid, in the order written.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config {path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: not valid TOML: {error}") from None
+    sweep = table.pop("sweep", {})
+    if not isinstance(sweep, dict):
+        raise InputError("sweep must be a table of lists: [sweep]")
+    chosen = [_parse_override(text) for text in overrides]
+    # A --set of a key that the sweep also varies fixes it.
+    grid = {key: values for key, values in sweep.items() if key != "points"}
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"sweep.{key} must be a non-empty list of values, not {values!r}")
+    for key, _ in chosen:
+        grid.pop(key, None)
+    runs = []
+    for point in sweep.get("points", [{}]):
+        for values in itertools.product(*grid.values()):
+            merged = _merge(table, point)
+            for key, value in [*zip(grid, values, strict=True), *chosen]:
+                merged = _merge(merged, _nested(key, value))
+            runs.append(parse_run(merged))
+    return list({run.run_id: run for run in runs}.values())
+
+
+def parse_run(table: dict[str, Any]) -> RunConfig:
+    """Validate one run's table; raises InputError with one line that names key, value and rule."""
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section = RunConfig.model_fields.get(str(item["loc"][0])) if len(item["loc"]) > 1 else None
+        fields = section.annotation.model_fields if section else RunConfig.model_fields  # type: ignore[union-attr]
+        return f"unknown key {key}; allowed here: {', '.join(fields)}"
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    if item["type"] == "value_error":
+        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
+    return f"{key} = {item['input']!r} is not allowed: {item['msg']}"
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {text!r} is not of the form section.key=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()  # a bare word is a string: --set method.name=lora
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,156 @@
+"""Records: run.json, rounds.jsonl, partition.json and, written last, DONE. world_rank 0 writes."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.checkpoint import FILE as CHECKPOINT
+from bench.checkpoint import write_atomically
+from bench.config import RunConfig
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("torch", "mpi4py", "mpich", "transformers", "tokenizers", "datasets", "numpy", "peft")
+_SLURM_KEYS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_NODELIST")
+
+
+class Recorder:
+    """Writes one run's files. A directory without DONE is an incomplete run."""
+
+    def __init__(self, results: Path, config: RunConfig) -> None:
+        self.run_dir = results / config.run_id
+
+    @property
+    def done(self) -> bool:
+        return (self.run_dir / "DONE").exists()
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The rounds recorded so far; a last line that was cut off is left out."""
+        path = self.run_dir / "rounds.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]  # a whole line ends with a newline
+
+    def start(
+        self,
+        run: Mapping[str, Any],
+        partition: list[dict[str, Any]],
+        kept_rounds: list[dict[str, Any]],
+    ) -> None:
+        """Write run.json and partition.json, and rounds.jsonl with the rounds that are kept."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._write_json("run.json", run)
+        self._write_json("partition.json", partition)
+        text = "".join(_line(row) for row in kept_rounds)
+        write_atomically(self.run_dir / "rounds.jsonl", text.encode())
+
+    def add_round(self, row: Mapping[str, Any]) -> None:
+        """Append one round and flush it to disk."""
+        with (self.run_dir / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Complete run.json, drop the checkpoint, and write DONE last."""
+        total_seconds = sum(row["seconds"]["total"] for row in self.rounds())
+        run = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
+        self._write_json("run.json", {**run, "end_time": utc_now(), "total_seconds": total_seconds})
+        write_atomically(self.run_dir / "DONE", b"")
+        (self.run_dir / CHECKPOINT).unlink(missing_ok=True)
+
+    def _write_json(self, name: str, content: Any) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+        write_atomically(self.run_dir / name, text.encode())
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def provenance(config: RunConfig, **facts: Any) -> dict[str, Any]:
+    """The keys of run.json that say what ran and on what; unknown ones are absent."""
+    known = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": config.run_id,
+        "config": config.model_dump(mode="json"),
+        "config_hash": config.config_hash,
+        **_git(),
+        "python": platform.python_version(),
+        "package_versions": package_versions(),
+        "cpu": cpu_name(),
+        "num_cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "slurm": {key: os.environ[key] for key in _SLURM_KEYS if key in os.environ} or None,
+        "start_time": utc_now(),
+        **facts,
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def process_facts(world_rank: int, device: torch.device) -> dict[str, Any]:
+    """One entry of run.json's process map."""
+    return {
+        "world_rank": world_rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_name() -> str | None:
+    """The processor's name as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout this code runs from; nothing for an installed copy."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return {}
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"git_commit": commit, "git_dirty": bool(changed)}

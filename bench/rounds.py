@@ -1,0 +1,300 @@
+"""THE round loop: one straight line from a config to records."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bench import checkpoint
+from bench.config import DatasetConfig, RunConfig, make_method
+from bench.datasets import TextDataset, holdout, load_dataset
+from bench.evaluate import evaluate
+from bench.meter import PHASES, Meter, peak_memory_bytes
+from bench.models import build_model, encode
+from bench.partition import label_counts, partition, summary
+from bench.record import Recorder, process_facts, provenance
+from fedara_core.adapters import inject
+from fedara_core.comm import Communicator
+from fedara_core.errors import InputError
+from fedara_core.method import AdapterConfig, Client, Method, ServerState
+from fedara_core.seeds import generator
+from fedara_core.train import Encoded, LocalTraining, batches, start_client
+from fedara_core.wire import Upload, pack, unpack
+
+Report = Callable[[dict[str, Any]], None]
+
+_SUMMED = ("downlink_bytes", "wire_bytes_sent", "wire_bytes_received")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a run needs, the same on every process."""
+
+    config: RunConfig
+    model: nn.Module
+    method: Method
+    state: ServerState
+    training: LocalTraining
+    train: Encoded
+    evaluated: Encoded
+    shards: Sequence[np.ndarray]  # client_id -> indices into train
+    label_counts: np.ndarray  # (num_clients, num_classes)
+    partition_summary: list[dict[str, Any]]
+    dataset_digest: str
+    device: torch.device
+
+
+def prepare(config: RunConfig, communicator: Communicator) -> Job:
+    """Load, split, tokenise, partition, and build model and first state. Raises InputError."""
+    device = choose_device(config.system.device, communicator)
+    dataset = _load_texts(config.dataset)
+    num_classes = len(dataset.labels)
+    train_index, validation_index = holdout(
+        dataset, config.dataset.validation_fraction, config.seed
+    )
+    texts, labels = dataset.train_texts, dataset.train_labels
+    shards = partition(
+        labels[train_index],
+        config.partition,
+        num_clients=config.federation.num_clients,
+        num_classes=num_classes,
+        seed=config.seed,
+    )
+    if config.evaluate.split == "validation" and not len(validation_index):
+        raise InputError(
+            "evaluate.split = 'validation' needs dataset.validation_fraction above 0, not "
+            f"{config.dataset.validation_fraction}"
+        )
+    evaluated_texts, evaluated_labels = dataset.test_texts, dataset.test_labels
+    if config.evaluate.split == "validation":
+        evaluated_texts = [texts[i] for i in validation_index]
+        evaluated_labels = labels[validation_index]
+    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed)
+    inject(classifier.model, config.adapter.targets, classifier.head)
+    model = classifier.model.to(device)
+    adapter = AdapterConfig.of(
+        model, lora_rank=config.adapter.lora_rank, lora_alpha=config.adapter.lora_alpha
+    )
+    method = make_method(config.method)
+    return Job(
+        config=config,
+        model=model,
+        method=method,
+        state=method.init(
+            model, adapter, seed=config.seed, num_rounds=config.federation.num_rounds
+        ),
+        training=LocalTraining(**config.train.model_dump()),
+        train=encode(config.model, [texts[i] for i in train_index], labels[train_index]),
+        evaluated=encode(config.model, evaluated_texts, evaluated_labels),
+        shards=shards,
+        label_counts=label_counts(labels[train_index], shards, num_classes),
+        partition_summary=summary(labels[train_index], shards, dataset.labels),
+        dataset_digest=dataset.digest,
+        device=device,
+    )
+
+
+def run(
+    job: Job, communicator: Communicator, recorder: Recorder, report: Report = lambda row: None
+) -> ServerState:
+    """Run every round that is not yet on disk; records and checkpoints as it goes.
+
+    Returns the last state. `report` gets each round's record on world_rank 0. Raises InputError if a
+    client's loss stops being finite; the run then stays incomplete.
+    """
+    state = _resume_or_start(job, communicator, recorder)
+    meter = Meter(job.device)
+    while state.round_index < state.num_rounds:
+        state, row = one_round(job, state, communicator, meter)
+        row = _reduce(row, meter, communicator)
+        if communicator.world_rank == 0:
+            recorder.add_round(row)
+            with meter.phase("checkpoint"):  # counted in the next round's record
+                checkpoint.save_checkpoint(recorder.run_dir, state)
+            report(row)
+    if communicator.world_rank == 0:
+        recorder.finish()
+    communicator.barrier()
+    return state
+
+
+def one_round(
+    job: Job, state: ServerState, communicator: Communicator, meter: Meter
+) -> tuple[ServerState, dict[str, Any]]:
+    """One federated round: the next state, and this process's part of the round's record."""
+    cohort = draw_cohort(job, state.round_index)
+    packed, downlink = [], 0
+    for client_id in place(job, cohort, communicator.world_size)[communicator.world_rank]:
+        shard = job.shards[client_id]
+        client = Client(client_id=client_id, num_examples=len(shard), model=job.model)
+        with meter.phase("download"):
+            downlink += job.method.download(job.model, state, client)
+            start_client(client, job.method, job.training, state)
+        with meter.phase("local_train"):
+            for batch in batches(
+                job.train,
+                shard,
+                job.training,
+                seed=state.seed,
+                round_index=state.round_index,
+                client_id=client_id,
+                device=job.device,
+            ):
+                job.method.local_step(client, batch)
+        with meter.phase("pack"):
+            packed.append(pack([job.method.upload(client, state)]))
+    with meter.phase("wait"):
+        communicator.barrier()
+    with meter.phase("exchange"):
+        before = (communicator.traffic.sent, communicator.traffic.received)
+        mine = torch.cat(packed) if packed else torch.zeros(0, dtype=torch.uint8)
+        gathered = communicator.allgather(mine)
+        sent = communicator.traffic.sent - before[0]
+        received = communicator.traffic.received - before[1]
+    with meter.phase("aggregate"):
+        uploads = [upload for buffer in gathered for upload in unpack(buffer)]
+        uploads.sort(key=lambda upload: upload.client_id)
+        _check_losses(uploads, state.round_index)
+        next_state = job.method.aggregate(state, uploads)
+        state_digest = next_state.digest()
+    row: dict[str, Any] = {
+        "round_index": state.round_index,
+        "cohort": cohort,
+        "train_loss": _mean_loss(uploads),
+        "uplink_bytes": sum(buffer.numel() for buffer in gathered),
+        "downlink_bytes": downlink,
+        "wire_bytes_sent": sent,
+        "wire_bytes_received": received,
+        "live_triplets": sum(next_state.live_triplets.values()),
+        "live_adapters": sum(count > 0 for count in next_state.live_triplets.values()),
+        "live_triplets_by_adapter": next_state.live_triplets,
+        "state_digest": state_digest,
+    }
+    with meter.phase("evaluate"):
+        row |= _evaluate(job, next_state, communicator)
+    return next_state, row
+
+
+def draw_cohort(job: Job, round_index: int) -> list[int]:
+    """The round's client ids, sorted: a uniform draw without replacement from (seed, round)."""
+    drawn = torch.randperm(
+        len(job.shards), generator=generator(job.config.seed, "cohort", round_index)
+    )
+    return sorted(drawn[: job.config.federation.cohort].tolist())
+
+
+def place(job: Job, cohort: Sequence[int], world_size: int) -> list[list[int]]:
+    """Clients of each process: the client with most local steps first, to the least loaded process.
+
+    Ties go to the lower client_id and the lower world_rank. Where a client runs changes no result.
+    """
+    steps = {client_id: job.training.num_steps(len(job.shards[client_id])) for client_id in cohort}
+    placed: list[list[int]] = [[] for _ in range(world_size)]
+    load = [0] * world_size
+    for client_id in sorted(cohort, key=lambda client_id: (-steps[client_id], client_id)):
+        least = load.index(min(load))
+        placed[least].append(client_id)
+        load[least] += steps[client_id]
+    return placed
+
+
+def choose_device(wanted: str, communicator: Communicator) -> torch.device:
+    """The process's device: with auto a GPU where there is one, shared out by place on the host."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("system.device = 'cuda': torch sees no GPU here; allowed: auto, cpu")
+    device_index = communicator.host_rank % torch.cuda.device_count()
+    return torch.device("cuda", device_index)
+
+
+@lru_cache(maxsize=1)
+def _load_texts(config: DatasetConfig) -> TextDataset:
+    """The data set; the points of a sweep mostly share it."""
+    return load_dataset(config)
+
+
+def _check_losses(uploads: Sequence[Upload], round_index: int) -> None:
+    """Every process sees the same uploads, so all of them stop at the same place."""
+    for upload in uploads:
+        finite = np.isfinite(upload.train_loss) and bool(torch.isfinite(upload.values).all())
+        if not finite:
+            raise InputError(
+                f"client {upload.client_id}, round {round_index}: training diverged "
+                f"(loss {upload.train_loss}); the run stays incomplete; allowed: finite losses "
+                "(try a smaller train.lr)"
+            )
+
+
+def _mean_loss(uploads: Sequence[Upload]) -> float:
+    total = sum(upload.num_examples for upload in uploads)
+    return sum(upload.train_loss * upload.num_examples / total for upload in uploads)
+
+
+def _evaluate(job: Job, state: ServerState, communicator: Communicator) -> dict[str, float]:
+    """The evaluation's record keys; none in a round that is not evaluated."""
+    settings = job.config.evaluate
+    last = state.round_index == state.num_rounds
+    if not last and state.round_index % settings.every:
+        return {}
+    index = torch.arange(len(job.evaluated))
+    if settings.eval_examples is not None and not last:
+        drawn = torch.randperm(len(index), generator=generator(state.seed, "eval_examples"))
+        index = drawn[: settings.eval_examples]
+    job.method.download(job.model, state, None)
+    result = evaluate(
+        job.model,
+        job.evaluated,
+        index,
+        batch_size=settings.batch_size,
+        num_classes=job.label_counts.shape[1],
+        precision=job.training.precision,
+        device=job.device,
+        communicator=communicator,
+    )
+    return result.record(job.label_counts)
+
+
+def _resume_or_start(job: Job, communicator: Communicator, recorder: Recorder) -> ServerState:
+    """The state to go on from, and the run's files on disk. world_rank 0 reads, all get the bytes."""
+    facts = process_facts(communicator.world_rank, job.device)
+    processes = [json.loads(part) for part in communicator.gather_bytes(json.dumps(facts).encode())]
+    saved = checkpoint.read_checkpoint(recorder.run_dir) if communicator.world_rank == 0 else b""
+    saved = communicator.broadcast(saved)
+    state = checkpoint.restore(job.state, saved) if saved else job.state
+    if communicator.world_rank == 0:
+        kept = [row for row in recorder.rounds() if row["round_index"] < state.round_index]
+        run_facts = provenance(
+            job.config,
+            dataset_digest=job.dataset_digest,
+            comm=communicator.kind,
+            mpi_library=communicator.library,
+            world_size=communicator.world_size,
+            processes=processes,
+            num_parameters=sum(p.numel() for p in job.model.parameters()),
+            num_adapter_parameters=sum(rows.numel() for rows in job.state.rows.values()),
+        )
+        recorder.start(run_facts, job.partition_summary, kept)
+    return state
+
+
+def _reduce(row: dict[str, Any], meter: Meter, communicator: Communicator) -> dict[str, Any]:
+    """The round's record from every process's part: bytes are sums, seconds and memory maxima."""
+    mine = {**row, "seconds": meter.take(), "peak_memory_bytes": peak_memory_bytes()}
+    parts = [json.loads(part) for part in communicator.gather_bytes(json.dumps(mine).encode())]
+    digests = [part["state_digest"] for part in parts]
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"processes disagree on the state after a round: {digests}")
+    phases = [phase for phase in (*PHASES, "total") if any(phase in p["seconds"] for p in parts)]
+    reduced = {phase: max(p["seconds"].get(phase, 0.0) for p in parts) for phase in phases}
+    return {
+        **row,
+        **{key: sum(part[key] for part in parts) for key in _SUMMED},
+        "seconds": {phase: round(seconds, 6) for phase, seconds in reduced.items()},
+        "peak_memory_bytes": max(part["peak_memory_bytes"] for part in parts),
+    }

@@ -1,0 +1,136 @@
+"""Runs the points of a config one after another in one job, with progress on world_rank 0."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.config import RunConfig, load_runs
+from bench.record import Recorder
+from bench.rounds import prepare, run
+from fedara_core.comm import Communicator
+from fedara_core.errors import InputError
+
+T = TypeVar("T")
+
+
+def run_all(path: Path, results: Path, overrides: list[str], communicator: Communicator) -> None:
+    """Run every point of the config at `path` that has no DONE yet.
+
+    world_rank 0 reads the config and says what is left. An InputError is raised on all processes.
+    """
+    pending = _pending(path, results, overrides, communicator)
+    console = Console(quiet=communicator.world_rank != 0, highlight=False)
+    for title, config, done in pending:
+        if done:
+            console.print(f"{title}: finished earlier, skipped", markup=False)
+            continue
+        set_threads(config.system.threads, communicator)
+        console.print(f"{title}: preparing", markup=False)
+        job = together(communicator, lambda config=config: prepare(config, communicator))
+        if communicator.world_size > config.federation.cohort:
+            console.print(
+                f"{communicator.world_size} processes share a cohort of {config.federation.cohort}: "
+                f"{communicator.world_size - config.federation.cohort} train nobody"
+            )
+        recorder = Recorder(results, config)
+        with _Progress(console, config) as report:
+            run(job, communicator, recorder, report)
+        console.print(f"{title}: done, records in {recorder.run_dir}", markup=False)
+
+
+def together(communicator: Communicator, action: Callable[[], T]) -> T:
+    """Run `action` everywhere; if it raises InputError anywhere, raise the first one everywhere."""
+    result, refusal = None, ""
+    try:
+        result = action()
+    except InputError as error:
+        refusal = str(error)
+    refusals = [part.decode() for part in communicator.gather_bytes(refusal.encode())]
+    for text in refusals:
+        if text:
+            raise InputError(text)
+    return result  # type: ignore[return-value]
+
+
+def set_threads(wanted: int | str, communicator: Communicator) -> None:
+    """Fix the intra-op threads of this process; auto shares out the host's cores."""
+    torch.set_num_threads(_num_threads(wanted, communicator.host_size, os.environ))
+
+
+def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) -> int:
+    if isinstance(wanted, int):
+        return wanted
+    for key in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        if environ.get(key, "").isdigit():
+            return max(1, int(environ[key]))
+    return max(1, len(os.sched_getaffinity(0)) // host_size)
+
+
+def _pending(
+    path: Path, results: Path, overrides: list[str], communicator: Communicator
+) -> list[tuple[str, RunConfig, bool]]:
+    """Title, config and whether it is done, for each point: read by world_rank 0, told to all."""
+
+    def read() -> bytes:
+        if communicator.world_rank != 0:
+            return b""
+        configs = load_runs(path, overrides)
+        _make_folder(results)
+        done = [Recorder(results, config).done for config in configs]
+        return json.dumps([[c.model_dump_json() for c in configs], done]).encode()
+
+    texts, done = json.loads(communicator.broadcast(together(communicator, read)))
+    configs = [RunConfig.model_validate_json(text) for text in texts]
+    titles = [f"[{n}/{len(configs)}] {c.run_id}" for n, c in enumerate(configs, start=1)]
+    return list(zip(titles, configs, done, strict=True))
+
+
+def _make_folder(results: Path) -> None:
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--results {results}: {error.strerror}; allowed: a folder that can be written to"
+        ) from None
+
+
+class _Progress:
+    """Reports rounds: a bar on a terminal, plain lines elsewhere, nothing off world_rank 0."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self._console = console
+        self._num_rounds = config.federation.num_rounds
+        self._bar = Progress(
+            TextColumn(config.method.name),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console.quiet or not console.is_terminal,
+        )
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._num_rounds)
+        return self._report
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _report(self, row: dict[str, Any]) -> None:
+        text = f"round {row['round_index'] + 1}/{self._num_rounds}  loss {row['train_loss']:.3f}"
+        if "accuracy" in row:
+            text += f"  accuracy {100 * row['accuracy']:5.1f} %"
+        text += (
+            f"  up {row['uplink_bytes'] / 1e6:.2f} MB  live {row['live_triplets']}"
+            f"  {row['seconds']['total']:.1f} s"
+        )
+        self._bar.update(self._task, completed=row["round_index"] + 1, description=text)
+        if not self._console.is_terminal:
+            self._console.print(text, soft_wrap=True)

@@ -1,0 +1,170 @@
+"""Adapters: a frozen nn.Linear plus trainable rows, of which only the live ones exist.
+
+Shapes: d_out, d_in of the wrapped layer; r live rows; a row's width depends on its form.
+One row is one triplet, triplet axis first, so pruning, sending and receiving are row selection.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedara_core.errors import InputError
+
+Rows = dict[str, Tensor]  # adapter name -> (r, width) float32
+Masks = dict[str, Tensor]  # adapter name -> (r,) bool
+Shape = tuple[int, int]  # (d_out, d_in)
+
+
+class Form(Protocol):
+    """How rows become a change of a linear layer. A form is a value: two equal forms act alike."""
+
+    def width(self, shape: Shape) -> int:
+        """Floats in one row."""
+
+    def split(self, rows: Tensor, shape: Shape) -> dict[str, Tensor]:
+        """Rows (r, width) to named parts, each with r as its first dimension."""
+
+    def forward(self, adapter: "Adapter", x: Tensor) -> Tensor:
+        """The layer's output (..., d_out) for x (..., d_in), base layer included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """W0 + scale * B A with rows [A_i, B_i], or W0 + scale * B diag(E) A with rows [A_i, E_i, B_i].
+
+    The first is LoRA's form (arXiv 2106.09685, eq. 3), the second AdaLoRA's and FedARA's.
+    """
+
+    scale: float
+    singular: bool
+
+    def width(self, shape: Shape) -> int:
+        return shape[0] + shape[1] + int(self.singular)
+
+    def split(self, rows: Tensor, shape: Shape) -> dict[str, Tensor]:
+        d_out, d_in = shape
+        if not self.singular:
+            return {"A": rows[:, :d_in], "B": rows[:, d_in:]}  # (r, d_in), (r, d_out)
+        return {"A": rows[:, :d_in], "E": rows[:, d_in : d_in + 1], "B": rows[:, d_in + 1 :]}
+
+    def forward(self, adapter: "Adapter", x: Tensor) -> Tensor:
+        parts = adapter.parts
+        hidden = functional.linear(x, parts["A"])  # (..., r)
+        if self.singular:
+            hidden = hidden * parts["E"].squeeze(1)
+        return adapter.base(x) + functional.linear(hidden, parts["B"].T) * self.scale
+
+
+class Adapter(nn.Module):
+    """One wrapped linear layer. Without live rows its forward pass is the plain layer's."""
+
+    def __init__(self, name: str, base: nn.Linear) -> None:
+        super().__init__()
+        self.name = name
+        self.base = base
+        self.parts = nn.ParameterDict()
+        self.form: Form | None = None
+        self.num_live = 0
+
+    @property
+    def shape(self) -> Shape:
+        return self.base.out_features, self.base.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form is None:
+            return self.base(x)  # type: ignore[no-any-return]
+        return self.form.forward(self, x)
+
+    def write(self, rows: Tensor, form: Form, *, keep_dead: bool = False) -> None:
+        """Replace the live rows by `rows` (r, width), as fresh parameters without gradients.
+
+        `keep_dead` leaves an adapter without rows in the forward and backward pass as one row of
+        zeros, which never moves (each factor's gradient is a product of the others): the cost of an
+        adapter that was masked but not removed.
+        """
+        self.num_live = rows.shape[0]
+        self.parts.clear()
+        self.form = form if self.num_live or keep_dead else None
+        if self.form is None:
+            return
+        if not self.num_live:
+            rows = rows.new_zeros(1, form.width(self.shape))
+        device = self.base.weight.device
+        for part, values in form.split(rows, self.shape).items():
+            self.parts[part] = nn.Parameter(values.to(device, copy=True).contiguous())
+
+    def read(self) -> Tensor:
+        """The live rows (r, width), on the CPU."""
+        parts = [part.detach()[: self.num_live] for part in self.parts.values()]
+        return torch.cat(parts, dim=1).cpu()
+
+
+def inject(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> None:
+    """Freeze `model`, then wrap each nn.Linear that `targets` match; the head's parameters train.
+
+    Args:
+        model: changed in place.
+        targets: "all-linear", or names: a layer matches if its dotted name equals a target or ends
+            with "." + target.
+        head: names of the parameters of the classification head; always live, never wrapped.
+
+    Raises:
+        InputError: a target that matches no layer.
+    """
+    in_head = {name.rpartition(".")[0] for name in head}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in in_head
+    }
+    wanted = ["all-linear"] if targets == "all-linear" else list(targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        wanted = [targets]
+    chosen: set[str] = set()
+    for target in wanted:
+        found = {
+            name
+            for name in linear
+            if target == "all-linear" or name == target or name.endswith("." + target)
+        }
+        if not found:
+            endings = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError(
+                f"adapter.targets: {target!r} matches no linear layer; "
+                f"allowed: all-linear, or endings of layer names such as {', '.join(endings)}"
+            )
+        chosen |= found
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head)
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Adapter(name, linear[name]))
+
+
+def named_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Adapters in name order, the one order in which they are ever walked."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Adapter)]
+    return iter(sorted(found, key=lambda item: item[0]))
+
+
+def adapter_shapes(model: nn.Module) -> dict[str, Shape]:
+    """(d_out, d_in) by adapter name, in name order."""
+    return {name: adapter.shape for name, adapter in named_adapters(model)}
+
+
+def write_rows(
+    model: nn.Module, rows: Rows, rank_masks: Masks, form: Form, *, keep_dead: bool = False
+) -> None:
+    """Give each adapter its live rows rows[name][rank_masks[name]]; one that is not named gets none."""
+    for name, adapter in named_adapters(model):
+        live = rows[name][rank_masks[name]] if name in rows else torch.zeros(0, 1)
+        adapter.write(live, form, keep_dead=keep_dead and name in rows)
+
+
+def read_rows(model: nn.Module) -> Rows:
+    """The live rows (r_live, width) of each adapter that has any, in name order."""
+    return {name: adapter.read() for name, adapter in named_adapters(model) if adapter.num_live}

@@ -1,0 +1,25 @@
+"""Linear probe: only the classification head trains; the lower line of every comparison.
+
+Source: the usual linear-probing baseline, under FedAvg (arXiv 1602.05629).
+Up and down: the head. No adapter has a row, so the encoder runs without backward.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedara_core.adapters import LowRank
+from fedara_core.method import AdapterConfig, Method, ServerState, start_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly(Method):
+    """What the frozen encoder gives for free."""
+
+    def init(
+        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+    ) -> ServerState:
+        return start_state(model, adapter, {}, seed=seed, num_rounds=num_rounds)
+
+    def form(self, state: ServerState) -> LowRank:
+        return LowRank(scale=state.adapter.scale, singular=False)

@@ -1,0 +1,41 @@
+"""FedLoRA: LoRA under FedAvg. "Towards Building the Federated GPT" (FedIT), arXiv 2305.05644.
+
+Equations: W = W0 + scale B A; A and B are averaged separately, mean(B) mean(A) (so the mean of the
+    products is not what the server gets: the method's known inexactness).
+Start: A Kaiming-uniform as in the LoRA reference code, B = 0 (LoRA, arXiv 2106.09685, section 4.1).
+Up and down, per adapter: r (d_in + d_out) floats; plus the head.
+Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedara_core.adapters import LowRank, Rows
+from fedara_core.method import AdapterConfig, Method, ServerState, start_state
+from fedara_core.seeds import generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Method):
+    """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
+
+    def init(
+        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+    ) -> ServerState:
+        rows = lora_rows(adapter, seed)
+        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
+
+    def form(self, state: ServerState) -> LowRank:
+        return LowRank(scale=state.adapter.scale, singular=False)
+
+
+def lora_rows(adapter: AdapterConfig, seed: int) -> Rows:
+    """LoRA's start: A uniform in +-1/sqrt(d_in) (Kaiming with a = sqrt 5), B = 0."""
+    rows = {}
+    for index, (name, (d_out, d_in)) in enumerate(adapter.shapes.items()):
+        rows[name] = torch.zeros(adapter.lora_rank, d_in + d_out)
+        bound = d_in**-0.5
+        rows[name][:, :d_in].uniform_(-bound, bound, generator=generator(seed, "init", index))
+    return rows

@@ -1,0 +1,125 @@
+"""SLoRA: "Federated Parameter Efficient Fine-Tuning of Language Models", arXiv 2308.06522.
+
+Stage 1, rounds 0 .. R1 - 1: sparse fine-tuning. A random weight_mask per layer, drawn from the seed
+    and fixed, says which weights train; only their changes travel (no indices).
+Stage 2, the rest: LoRA that starts from the SVD of the accumulated change Delta = U S V^T:
+    A = sqrt(S_r / scale) V_r^T, B = U_r sqrt(S_r / scale), so that scale B A is Delta's best rank-r
+    approximation. W0 stays W0.
+Up and down, per adapter: stage 1 density d_in d_out floats, stage 2 r (d_in + d_out); plus the head.
+    Stage 1 counts in every total.
+Shapes: Delta (d_out, d_in), its values one row (1, nnz); A (r, d_in), B (d_out, r).
+Deviation: R1 is a fraction of all rounds (the paper stops stage 1 by a budget of its own); the
+    paper leaves open how S is shared between A and B, here evenly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedara_core.adapters import Adapter, Form, LowRank, Rows, Shape
+from fedara_core.errors import InputError
+from fedara_core.method import AdapterConfig, Method, ServerState, start_state
+from fedara_core.methods.lora import lora_rows
+from fedara_core.seeds import generator
+from fedara_core.wire import Upload
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLora(Method):
+    """density: share of each target weight that stage 1 trains; 0 leaves stage 1 out.
+
+    stage1_fraction: share of the rounds that stage 1 takes, at least one round.
+    stage1_lr_factor: factor on the learning rate of the sparse weights.
+    """
+
+    density: float = 0.01
+    stage1_fraction: float = 0.2
+    stage1_lr_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("density", "stage1_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"method.{name} = {getattr(self, name)} must be in [0, 1)")
+        if self.stage1_lr_factor <= 0:
+            raise InputError(f"method.stage1_lr_factor = {self.stage1_lr_factor} must be above 0")
+
+    def stage1_rounds(self, num_rounds: int) -> int:
+        if self.density == 0 or self.stage1_fraction == 0:
+            return 0
+        return max(1, round(self.stage1_fraction * num_rounds))
+
+    def init(
+        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+    ) -> ServerState:
+        if self.stage1_rounds(num_rounds):
+            rows = {
+                name: torch.zeros(1, num_sparse(shape, self.density))
+                for name, shape in adapter.shapes.items()
+            }
+        else:
+            rows = lora_rows(adapter, seed)
+        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
+
+    def form(self, state: ServerState) -> Form:
+        if state.round_index < self.stage1_rounds(state.num_rounds):
+            return Sparse(seed=state.seed, density=self.density)
+        return LowRank(scale=state.adapter.scale, singular=False)
+
+    def lr_factor(self, part: str) -> float:
+        return self.stage1_lr_factor if part == "values" else 1.0
+
+    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
+        state = super().aggregate(state, uploads)
+        if state.round_index != self.stage1_rounds(state.num_rounds):
+            return state
+        rows = {name: self._factor(name, state) for name in sorted(state.rows)}
+        rank_masks = {name: torch.ones(len(rows[name]), dtype=torch.bool) for name in rows}
+        return replace(state, rows=rows, rank_masks=rank_masks)
+
+    def _factor(self, name: str, state: ServerState) -> Tensor:
+        """LoRA rows (r, d_in + d_out) from the stage-1 values of one adapter."""
+        shape = state.adapter.shapes[name]
+        delta = torch.zeros(shape[0] * shape[1])
+        delta[weight_mask(state.seed, self.density, name, shape)] = state.rows[name][0]
+        u, s, vt = torch.linalg.svd(delta.reshape(shape), full_matrices=False)
+        r = state.adapter.lora_rank
+        root = (s[:r] / state.adapter.scale).sqrt()[:, None]  # (r, 1)
+        return torch.cat([root * vt[:r], root * u[:, :r].T], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse:
+    """W0 + Delta, Delta zero outside the weight_mask; one row holds the values inside."""
+
+    seed: int
+    density: float
+
+    def width(self, shape: Shape) -> int:
+        return num_sparse(shape, self.density)
+
+    def split(self, rows: Tensor, shape: Shape) -> Rows:
+        return {"values": rows}
+
+    def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
+        base = adapter.base
+        index = weight_mask(self.seed, self.density, adapter.name, adapter.shape)
+        weight = base.weight.reshape(-1).index_add(
+            0, index.to(base.weight.device), adapter.parts["values"][0]
+        )
+        return functional.linear(x, weight.reshape(adapter.shape), base.bias)
+
+
+def num_sparse(shape: Shape, density: float) -> int:
+    """Trained weights of a layer in stage 1: density d_out d_in, at least one."""
+    return max(1, round(density * shape[0] * shape[1]))
+
+
+@lru_cache(maxsize=None)
+def weight_mask(seed: int, density: float, name: str, shape: Shape) -> Tensor:
+    """Sorted flat indices (nnz,) of the weights that stage 1 trains, from the seed alone."""
+    drawn = torch.randperm(shape[0] * shape[1], generator=generator(seed, f"weight_mask:{name}"))
+    return drawn[: num_sparse(shape, density)].sort().values

@@ -1,0 +1,106 @@
+"""One client's local training: encoded examples, batches, the optimiser."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedara_core.adapters import named_adapters
+from fedara_core.method import Batch, Client, Method, ServerState, head_parameters
+from fedara_core.seeds import derive, generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """Shared settings of local training; exactly one of local_steps and local_epochs is set."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float
+    weight_decay: float = 0.0
+    warmup_rounds: int = 0
+    max_grad_norm: float | None = 1.0
+    local_steps: int | None = None
+    local_epochs: int | None = None
+    batch_size: int = 16
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps of a client with so many examples in one round."""
+        if self.local_steps is not None:
+            return self.local_steps
+        assert self.local_epochs is not None
+        return self.local_epochs * -(-num_examples // self.batch_size)
+
+    def lr_at(self, round_index: int) -> float:
+        """Learning rate of a round: linear over the first warmup_rounds, then constant."""
+        return self.lr * min(1.0, (round_index + 1) / (self.warmup_rounds + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Tokenised examples. input_ids (n, max_length) int32, padded; lengths (n,); labels (n,) int64."""
+
+    input_ids: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: Tensor, device: torch.device) -> Batch:
+        """The examples `index` (n,), cut to the longest of them, on the device."""
+        lengths = self.lengths[index]
+        longest = int(lengths.max())
+        positions = torch.arange(longest)
+        return {
+            "input_ids": self.input_ids[index, :longest].long().to(device),  # (n, longest)
+            "attention_mask": (positions < lengths[:, None]).long().to(device),  # (n, longest)
+            "labels": self.labels[index].to(device),  # (n,)
+        }
+
+
+def start_client(
+    client: Client, method: Method, settings: LocalTraining, state: ServerState
+) -> None:
+    """Give a client that has downloaded `state` a fresh optimiser, and seed its dropout."""
+    lr = settings.lr_at(state.round_index)
+    groups = [{"params": list(head_parameters(client.model).values()), "lr": lr}]
+    by_part: dict[str, list[Tensor]] = {}
+    for _, adapter in named_adapters(client.model):
+        for part, parameter in adapter.parts.items():
+            by_part.setdefault(part, []).append(parameter)
+    for part, parameters in by_part.items():
+        groups.append({"params": parameters, "lr": lr * method.lr_factor(part)})
+    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    client.optimizer = kinds[settings.optimizer](groups, lr=lr, weight_decay=settings.weight_decay)
+    client.max_grad_norm = settings.max_grad_norm
+    client.autocast = settings.precision == "bf16"
+    client.model.train()
+    torch.manual_seed(derive(state.seed, "dropout", state.round_index, client.client_id))
+
+
+def batches(
+    data: Encoded,
+    shard: np.ndarray,
+    settings: LocalTraining,
+    *,
+    seed: int,
+    round_index: int,
+    client_id: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """A client's batches of one round: its shard (n,) of example indices, reshuffled every pass.
+
+    Batches hold batch_size examples, the last one of a pass what is left.
+    """
+    order = generator(seed, "batches", round_index, client_id)
+    examples = torch.from_numpy(shard)
+    left = settings.num_steps(len(shard))
+    while left:
+        passed = examples[torch.randperm(len(examples), generator=order)]
+        for index in passed.split(settings.batch_size)[:left]:
+            yield data.batch(index, device)
+            left -= 1

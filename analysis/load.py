@@ -41,8 +41,8 @@ class Campaign:
 
     runs: one row per finished run. Keys of run.json keep their names, nested ones are joined by a
         dot, and those of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
-        method, dataset, partition (labels), device (cpu, cuda), and setting (what tells runs of one method apart within
-        a panel, seeds aside; "" when nothing does).
+        method, dataset, partition (labels), device (cpu, cuda), and setting (what tells runs of one
+        method apart within a panel, seeds aside; "" when nothing does).
     rounds: one row per (run_id, round_index) of the finished runs. Scalar keys keep their names;
         seconds.X is X_seconds and energy_joules.X is X_joules. Added: cumulative_uplink_bytes,
         cumulative_downlink_bytes and cumulative_total_bytes (up and down), each up to and including
@@ -114,8 +114,8 @@ def _read_run(file: Path) -> dict[str, Any]:
     run["method"] = run["method.name"]
     run["dataset"] = run["dataset.name"].removeprefix("file:").rstrip("/").split("/")[-1]
     run["partition"] = _partition_label(run)
-    devices = {process["device"].split(":")[0] for process in record.get("processes", [])}
-    run["device"] = " and ".join(sorted(devices)) or None
+    devices = {process.get("device", "").split(":")[0] for process in record.get("processes", [])}
+    run["device"] = " and ".join(sorted(devices - {""})) or None
     return run
 
 
@@ -169,7 +169,7 @@ def _settings(group: pd.DataFrame) -> pd.Series:
     # run.json (package versions, hosts) are no settings.
     sections = ("method", "adapter", "model", "dataset", "partition", "federation", "train")
     keys = [key for key in group if key.split(".")[0] in sections and "." in key]
-    keys += [key for key in ("evaluate.every", "evaluate.split", "evaluate.eval_examples")]
+    keys += ["evaluate.every", "evaluate.split", "evaluate.eval_examples"]
     differing = [key for key in keys if key in group and group[key].nunique(dropna=False) > 1]
     texts = [
         ", ".join(f"{key.split('.')[-1]}={_text(row[key])}" for key in differing)
@@ -179,7 +179,7 @@ def _settings(group: pd.DataFrame) -> pd.Series:
 
 
 def _partition_label(run: dict[str, Any]) -> str:
-    scheme = run["partition.scheme"]
+    scheme = str(run["partition.scheme"])
     if scheme == "shards" and "partition.labels_per_client" in run:
         return f"shards, {run['partition.labels_per_client']} labels per client"
     if scheme in ("dirichlet", "quantity") and "partition.alpha" in run:

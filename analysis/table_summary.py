@@ -133,8 +133,8 @@ def _cells(row: pd.Series) -> list[str]:
         str(row["num_runs"]),
         _number(row["accuracy_percent_mean"], 1) + _spread(row["accuracy_percent_std"], 1),
         _number(row["macro_f1_mean"], 3),
-        _number(row["uplink_bytes"] / 1e6, 2),
-        _number(row["downlink_bytes"] / 1e6, 2),
+        _megabytes(row["uplink_bytes"]),
+        _megabytes(row["downlink_bytes"]),
         _number(row["uplink_ratio_to_lora"], 3),
         _number(row["total_seconds"], 1),
         _number(row["first_round_local_train_seconds"], 2),
@@ -145,6 +145,11 @@ def _cells(row: pd.Series) -> list[str]:
 
 def _number(value: float, digits: int) -> str:
     return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _megabytes(num_bytes: float) -> str:
+    megabytes = num_bytes / 1e6
+    return f"{megabytes:.2f}" if megabytes >= 1 else f"{megabytes:.3g}"
 
 
 def _spread(std: float, digits: int) -> str:

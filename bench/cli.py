@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Benchmark of federated adaptive-rank fine-tuning on MPI and torch.distributed processes.",
 )
-micro = typer.Typer(no_args_is_help=True, help="Micro-benchmarks of the suite itself.")
+micro = typer.Typer(no_args_is_help=True)
 app.add_typer(micro, name="micro")
 
 
@@ -84,13 +84,22 @@ def doctor() -> None:
 
 @micro.command()
 def overhead(
-    launches: Annotated[int, typer.Option(help="Independent repeats; the median counts.")] = 5,
-    rounds: Annotated[int, typer.Option(help="Rounds timed in each repeat.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Pairs of rounds; the median ratio counts.")] = 5,
+    model: Annotated[str, typer.Option(help="The model to train.")] = "minilm",
+    max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 64,
 ) -> None:
     """Seconds per round of the suite against a bare PyTorch loop that does the same steps."""
-    from bench.overhead import measure
+    from bench.overhead import describe, measure
 
-    measure(launches, rounds)
+    try:
+        typer.echo(describe(measure(repeats, model, max_length)))
+    except InputError as error:
+        _refuse(error)
+
+
+@micro.callback()
+def _micro() -> None:
+    """Micro-benchmarks of the suite itself."""
 
 
 def _refuse(error: InputError, *, quiet: bool = False) -> NoReturn:

@@ -27,7 +27,7 @@ HOLDOUT_TAG = 0x686F6C64
 
 # Label -> its modules: files or folders of the standard library, private implementations included.
 # One that the running Python lacks is skipped (_pydatetime is of 3.12, compression of 3.14).
-# Debian's python3 has all of them; tkinter, idlelib and distutils are packages of their own there.
+# What distributions package apart from python3 (tkinter, turtle, idlelib, distutils) is not here.
 TOPICS: dict[str, tuple[str, ...]] = {
     "argparse": ("argparse", "optparse", "getopt", "configparser", "shlex", "cmd"),
     "asyncio": ("asyncio",),
@@ -50,7 +50,6 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "socket": ("socket", "ssl", "ipaddress", "selectors"),
     "tarfile": ("tarfile", "zipfile", "gzip", "bz2", "lzma", "_compression", "compression"),
     "threading": ("threading", "_threading_local", "queue", "sched", "contextlib", "functools"),
-    "turtle": ("turtle",),
     "typing": ("typing", "types", "enum", "dataclasses", "abc", "_py_abc"),
     "unittest": ("unittest", "doctest"),
     "urllib": ("urllib",),
@@ -434,23 +433,17 @@ def _from_hub(config: DatasetConfig) -> TextDataset:
 
 def _fetch(name: str) -> dict[str, Any]:
     """The splits of a Hugging Face set, from the network or the local cache."""
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"dataset.name = {name!r} needs the package datasets, which is not installed; "
-            f"allowed without it: docstrings, toy, file:DIR"
-        ) from None
+    import datasets
+
     path, _, configuration = name.partition(":")
     try:
-        # Recent versions refuse the scripts of a set anyway; older ones would run them.
-        return datasets.load_dataset(path, configuration or None, trust_remote_code=False)
-    # The hub client, its HTTP library and the builders share no base class.
-    except Exception as error:  # noqa: BLE001
+        splits: dict[str, Any] = datasets.load_dataset(path, configuration or None)
+    except Exception as error:  # builders, hub client and its HTTP library share no base class
         raise InputError(
             f"dataset.name = {name!r} cannot be fetched ({_one_line(error)}); "
             f"allowed: {ALLOWED_NAMES} that is reachable or cached"
         ) from None
+    return splits
 
 
 def _labelled_split(splits: dict[str, Any], config: DatasetConfig) -> str:

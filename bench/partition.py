@@ -1,7 +1,7 @@
 """Which client holds which train examples: iid, dirichlet, shards or quantity."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +13,6 @@ PARTITION_TAG = 0x70617274
 MAX_DRAWS = 1000
 # Ten thousand clients would make 1000 redraws take minutes; this bounds the numbers drawn in all.
 MAX_DRAWN_NUMBERS = 20_000_000
-
-
-class ClientSummary(TypedDict):
-    """What one client holds; a label of which it has no example is absent from label_counts."""
-
-    client_id: int
-    num_examples: int
-    label_counts: dict[str, int]
 
 
 def partition(
@@ -78,17 +70,20 @@ def label_counts(labels: np.ndarray, shards: Sequence[np.ndarray], num_classes: 
 
 def summary(
     labels: np.ndarray, shards: Sequence[np.ndarray], label_names: Sequence[str]
-) -> list[ClientSummary]:
-    """One entry per client, in client_id order, as it is saved with a run."""
+) -> list[dict[str, Any]]:
+    """One entry per client, in client_id order, as it is saved with a run.
+
+    Keys: client_id, num_examples, label_counts (by name, without labels the client has none of).
+    """
     counts = label_counts(labels, shards, len(label_names))
     return [
-        ClientSummary(
-            client_id=client_id,
-            num_examples=int(row.sum()),
-            label_counts={
+        {
+            "client_id": client_id,
+            "num_examples": int(row.sum()),
+            "label_counts": {
                 name: int(count) for name, count in zip(label_names, row, strict=True) if count
             },
-        )
+        }
         for client_id, row in enumerate(counts)
     ]
 
@@ -147,15 +142,15 @@ def _draw_cuts(
     num_clients: int,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    """Where each group is cut, (num_groups, num_clients - 1), by the first good or the last draw."""
+    """Where each group is cut: (num_groups, num_clients - 1); the first good draw or the last."""
     concentration = np.full(num_clients, config.alpha)
     max_draws = MAX_DRAWN_NUMBERS // (num_clients * len(group_sizes))
     for _ in range(min(MAX_DRAWS, max(1, max_draws))):
         proportions = generator.dirichlet(concentration, size=len(group_sizes))
         ends = np.cumsum(proportions, axis=1)  # (num_groups, num_clients)
         # A cumulative sum may round to above 1.
-        cuts = np.minimum(ends[:, :-1] * group_sizes[:, None], group_sizes[:, None])
-        cuts = cuts.astype(np.int64)
+        ends = np.minimum(ends[:, :-1], 1.0)
+        cuts: np.ndarray = (ends * group_sizes[:, None]).astype(np.int64)
         sizes = np.diff(cuts, axis=1, prepend=0, append=group_sizes[:, None]).sum(axis=0)
         if sizes.min() >= config.min_examples:
             break

@@ -19,6 +19,7 @@ from bench.config import RunConfig
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "mpi4py", "mpich", "transformers", "tokenizers", "datasets", "numpy", "peft")
+_PART_KEYS = ("start_time", "git_commit", "git_dirty", "comm", "world_size", "processes", "slurm")
 _SLURM_KEYS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_NODELIST")
 
 
@@ -46,8 +47,16 @@ class Recorder:
         partition: list[dict[str, Any]],
         kept_rounds: list[dict[str, Any]],
     ) -> None:
-        """Write run.json and partition.json, and rounds.jsonl with the rounds that are kept."""
+        """Write run.json and partition.json, and rounds.jsonl with the rounds that are kept.
+
+        A run that goes on keeps the run.json of its first part; later parts are listed in `parts`.
+        """
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        if kept_rounds:
+            first = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
+            part = {key: run[key] for key in _PART_KEYS if key in run}
+            part["first_round_index"] = len(kept_rounds)
+            run = {**first, "parts": [*first.get("parts", []), part]}
         self._write_json("run.json", run)
         self._write_json("partition.json", partition)
         text = "".join(_line(row) for row in kept_rounds)

@@ -70,7 +70,7 @@ class SLora(Method):
         return LowRank(scale=state.adapter.scale, singular=False)
 
     def lr_factor(self, part: str) -> float:
-        return self.stage1_lr_factor if part == "values" else 1.0
+        return self.stage1_lr_factor if part == "delta" else 1.0
 
     def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
         state = super().aggregate(state, uploads)
@@ -102,13 +102,13 @@ class Sparse:
         return num_sparse(shape, self.density)
 
     def split(self, rows: Tensor, shape: Shape) -> Rows:
-        return {"values": rows}
+        return {"delta": rows}
 
     def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
         base = adapter.base
         index = weight_mask(self.seed, self.density, adapter.name, adapter.shape)
         weight = base.weight.reshape(-1).index_add(
-            0, index.to(base.weight.device), adapter.parts["values"][0]
+            0, index.to(base.weight.device), adapter.parts["delta"][0]
         )
         return functional.linear(x, weight.reshape(adapter.shape), base.bias)
 

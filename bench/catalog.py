@@ -1,0 +1,51 @@
+"""What `fedara list` prints: methods, data sets, models, configs."""
+
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.models import BUILT_IN as MODELS
+from fedara_core.method import load_method, method_names
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def _methods() -> Iterator[tuple[str, str]]:
+    for name in method_names():
+        module = __import__(load_method(name).__module__, fromlist=["__doc__"])
+        yield name, _first_sentence(module.__doc__ or "")
+
+
+def _datasets() -> Iterator[tuple[str, str]]:
+    yield "docstrings", "the standard library's own docstrings; label = topic; built at run time"
+    yield "toy", "520 synthetic texts of 4 classes, for tests"
+    yield "file:DIR", "train.* and test.* in DIR (.parquet, .csv or .jsonl), text and label columns"
+    yield "NAME", "a hub name for datasets.load_dataset, such as fancyzhx/ag_news"
+
+
+def _models() -> Iterator[tuple[str, str]]:
+    yield from MODELS.items()
+    yield "DIR", "a folder with a transformers model"
+    yield "NAME", "a hub name for transformers' AutoModel, such as FacebookAI/roberta-base"
+
+
+def _configs() -> Iterator[tuple[str, str]]:
+    for path in sorted(CONFIGS.rglob("*.toml")):
+        tomllib.loads(path.read_text(encoding="utf-8"))  # a listed config can at least be read
+        comment = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        yield str(path.relative_to(CONFIGS)), comment
+
+
+def _first_sentence(text: str) -> str:
+    """A docstring's first line, or the first two where the first does not end a sentence."""
+    lines = text.strip().splitlines()
+    first = lines[0]
+    return first if first.endswith(".") or len(lines) == 1 else f"{first} {lines[1]}"
+
+
+CATALOGS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
+    "methods": _methods,
+    "datasets": _datasets,
+    "models": _models,
+    "configs": _configs,
+}

@@ -76,7 +76,7 @@ def list_command(
 
 @app.command()
 def doctor() -> None:
-    """Look at this machine: MPI, torch, GPUs, energy counters, Slurm, hub; what works and what to do."""
+    """Say what works here (MPI, torch, GPU, energy counters, Slurm, hub), and what to do."""
     from bench.doctor import show
 
     show(Console())

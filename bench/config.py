@@ -19,7 +19,7 @@ class _Section(BaseModel):
 
 
 class MethodConfig(BaseModel):
-    """`name` is a file of fedara_core/methods; every other key is a hyperparameter of that method."""
+    """`name` is a file of fedara_core/methods; other keys are hyperparameters of that method."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
@@ -151,13 +151,14 @@ class RunConfig(_Section):
 
     @property
     def config_hash(self) -> str:
-        """SHA-256 of the canonical config, in hex; [system] is left out, as it may not change results."""
+        """SHA-256 of the canonical config, in hex; without [system], which changes no result."""
         canonical = self.model_dump(mode="json", exclude={"system"})
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     @property
     def run_id(self) -> str:
         dataset = self.dataset.name.removeprefix("file:").rstrip("/").split("/")[-1]
+        dataset = dataset.replace(":", "-")
         return f"{dataset}-{self.method.name}-seed{self.seed}-{self.config_hash[:10]}"
 
 

@@ -140,7 +140,9 @@ def _minilm() -> Finding:
 
 def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return Finding(state="none", text="HF_HUB_OFFLINE=1", advice="hub names come from the cache")
+        return Finding(
+            state="none", text="HF_HUB_OFFLINE=1", advice="hub names come from the cache"
+        )
     try:
         socket.create_connection(_HUB, timeout=3).close()
     except OSError:

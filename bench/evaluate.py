@@ -1,4 +1,4 @@
-"""Server-side evaluation: batches sharded over processes, the same numbers for any number of them."""
+"""Server-side evaluation: batches sharded over processes, equal for any number of them."""
 
 from dataclasses import dataclass
 

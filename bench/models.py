@@ -1,8 +1,8 @@
 """Models: a frozen encoder with a classification head, and its tokeniser.
 
 minilm: all-MiniLM-L6-v2 from its PyPI package, found by path and checked by hash, never imported.
-tiny: a two-layer random BERT with a hashing tokeniser, for tests. Anything else is a folder or a hub
-name for transformers' AutoModel.
+tiny: a two-layer random BERT with a hashing tokeniser, for tests. Anything else is a folder or a
+hub name for transformers' AutoModel.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ class OwnHead(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """A model whose forward takes (input_ids, attention_mask); `head` names its head's parameters."""
+    """A model with forward(input_ids, attention_mask); `head` names its head's parameters."""
 
     model: nn.Module
     head: tuple[str, ...]
@@ -126,7 +126,9 @@ def _load_config(config: ModelConfig) -> Any:
         settings = transformers.AutoConfig.from_pretrained(_source(config.name))
     except (OSError, ValueError) as error:
         raise _not_found(config.name, error) from None
-    if settings.pad_token_id is None:  # decoders: the classifier finds the last token by the padding
+    if (
+        settings.pad_token_id is None
+    ):  # decoders: the classifier finds the last token by the padding
         settings.pad_token_id = 0
     return settings
 
@@ -191,5 +193,7 @@ def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]
 
 def _hash_tokens(text: str) -> list[int]:
     """One id per lower-case word: 0 pads, 1 starts, the rest is CRC-32 modulo the vocabulary."""
-    hashed = (zlib.crc32(word.encode()) % (_TINY_VOCABULARY - 2) + 2 for word in text.lower().split())
+    hashed = (
+        zlib.crc32(word.encode()) % (_TINY_VOCABULARY - 2) + 2 for word in text.lower().split()
+    )
     return [1, *hashed]

@@ -1,4 +1,4 @@
-"""`fedara micro overhead`: a round of the suite against a bare PyTorch loop doing the same steps."""
+"""`fedara micro overhead`: a round of the suite against a bare PyTorch loop of the same steps."""
 
 import statistics
 import tempfile

@@ -104,8 +104,8 @@ def run(
 ) -> ServerState:
     """Run every round that is not yet on disk; records and checkpoints as it goes.
 
-    Returns the last state. `report` gets each round's record on world_rank 0. Raises InputError if a
-    client's loss stops being finite; the run then stays incomplete.
+    Returns the last state. `report` gets each round's record on world_rank 0. Raises InputError if
+    a client's loss stops being finite; the run then stays incomplete.
     """
     state = _resume_or_start(job, communicator, recorder)
     meter = Meter(job.device)
@@ -261,7 +261,7 @@ def _evaluate(job: Job, state: ServerState, communicator: Communicator) -> dict[
 
 
 def _resume_or_start(job: Job, communicator: Communicator, recorder: Recorder) -> ServerState:
-    """The state to go on from, and the run's files on disk. world_rank 0 reads, all get the bytes."""
+    """The state to go on from, and the run's files on disk. world_rank 0 reads for all."""
     facts = process_facts(communicator.world_rank, job.device)
     processes = [json.loads(part) for part in communicator.gather_bytes(json.dumps(facts).encode())]
     saved = checkpoint.read_checkpoint(recorder.run_dir) if communicator.world_rank == 0 else b""

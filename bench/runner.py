@@ -35,8 +35,8 @@ def run_all(path: Path, results: Path, overrides: list[str], communicator: Commu
         job = together(communicator, lambda config=config: prepare(config, communicator))
         if communicator.world_size > config.federation.cohort:
             console.print(
-                f"{communicator.world_size} processes share a cohort of {config.federation.cohort}: "
-                f"{communicator.world_size - config.federation.cohort} train nobody"
+                f"{communicator.world_size} processes share a cohort of "
+                f"{config.federation.cohort}: some train nobody"
             )
         recorder = Recorder(results, config)
         with _Progress(console, config) as report:

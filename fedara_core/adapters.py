@@ -46,7 +46,7 @@ class LowRank:
         return shape[0] + shape[1] + int(self.singular)
 
     def split(self, rows: Tensor, shape: Shape) -> dict[str, Tensor]:
-        d_out, d_in = shape
+        d_in = shape[1]
         if not self.singular:
             return {"A": rows[:, :d_in], "B": rows[:, d_in:]}  # (r, d_in), (r, d_out)
         return {"A": rows[:, :d_in], "E": rows[:, d_in : d_in + 1], "B": rows[:, d_in + 1 :]}
@@ -56,7 +56,8 @@ class LowRank:
         hidden = functional.linear(x, parts["A"])  # (..., r)
         if self.singular:
             hidden = hidden * parts["E"].squeeze(1)
-        return adapter.base(x) + functional.linear(hidden, parts["B"].T) * self.scale
+        change = functional.linear(hidden, parts["B"].T) * self.scale
+        return functional.linear(x, adapter.base.weight, adapter.base.bias) + change
 
 
 class Adapter(nn.Module):
@@ -147,7 +148,9 @@ def inject(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Adapters in name order, the one order in which they are ever walked."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Adapter)]
+    found = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, Adapter)
+    ]
     return iter(sorted(found, key=lambda item: item[0]))
 
 
@@ -159,7 +162,7 @@ def adapter_shapes(model: nn.Module) -> dict[str, Shape]:
 def write_rows(
     model: nn.Module, rows: Rows, rank_masks: Masks, form: Form, *, keep_dead: bool = False
 ) -> None:
-    """Give each adapter its live rows rows[name][rank_masks[name]]; one that is not named gets none."""
+    """Give each adapter its live rows rows[name][rank_masks[name]]; an unnamed one gets none."""
     for name, adapter in named_adapters(model):
         live = rows[name][rank_masks[name]] if name in rows else torch.zeros(0, 1)
         adapter.write(live, form, keep_dead=keep_dead and name in rows)

@@ -81,7 +81,7 @@ _EMPTY = torch.zeros(0, dtype=torch.uint8)
 
 
 class MpiCommunicator(Communicator):
-    """mpi4py's upper-case calls on contiguous buffers; works with any MPI that mpi4py was built for."""
+    """mpi4py's upper-case calls on contiguous buffers; any MPI that mpi4py was built for."""
 
     kind = "mpi"
 
@@ -117,7 +117,7 @@ class MpiCommunicator(Communicator):
         self._count(
             buffer.numel() * others + size_bytes, gathered.numel() - buffer.numel() + size_bytes
         )
-        return list(gathered.split(counts.tolist()))
+        return list(torch.split(gathered, counts.tolist()))
 
     def allreduce(self, values: Tensor) -> Tensor:
         result = torch.empty_like(values)

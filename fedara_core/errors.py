@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """A wrong setting, file or data value; its text is one line that names the value and what is allowed.
+    """A wrong setting, file or data value; its text is one line: the value and what is allowed.
 
     The command line prints it without a traceback and exits with code 2 on every process.
     """

@@ -105,5 +105,5 @@ def top_k_masks(scores: dict[str, Tensor], k: int) -> Masks:
     order = torch.sort(flat, descending=True, stable=True).indices
     chosen = torch.zeros(flat.numel(), dtype=torch.bool)
     chosen[order[:k]] = True
-    pieces = chosen.split([len(scores[name]) for name in names])
+    pieces = torch.split(chosen, [len(scores[name]) for name in names])
     return dict(zip(names, pieces, strict=True))

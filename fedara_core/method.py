@@ -1,7 +1,7 @@
 """The records of a round and the Method protocol: init, download, local_step, upload, aggregate.
 
-The base class is weighted FedAvg (arXiv 1602.05629) of the live rows and the head. A method overrides
-what its paper changes; it lives alone in methods/<name>.py and is found by that file name.
+The base class is weighted FedAvg (arXiv 1602.05629) of the live rows and the head. A method
+overrides what its paper changes; it lives in methods/<name>.py and is found by that file name.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ Batch = Mapping[str, Tensor]  # input_ids, attention_mask (n, length); labels (n
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What all methods of a comparison share. scale = lora_alpha / lora_rank, never changed later."""
+    """What the methods of a comparison share. scale = lora_alpha / lora_rank, for good."""
 
     lora_rank: int
     lora_alpha: float
@@ -76,7 +76,9 @@ class ServerState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor under a unique name, in a fixed order; `with_tensors` is the inverse."""
         parts = {"rows": self.rows, "rank_mask": self.rank_masks, "head": self.head}
-        return {f"{kind}/{name}": part[name] for kind, part in parts.items() for name in sorted(part)}
+        return {
+            f"{kind}/{name}": part[name] for kind, part in parts.items() for name in sorted(part)
+        }
 
     def with_tensors(self, tensors: Mapping[str, Tensor], round_index: int) -> "ServerState":
         """This state with the tensors and the round of a saved one."""
@@ -140,7 +142,7 @@ class Client:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Both halves of a method, client's and server's. Subclasses add their paper's hyperparameters."""
+    """Both halves of a method, client and server. Fields are its paper's hyperparameters."""
 
     @abstractmethod
     def init(
@@ -251,7 +253,7 @@ def weighted_mean(uploads: Sequence[Upload]) -> Tensor:
 
 
 def split_values(values: Tensor, state: ServerState) -> tuple[Rows, dict[str, Tensor], Tensor]:
-    """Inverse of `live_values` for the state's masks: rows (zero where dead), head, what is left."""
+    """Inverse of `live_values` for a state's masks: rows (zero where dead), head, the rest."""
     start = 0
 
     def take(count: int) -> Tensor:
@@ -279,9 +281,7 @@ def method_names() -> list[str]:
 def load_method(name: str) -> type[Method]:
     """The one Method class that methods/<name>.py defines."""
     if name not in method_names():
-        raise InputError(
-            f"method.name = {name!r} is unknown; allowed: {', '.join(method_names())}"
-        )
+        raise InputError(f"method.name = {name!r} is unknown; allowed: {', '.join(method_names())}")
     module = importlib.import_module(f"{methods.__name__}.{name}")
     found = [
         item

@@ -41,7 +41,7 @@ class LocalTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Tokenised examples. input_ids (n, max_length) int32, padded; lengths (n,); labels (n,) int64."""
+    """Tokenised examples: input_ids (n, max_length) int32, padded; lengths, labels (n,) int64."""
 
     input_ids: Tensor
     lengths: Tensor
@@ -101,6 +101,6 @@ def batches(
     left = settings.num_steps(len(shard))
     while left:
         passed = examples[torch.randperm(len(examples), generator=order)]
-        for index in passed.split(settings.batch_size)[:left]:
+        for index in torch.split(passed, settings.batch_size)[:left]:
             yield data.batch(index, device)
             left -= 1

@@ -65,7 +65,7 @@ def unpack(buffer: Tensor) -> list[Upload]:
     while start < data.size:
         if data.size - start < _HEADER.size:
             raise ValueError(f"packed uploads end inside a header, at byte {data.size}")
-        num_values, client_id, num_examples, num_bits, loss = _HEADER.unpack_from(data, start)
+        num_values, client_id, num_examples, num_bits, loss = _HEADER.unpack_from(data.data, start)
         end = start + message_bytes(num_values, num_bits)
         if end > data.size:
             raise ValueError(f"upload of client {client_id} needs {end} bytes of {data.size}")

@@ -159,7 +159,7 @@ class FedAra(Method):
         if self.votes(state):
             kept = self._arbitrate(state, vote_shares(uploads), mean_scores)  # (live triplets,)
             live = list(state.live_triplets.items())
-            for (name, _), keep in zip(live, kept.split([n for _, n in live]), strict=True):
+            for (name, _), keep in zip(live, torch.split(kept, [n for _, n in live]), strict=True):
                 rank_masks[name] = rank_masks[name].clone()
                 rank_masks[name][state.rank_masks[name]] = keep
                 rows[name][~rank_masks[name]] = 0
@@ -188,7 +188,7 @@ def vote_shares(uploads: Sequence[Upload]) -> Tensor:
 
 
 def orthogonality_penalty(model: nn.Module) -> Tensor:
-    """Sum over adapters of ||A A^T - I||_F^2 + ||B^T B - I||_F^2 (AdaLoRA, arXiv 2303.10512, eq. 4)."""
+    """Sum over adapters of ||A A^T - I||_F^2 + ||B^T B - I||_F^2 (arXiv 2303.10512, eq. 4)."""
     penalties = []
     for _, adapter in named_adapters(model):
         for part in ("A", "B") if adapter.num_live else ():

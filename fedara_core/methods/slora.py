@@ -1,7 +1,7 @@
 """SLoRA: "Federated Parameter Efficient Fine-Tuning of Language Models", arXiv 2308.06522.
 
-Stage 1, rounds 0 .. R1 - 1: sparse fine-tuning. A random weight_mask per layer, drawn from the seed
-    and fixed, says which weights train; only their changes travel (no indices).
+Stage 1, rounds 0 .. R1 - 1: sparse fine-tuning. A random weight_mask per layer, drawn from the
+    seed and fixed, says which weights train; only their changes travel (no indices).
 Stage 2, the rest: LoRA that starts from the SVD of the accumulated change Delta = U S V^T:
     A = sqrt(S_r / scale) V_r^T, B = U_r sqrt(S_r / scale), so that scale B A is Delta's best rank-r
     approximation. W0 stays W0.
@@ -14,7 +14,7 @@ Deviation: R1 is a fraction of all rounds (the paper stops stage 1 by a budget o
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ def num_sparse(shape: Shape, density: float) -> int:
     return max(1, round(density * shape[0] * shape[1]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def weight_mask(seed: int, density: float, name: str, shape: Shape) -> Tensor:
     """Sorted flat indices (nnz,) of the weights that stage 1 trains, from the seed alone."""
     drawn = torch.randperm(shape[0] * shape[1], generator=generator(seed, f"weight_mask:{name}"))

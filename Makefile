@@ -1,0 +1,42 @@
+# make help lists the targets.
+PYTHON ?= python3
+# On a machine with its own MPI: make .venv EXTRAS=demo,analysis,test
+EXTRAS ?= mpi,demo,analysis,test
+PROCESSES ?= 2
+RESULTS ?= results/quickstart
+
+BIN := .venv/bin
+# The environment's own mpiexec if it has one, else the machine's.
+MPIEXEC = $(if $(wildcard $(BIN)/mpiexec),$(BIN)/mpiexec,mpiexec)
+
+.PHONY: help run figures test lint format clean
+
+help:  ## this list
+	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+run: .venv  ## train head_only, LoRA, SLoRA and FedARA on 2 processes, then draw the comparison
+	$(MPIEXEC) -n $(PROCESSES) $(BIN)/fedara run bench/configs/quickstart.toml --results $(RESULTS)
+	$(BIN)/python -m analysis $(RESULTS)
+
+figures: .venv  ## draw figures and table again, from the records in RESULTS
+	$(BIN)/python -m analysis $(RESULTS)
+
+test: .venv  ## the whole test suite, MPI and torchrun included
+	$(BIN)/python -m pytest
+
+lint: .venv  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv: pyproject.toml constraints.txt  ## the environment, from constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	touch .venv
+
+clean:  ## remove the environment and caches; results stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

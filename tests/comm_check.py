@@ -1,0 +1,98 @@
+"""One process of test_comm.py: checks every collective and the byte counters, then prints OK."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from fedara_core.comm import Communicator, open_communicator
+
+# Bytes of each world_rank, taken modulo the length for more processes.
+SIZES = ((3, 0, 5, 1), (0, 0, 0, 0), (0, 9, 0, 0), (100_000, 1, 0, 7), (4, 4, 4, 4))
+
+
+def contents(world_rank: int, num_bytes: int) -> Tensor:
+    return ((torch.arange(num_bytes) * 31 + 17 * world_rank) % 256).to(torch.uint8)
+
+
+def moved(communicator: Communicator, action: object) -> tuple[int, int]:
+    """Bytes sent and received by action()."""
+    sent, received = communicator.traffic.sent, communicator.traffic.received
+    action()  # type: ignore[operator]
+    return communicator.traffic.sent - sent, communicator.traffic.received - received
+
+
+def expected_traffic(kind: str, sizes: list[int], world_rank: int) -> tuple[int, int]:
+    """By hand: an 8-byte count and the bytes to and from each other process; torch pads."""
+    others = len(sizes) - 1
+    if kind == "torch":
+        return ((max(sizes) + 8) * others,) * 2
+    mine = sizes[world_rank]
+    return (mine + 8) * others, sum(sizes) - mine + 8 * others
+
+
+def check_allgather(communicator: Communicator) -> None:
+    for case in SIZES:
+        sizes = [case[rank % len(case)] for rank in range(communicator.world_size)]
+        mine = contents(communicator.world_rank, sizes[communicator.world_rank])
+        gathered: list[Tensor] = []
+        traffic = moved(
+            communicator, lambda mine=mine: gathered.extend(communicator.allgather(mine))
+        )
+        assert len(gathered) == communicator.world_size
+        for rank, part in enumerate(gathered):
+            assert part.dtype == torch.uint8
+            assert torch.equal(part, contents(rank, sizes[rank])), (case, rank)
+        wanted = expected_traffic(communicator.kind, sizes, communicator.world_rank)
+        assert traffic == wanted, (case, traffic, wanted)
+    every_second = contents(communicator.world_rank, 20)[::2]  # not contiguous
+    for rank, part in enumerate(communicator.allgather(every_second)):
+        assert torch.equal(part, contents(rank, 20)[::2]), rank
+
+
+def check_allreduce(communicator: Communicator) -> None:
+    world_size = communicator.world_size
+    base = torch.arange(60, dtype=torch.float32).reshape(3, 20)
+    mine = base * (communicator.world_rank + 1)
+    kept = mine.clone()
+    results: list[Tensor] = []
+    traffic = moved(communicator, lambda: results.append(communicator.allreduce(mine)))
+    assert torch.equal(results[0], base * (world_size * (world_size + 1) // 2))
+    assert torch.equal(mine, kept)
+    # 60 floats; 2 (P-1)/P of 240 bytes: 0, 240, 320, 360.
+    assert traffic == ({1: 0, 2: 240, 3: 320, 4: 360}[world_size],) * 2, traffic
+
+
+def check_bytes(communicator: Communicator) -> None:
+    world_rank, world_size = communicator.world_rank, communicator.world_size
+    for data in (b"from 0", b""):
+        told = communicator.broadcast(data if world_rank == 0 else b"not mine to tell")
+        assert told == data, told
+    parts = communicator.gather_bytes(b"x" * world_rank)
+    assert parts == [b"x" * rank for rank in range(world_size)], parts
+
+
+def check_host(communicator: Communicator) -> None:
+    """All processes of the test are on one host."""
+    assert communicator.host_size == communicator.world_size
+    ranks = communicator.gather_bytes(str(communicator.host_rank).encode())
+    assert sorted(map(int, ranks)) == list(range(communicator.world_size)), ranks
+
+
+def main() -> None:
+    kind, world_size = sys.argv[1], int(sys.argv[2])
+    communicator = open_communicator("auto")
+    assert (communicator.kind, communicator.world_size) == (kind, world_size)
+    assert (communicator.library is None) == (kind == "serial")
+    check_allgather(communicator)
+    check_allreduce(communicator)
+    check_bytes(communicator)
+    check_host(communicator)
+    communicator.barrier()
+    communicator.close()
+    sys.stdout.write("OK\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

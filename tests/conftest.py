@@ -1,0 +1,95 @@
+"""Shared fixtures: one thread, no network, tiny jobs, and federated rounds in memory."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.config import load_runs
+from bench.meter import Meter
+from bench.rounds import Job, one_round, prepare
+from fedara_core.comm import Communicator
+from fedara_core.method import Client, ServerState
+from fedara_core.train import batches, start_client
+from fedara_core.wire import Upload
+
+torch.set_num_threads(1)
+
+TINY = Path(__file__).with_name("tiny.toml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One played round: the states around it and its record."""
+
+    before: ServerState
+    after: ServerState
+    row: dict[str, Any]
+
+
+def make_tiny_job(*overrides: str) -> Job:
+    """A fresh job of tests/tiny.toml with `section.key=value` overrides."""
+    (config,) = load_runs(TINY, list(overrides))
+    return prepare(config, Communicator())
+
+
+def play_rounds(
+    job: Job,
+    state: ServerState | None = None,
+    num_rounds: int | None = None,
+    communicator: Communicator | None = None,
+) -> list[Round]:
+    """Rounds from `state` (by default the first), all that are left or `num_rounds`; no files."""
+    state = job.state if state is None else state
+    last = state.num_rounds if num_rounds is None else state.round_index + num_rounds
+    meter = Meter(job.device)
+    played = []
+    while state.round_index < last:
+        after, row = one_round(job, state, communicator or Communicator(), meter)
+        played.append(Round(before=state, after=after, row=row))
+        state = after
+    return played
+
+
+def train_one_client(job: Job, state: ServerState, client_id: int) -> Upload:
+    """What one client uploads in the state's round, before it is packed."""
+    shard = job.shards[client_id]
+    client = Client(client_id=client_id, num_examples=len(shard), model=job.model)
+    job.method.download(job.model, state, client)
+    start_client(client, job.method, job.training, state)
+    for batch in batches(
+        job.train,
+        shard,
+        job.training,
+        seed=state.seed,
+        round_index=state.round_index,
+        client_id=client_id,
+        device=job.device,
+    ):
+        job.method.local_step(client, batch)
+    return job.method.upload(client, state)
+
+
+@pytest.fixture(scope="session")
+def tiny_job() -> Callable[..., Job]:
+    """tiny_job(*overrides) -> Job"""
+    return make_tiny_job
+
+
+@pytest.fixture(scope="session")
+def play() -> Callable[..., list[Round]]:
+    """play(job, state=None, num_rounds=None, communicator=None) -> list[Round]"""
+    return play_rounds
+
+
+@pytest.fixture(scope="session")
+def train_client() -> Callable[..., Upload]:
+    """train_client(job, state, client_id) -> Upload"""
+    return train_one_client

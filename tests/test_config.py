@@ -1,0 +1,298 @@
+"""Configs (overrides, sweeps, run ids), the files of a record, and checkpoints that are damaged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import TINY
+
+from bench.checkpoint import FILE, read_checkpoint, restore, save_checkpoint, write_atomically
+from bench.config import RunConfig, load_runs, parse_run
+from bench.record import Recorder
+from fedara_core.errors import InputError
+from fedara_core.method import AdapterConfig, ServerState
+
+# One other value for each key of a config but [system]; a new key needs a line here.
+OTHER_VALUES = {
+    "seed": "1",
+    "method.name": "lora",
+    "adapter.lora_rank": "3",
+    "adapter.lora_alpha": "5.0",
+    "adapter.targets": "['query']",
+    "model.name": "minilm",
+    "model.pooling": "model",
+    "model.max_length": "17",
+    "model.dropout": "0.2",
+    "dataset.name": "docstrings",
+    "dataset.text_column": "sentence",
+    "dataset.label_column": "topic",
+    "dataset.validation_fraction": "0.2",
+    "partition.scheme": "iid",
+    "partition.alpha": "0.6",
+    "partition.labels_per_client": "3",
+    "partition.min_examples": "2",
+    "federation.num_clients": "9",
+    "federation.cohort": "4",
+    "federation.num_rounds": "7",
+    "train.optimizer": "sgd",
+    "train.lr": "6e-3",
+    "train.weight_decay": "0.1",
+    "train.warmup_rounds": "1",
+    "train.max_grad_norm": "2.0",
+    "train.local_steps": "5",
+    "train.batch_size": "9",
+    "train.precision": "bf16",
+    "evaluate.every": "2",
+    "evaluate.split": "validation",
+    "evaluate.eval_examples": "50",
+    "evaluate.batch_size": "32",
+}
+
+
+def write(folder: Path, sweep: str = "", base: str | None = None) -> Path:
+    path = folder / "config.toml"
+    path.write_text((TINY.read_text() if base is None else base) + "\n" + sweep)
+    return path
+
+
+def only(path: Path, *overrides: str) -> RunConfig:
+    (config,) = load_runs(path, list(overrides))
+    return config
+
+
+def leaves(table: dict[str, Any], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for key, value in table.items():
+        keys |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return keys
+
+
+# ---- load_runs ----
+
+
+def test_a_file_is_read_and_the_rest_is_default() -> None:
+    config = only(TINY)
+    assert (config.method.name, config.seed) == ("fedara", 0)
+    assert (config.federation.cohort, config.train.lr) == (5, 5e-3)
+    assert (config.train.optimizer, config.partition.min_examples) == ("adamw", 1)
+
+
+def test_set_beats_the_file_and_the_last_set_wins() -> None:
+    config = only(TINY, "train.lr=1e-4", "federation.cohort=3", "federation.cohort = 2")
+    assert config.train.lr == 1e-4
+    assert config.federation.cohort == 2
+    assert config.federation.num_clients == 8  # its neighbours stay
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("adapter.targets=['query', 'key']", ["query", "key"]),
+        ("adapter.targets='query'", "query"),
+        ("adapter.targets=query", "query"),  # a bare word is a string
+    ],
+)
+def test_set_values_are_toml(text: str, value: Any) -> None:
+    assert only(TINY, text).adapter.targets == value
+
+
+def test_set_reaches_method_hyperparameters() -> None:
+    config = only(TINY, "method.final_budget=0.5", "method.module_pruning=false")
+    assert config.method.hyperparameters == {"final_budget": 0.5, "module_pruning": False}
+    assert config.run_id != only(TINY).run_id
+
+
+def test_sweep_is_points_times_grid_in_the_order_written(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[sweep]\n"train.lr" = [1e-3, 2e-3]\nseed = [7, 8]\n'
+        'points = [{ method.name = "lora" }, { federation.cohort = 2 }]\n',
+    )
+    found = [(c.method.name, c.federation.cohort, c.train.lr, c.seed) for c in load_runs(path, [])]
+    lrs_and_seeds = [(1e-3, 7), (1e-3, 8), (2e-3, 7), (2e-3, 8)]
+    assert found == [
+        (name, cohort, *pair)
+        for name, cohort in (("lora", 5), ("fedara", 2))
+        for pair in lrs_and_seeds
+    ]
+
+
+def test_equal_points_are_run_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "[sweep]\nseed = [3, 4, 3]\npoints = [{}, { seed = 4 }, {}]\n")
+    assert [config.seed for config in load_runs(path, [])] == [3, 4]
+
+
+def test_set_fixes_a_swept_key(tmp_path: Path) -> None:
+    path = write(tmp_path, '[sweep]\nseed = [1, 2]\n"train.lr" = [1e-3, 2e-3]\n')
+    configs = load_runs(path, ["train.lr=9e-3"])
+    assert [(config.seed, config.train.lr) for config in configs] == [(1, 9e-3), (2, 9e-3)]
+
+
+def test_set_fixes_a_key_of_the_points(tmp_path: Path) -> None:
+    path = write(tmp_path, "[sweep]\npoints = [{ seed = 1 }, { seed = 2 }]\n")
+    assert [config.seed for config in load_runs(path, ["seed=5"])] == [5]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ("[sweep]\nseed = 3", ["sweep.seed", "3", "list"]),
+        ("[sweep]\nseed = []", ["sweep.seed", "[]", "list"]),
+        ("[sweep]\nmethod.name = ['lora']", ["sweep.method", "list"]),  # the key needs quotes
+        ("[sweep]\nsede = [1]", ["unknown key sede", "seed"]),
+        ("[sweep]\npoints = 3", ["sweep.points", "3"]),
+        ("[sweep]\npoints = [3]", ["sweep.points", "3"]),
+        ("[sweep]\npoints = []", ["sweep.points", "[]"]),
+    ],
+)
+def test_a_wrong_sweep_is_refused(sweep: str, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_runs(write(tmp_path, sweep), [])
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# ---- run_id ----
+
+
+def test_the_same_config_has_the_same_id() -> None:
+    config = only(TINY)
+    assert only(TINY).run_id == config.run_id
+    assert parse_run(config.model_dump()).run_id == config.run_id
+    assert RunConfig.model_validate_json(config.model_dump_json()).run_id == config.run_id
+    # A default that is written down, and an integer for a float, say the same.
+    assert only(TINY, "train.weight_decay=0.0", "adapter.lora_alpha=4").run_id == config.run_id
+    assert config.run_id.startswith("toy-fedara-seed0-")
+
+
+@pytest.mark.parametrize("text", ["system.threads=2", "system.device=auto"])
+def test_where_it_runs_does_not_change_the_id(text: str) -> None:
+    config = only(TINY, text)
+    assert config.system != only(TINY).system
+    assert config.run_id == only(TINY).run_id
+
+
+def test_there_is_another_value_for_every_key() -> None:
+    keys = leaves(only(TINY).model_dump(exclude={"system"}))
+    assert keys - {"train.local_epochs"} == set(OTHER_VALUES)
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_any_other_key_changes_the_id(key: str) -> None:
+    config = only(TINY, f"{key}={OTHER_VALUES[key]}")
+    assert config.config_hash != only(TINY).config_hash
+    assert config.run_id != only(TINY).run_id
+
+
+def test_local_epochs_changes_the_id(tmp_path: Path) -> None:
+    base = TINY.read_text().replace("local_steps = 4", "local_epochs = 4")
+    assert only(write(tmp_path, base=base)).run_id != only(TINY).run_id
+
+
+# ---- the record ----
+
+
+def row(round_index: int) -> dict[str, Any]:
+    return {"round_index": round_index, "seconds": {"total": 0.5}}
+
+
+def test_recorder_drops_a_torn_last_line(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, only(TINY))
+    assert recorder.rounds() == []
+    recorder.start({"schema_version": 1}, [], [])
+    recorder.add_round(row(0))
+    recorder.add_round(row(1))
+    path = recorder.run_dir / "rounds.jsonl"
+    whole = path.read_bytes()
+    line = (json.dumps(row(2)) + "\n").encode()
+    for cut in range(1, len(line)):  # a line without its newline is torn, too
+        path.write_bytes(whole + line[:cut])
+        assert recorder.rounds() == [row(0), row(1)], cut
+    path.write_bytes(whole + line)
+    assert recorder.rounds() == [row(0), row(1), row(2)]
+
+
+def test_start_keeps_the_given_rounds_only(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, only(TINY))
+    recorder.start({}, [], [])
+    for round_index in range(3):
+        recorder.add_round(row(round_index))
+    recorder.start({}, [], recorder.rounds()[:1])
+    recorder.add_round(row(1))
+    assert recorder.rounds() == [row(0), row(1)]
+
+
+def test_done_is_written_by_finish_which_drops_the_checkpoint(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, only(TINY))
+    recorder.start({"schema_version": 1}, [], [])
+    recorder.add_round(row(0))
+    recorder.add_round(row(1))
+    save_checkpoint(recorder.run_dir, state(2))
+    assert not recorder.done
+    recorder.finish()
+    assert recorder.done
+    assert {path.name for path in recorder.run_dir.iterdir()} == {
+        *("run.json", "partition.json", "rounds.jsonl", "DONE")
+    }
+    facts = json.loads((recorder.run_dir / "run.json").read_text())
+    assert (facts["schema_version"], facts["total_seconds"]) == (1, 1.0)
+
+
+def test_write_atomically_leaves_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    (tmp_path / "file.part").write_bytes(b"what a killed process left, and longer")
+    for data in (b"old", b"new"):
+        write_atomically(path, data)
+        assert path.read_bytes() == data
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_atomically_keeps_the_old_file_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    seen = []
+
+    def look(descriptor: int) -> None:
+        seen.append((path.read_bytes(), path.with_name("file.part").read_bytes()))
+
+    monkeypatch.setattr("os.fsync", look)
+    write_atomically(path, b"new")
+    assert seen == [(b"old", b"new")]
+    assert path.read_bytes() == b"new"
+
+
+# ---- checkpoints ----
+
+
+def state(round_index: int, fill: float = 1.0) -> ServerState:
+    adapter = AdapterConfig(lora_rank=2, lora_alpha=2.0, shapes={"layer": (3, 4)})
+    return ServerState(
+        adapter=adapter,
+        seed=0,
+        num_rounds=5,
+        rows={"layer": torch.full((2, 8), fill)},
+        rank_masks={"layer": torch.tensor([True, False])},
+        head={"head.weight": torch.arange(6.0).reshape(2, 3)},
+        round_index=round_index,
+    )
+
+
+def test_a_checkpoint_gives_back_the_same_bits(tmp_path: Path) -> None:
+    assert read_checkpoint(tmp_path) == b""
+    save_checkpoint(tmp_path, state(1))
+    save_checkpoint(tmp_path, state(3, fill=0.1))
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    found = restore(state(0), read_checkpoint(tmp_path))
+    assert found.round_index == 3
+    assert found.digest() == state(3, fill=0.1).digest() != state(0).digest()
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state(1))
+    data = read_checkpoint(tmp_path)
+    for length in (1, 7, 8, 20, len(data) // 2, len(data) - 1):
+        with pytest.raises(InputError, match=r"checkpoint\.safetensors is damaged .* allowed"):
+            restore(state(0), data[:length])

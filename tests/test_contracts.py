@@ -1,0 +1,247 @@
+"""What every method owes: these tests take in a new file of fedara_core/methods without an edit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench.checkpoint import read_checkpoint, restore, save_checkpoint
+from bench.rounds import Job, draw_cohort, place
+from fedara_core.adapters import named_adapters
+from fedara_core.comm import Communicator
+from fedara_core.method import Method, ServerState, load_method, method_names
+from fedara_core.wire import Upload, pack, unpack
+
+SETTINGS = ("train.local_steps=2",)
+NUM_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Complete:
+    """A whole run twice: by hand with every upload kept, and through bench.rounds."""
+
+    name: str
+    states: list[ServerState]  # before each round by hand, and the last
+    uploads: list[list[Upload]]  # of each round, not packed
+    job: Job  # the second run's
+    frozen: dict[str, Tensor]  # its frozen weights before training
+    rounds: list[Any]  # conftest.Round
+
+
+@pytest.fixture(scope="module", params=method_names())
+def complete(
+    request: pytest.FixtureRequest,
+    tiny_job: Callable[..., Job],
+    play: Callable[..., list[Any]],
+    train_client: Callable[..., Upload],
+) -> Complete:
+    overrides = (f"method.name={request.param}", *SETTINGS)
+    job = tiny_job(*overrides)
+    states, uploads = [job.state], []
+    for round_index in range(NUM_ROUNDS):
+        cohort = draw_cohort(job, round_index)
+        uploads.append([train_client(job, states[-1], client_id) for client_id in cohort])
+        states.append(job.method.aggregate(states[-1], uploads[-1]))
+    again = tiny_job(*overrides)
+    frozen = {k: t.clone() for k, t in _frozen(again).items()}
+    return Complete(request.param, states, uploads, again, frozen, play(again))
+
+
+def test_names_its_class() -> None:
+    assert {"fedara", "lora", "slora", "head_only"} <= set(method_names())
+    assert all(issubclass(load_method(name), Method) for name in method_names())
+
+
+def test_two_fresh_runs_give_the_same_bits(complete: Complete) -> None:
+    digests = [state.digest() for state in complete.states[1:]]
+    assert digests == [played.row["state_digest"] for played in complete.rounds]
+    assert len({complete.states[0].digest(), *digests}) == NUM_ROUNDS + 1  # every round moves it
+
+
+def test_another_seed_gives_other_bits(
+    complete: Complete, tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
+) -> None:
+    (other,) = play(tiny_job(f"method.name={complete.name}", *SETTINGS, "seed=1"), num_rounds=1)
+    assert other.before.digest() != complete.states[0].digest()
+    assert other.after.digest() != complete.states[1].digest()
+
+
+def test_uploads_survive_packing(complete: Complete) -> None:
+    for sent in complete.uploads:
+        packed = pack(sent)
+        received = unpack(packed)
+        assert packed.dtype == torch.uint8
+        assert len(received) == len(sent)
+        for ours, theirs in zip(sent, received, strict=True):
+            assert theirs.client_id == ours.client_id
+            assert theirs.num_examples == ours.num_examples
+            assert theirs.train_loss == np.float32(ours.train_loss)
+            assert ours.values.dtype == theirs.values.dtype == torch.float32
+            assert torch.equal(_bits(theirs.values), _bits(ours.values))
+            assert torch.equal(theirs.bits, ours.bits)
+
+
+def test_uplink_bytes_are_the_packed_uploads(complete: Complete) -> None:
+    for sent, played in zip(complete.uploads, complete.rounds, strict=True):
+        assert [upload.num_bytes for upload in sent] == [len(pack([upload])) for upload in sent]
+        assert played.row["cohort"] == [upload.client_id for upload in sent]
+        assert played.row["uplink_bytes"] == len(pack(sent))
+
+
+def test_downlink_bytes_are_a_packed_state(complete: Complete) -> None:
+    """Live rows and head; and the masks, one bit a triplet, where the method prunes at all."""
+    prunes = not all(mask.all() for mask in complete.states[-1].rank_masks.values())
+    for played in complete.rounds:
+        state = played.before
+        masks = {name: state.rank_masks[name] for name in sorted(state.rank_masks)}
+        live = [state.rows[name][mask].reshape(-1) for name, mask in masks.items()]
+        head = [tensor.reshape(-1) for tensor in state.head.values()]
+        message = Upload(
+            client_id=0,
+            num_examples=0,
+            train_loss=0.0,
+            values=torch.cat([*live, *head]),
+            bits=torch.cat(list(masks.values())) if prunes else torch.zeros(0, dtype=torch.bool),
+        )
+        assert played.row["downlink_bytes"] == len(played.row["cohort"]) * len(pack([message]))
+
+
+def test_aggregate_is_pure(complete: Complete) -> None:
+    for state, sent in zip(complete.states, complete.uploads, strict=False):
+        state_before, sent_before = state.digest(), pack(sent)
+        first = complete.job.method.aggregate(state, sent)
+        second = complete.job.method.aggregate(state, sent)
+        assert first.digest() == second.digest()
+        assert first.round_index == second.round_index == state.round_index + 1
+        assert state.digest() == state_before
+        assert torch.equal(pack(sent), sent_before)
+
+
+def test_the_base_weights_stay_frozen(complete: Complete) -> None:
+    after = _frozen(complete.job)
+    assert {f"{name}.base.weight" for name, _ in named_adapters(complete.job.model)} <= set(after)
+    assert after.keys() == complete.frozen.keys()
+    for name, tensor in complete.frozen.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def test_the_head_is_in_every_upload(complete: Complete) -> None:
+    for state, sent in zip(complete.states, complete.uploads, strict=False):
+        num_head = sum(tensor.numel() for tensor in state.head.values())
+        assert num_head == 4 * 32 + 4
+        assert all(upload.values.numel() >= num_head for upload in sent)
+
+
+def test_the_head_is_averaged_by_num_examples(complete: Complete) -> None:
+    state = complete.states[0]
+    first, second = complete.uploads[0][:2]
+    assert first.num_examples != second.num_examples
+    num_rows = sum(rows.numel() for rows in state.rows.values())  # all live in round 0
+    bias, weight = slice(num_rows, num_rows + 4), slice(num_rows + 4, num_rows + 4 + 4 * 32)
+    head = complete.job.method.aggregate(state, [first, second]).head
+    share = first.num_examples / (first.num_examples + second.num_examples)
+    for name, part in {"classifier.bias": bias, "classifier.weight": weight}.items():
+        assert not torch.equal(first.values[part], second.values[part])
+        mean = share * first.values[part].double() + (1 - share) * second.values[part].double()
+        torch.testing.assert_close(head[name].reshape(-1).double(), mean, rtol=0, atol=1e-7)
+
+
+def test_it_learns(
+    complete: Complete, tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
+) -> None:
+    job = tiny_job(
+        f"method.name={complete.name}",
+        *("partition.scheme=iid", "train.lr=2e-2", "train.local_steps=10", "evaluate.every=100"),
+    )
+    rounds = play(job)
+    losses = [played.row["train_loss"] for played in rounds]
+    assert losses[-1] < 0.8 * losses[0]
+    assert rounds[-1].row["accuracy"] > 0.55  # chance is 0.25
+    first, last = rounds[0].before.rows, rounds[-1].after.rows
+    live = [name for name, mask in rounds[-1].after.rank_masks.items() if mask.any()]
+    moved = [name for name in live if not torch.equal(first.get(name), last[name])]
+    assert moved == live
+
+
+def test_a_run_resumes_with_the_same_bits(
+    complete: Complete,
+    tmp_path: Path,
+    tiny_job: Callable[..., Job],
+    play: Callable[..., list[Any]],
+) -> None:
+    save_checkpoint(tmp_path, complete.states[3])
+    job = tiny_job(f"method.name={complete.name}", *SETTINGS)
+    resumed = restore(job.state, read_checkpoint(tmp_path))
+    assert resumed.round_index == 3
+    assert resumed.digest() == complete.states[3].digest()
+    rest = play(job, resumed)
+    assert [p.row["state_digest"] for p in rest] == [
+        p.row["state_digest"] for p in complete.rounds[3:]
+    ]
+    assert [p.row["uplink_bytes"] for p in rest] == [
+        p.row["uplink_bytes"] for p in complete.rounds[3:]
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_the_number_of_processes_changes_nothing(
+    complete: Complete,
+    world_size: int,
+    tiny_job: Callable[..., Job],
+    play: Callable[..., list[Any]],
+) -> None:
+    """Each process has a model of its own and its own clients; 7 processes leave some idle."""
+    overrides = (f"method.name={complete.name}", *SETTINGS, "evaluate.every=100")
+    for round_index in (0, 3):
+        state = complete.states[round_index]
+        sent = []
+        for world_rank in range(world_size):
+            with pytest.raises(_SentError) as stopped:
+                play(tiny_job(*overrides), state, 1, _OneOf(world_rank, world_size))
+            sent.append(stopped.value.buffer)
+        placed = place(complete.job, draw_cohort(complete.job, round_index), world_size)
+        assert [[u.client_id for u in unpack(buffer)] for buffer in sent] == placed
+        last = world_size - 1
+        process = _OneOf(last, world_size, sent)
+        (played,) = play(tiny_job(*overrides), state, 1, process)
+        assert played.row["state_digest"] == complete.states[round_index + 1].digest()
+        assert played.row["uplink_bytes"] == complete.rounds[round_index].row["uplink_bytes"]
+
+
+class _SentError(Exception):
+    """Carries what a process handed to the exchange."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.buffer = buffer
+
+
+class _OneOf(Communicator):
+    """One of several processes that run one after another: it stops at the exchange, or goes on
+    with what all of them sent."""
+
+    def __init__(self, world_rank: int, world_size: int, sent: list[Tensor] | None = None) -> None:
+        super().__init__()
+        self.world_rank, self.world_size = world_rank, world_size
+        self.sent = sent
+
+    def allgather(self, buffer: Tensor) -> list[Tensor]:
+        if self.sent is None:
+            raise _SentError(buffer)
+        assert torch.equal(buffer, self.sent[self.world_rank])
+        return self.sent
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int32)
+
+
+def _frozen(job: Job) -> dict[str, Tensor]:
+    """What does not train: the base weights and the buffers."""
+    weights = {k: p.detach() for k, p in job.model.named_parameters() if not p.requires_grad}
+    return weights | dict(job.model.named_buffers())

@@ -1,0 +1,74 @@
+"""A process that fails ends the whole job soon and loudly, and the run can go on afterwards."""
+
+import re
+from pathlib import Path
+
+import pytest
+from launch import TINY, Finished, fedara_here, launch, rounds_of
+
+FAULT_JOB = Path(__file__).with_name("fault_job.py")
+CONFIG = ("run", TINY, "--set", "federation.num_rounds=3", "--set", "train.local_steps=2")
+LIMIT_SECONDS = 10
+
+
+@pytest.fixture(scope="module")
+def digests(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The state digests of the rounds of the run without a fault."""
+    results = tmp_path_factory.mktemp("whole")
+    assert fedara_here(*CONFIG, "--results", results).code == 0
+    return digests_in(results)
+
+
+def digests_in(results: Path) -> list[str]:
+    (run_dir,) = results.iterdir()
+    rows = rounds_of(run_dir)
+    assert [row["round_index"] for row in rows] == list(range(len(rows)))
+    return [row["state_digest"] for row in rows]
+
+
+def job_with_fault(
+    launcher: str, world_size: int, kind: str, world_rank: int, folder: Path
+) -> Finished:
+    """Run the job; checks how soon it ended, with which code, and what it left on disk."""
+    stamp, results = folder / "stamp", folder / "results"
+    words = (FAULT_JOB, kind, world_rank, stamp, results, *CONFIG, "--results", results)
+    job = launch(launcher, world_size, *words)
+    assert stamp.exists(), job.err
+    assert job.end_time - float(stamp.read_text()) < LIMIT_SECONDS
+    assert job.code != 0
+    (run_dir,) = results.iterdir()
+    assert (run_dir / "run.json").exists()
+    assert not (run_dir / "DONE").exists()
+    return job
+
+
+def check_rerun(folder: Path, digests: list[str]) -> None:
+    """The round before the fault is there, and a rerun completes the run with the same bits."""
+    results = folder / "results"
+    assert digests_in(results) == digests[:1]
+    assert fedara_here(*CONFIG, "--results", results).code == 0
+    assert digests_in(results) == digests
+    (run_dir,) = results.iterdir()
+    assert (run_dir / "DONE").exists()
+
+
+@pytest.mark.parametrize(("launcher", "world_size", "world_rank"), [("mpi", 3, 1), ("torch", 2, 0)])
+def test_an_exception_ends_the_job(
+    launcher: str, world_size: int, world_rank: int, tmp_path: Path, digests: list[str]
+) -> None:
+    job = job_with_fault(launcher, world_size, "raise", world_rank, tmp_path)
+    assert f"world_rank {world_rank} failed" in job.err
+    assert "Traceback (most recent call last)" in job.err
+    assert "RuntimeError: injected" in job.err
+    assert not job.refusals
+    check_rerun(tmp_path, digests)
+
+
+@pytest.mark.parametrize(("launcher", "world_size", "world_rank"), [("mpi", 3, 2), ("torch", 2, 1)])
+def test_a_lost_process_ends_the_job(
+    launcher: str, world_size: int, world_rank: int, tmp_path: Path, digests: list[str]
+) -> None:
+    job = job_with_fault(launcher, world_size, "sigkill", world_rank, tmp_path)
+    # MPICH says it on stdout, Open MPI and torchrun on stderr.
+    assert re.search(r"signal:? 9|SIGKILL", job.out + job.err, re.IGNORECASE), job.out + job.err
+    check_rerun(tmp_path, digests)

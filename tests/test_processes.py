@@ -1,0 +1,181 @@
+"""The determinism contract: the same rounds for any number of processes, back end and interruption."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import CLI, TINY, Finished, Launched, fedara_here, launch, rounds_of, wait_for
+
+from bench.config import RunConfig, load_runs
+from fedara_core.method import method_names
+
+# What may not depend on where the clients ran.
+SAME = (
+    *("round_index", "cohort", "train_loss", "accuracy", "macro_f1", "test_loss"),
+    *("uplink_bytes", "downlink_bytes", "live_triplets", "state_digest"),
+)
+COHORT, SMALL_COHORT, NUM_ROUNDS = 5, 2, 6
+FEDARA = ("--set", "method.name=fedara")  # leaves fedara with both cohorts of the points
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny.toml with a point for each method, and one with a cohort of 2: one start-up for all."""
+    points = [f'{{ method.name = "{name}" }}' for name in method_names()]
+    points.append(f'{{ method.name = "fedara", federation.cohort = {SMALL_COHORT} }}')
+    text = TINY.read_text().replace("local_steps = 4", "local_steps = 2")
+    path = tmp_path_factory.mktemp("config") / "all.toml"
+    path.write_text(f"{text}\n[sweep]\npoints = [{', '.join(points)}]\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """The results folder of all points on one plain process."""
+    results = tmp_path_factory.mktemp("plain")
+    job = launch("plain", 1, *CLI, config_file, "--results", results)
+    assert job.code == 0, job.err
+    return results, job
+
+
+def fedara_config(config_file: Path) -> RunConfig:
+    """The fedara point with the cohort of 5."""
+    return load_runs(config_file, ["method.name=fedara"])[0]
+
+
+def compared(run_dir: Path) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in SAME} for row in rounds_of(run_dir)]
+
+
+def run_facts(run_dir: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return facts
+
+
+def wire_bytes_by_hand(kind: str, world_size: int, uplink_bytes: int, cohort: int) -> int:
+    """All processes' bytes of one exchange of equal messages."""
+    if kind == "torch":  # padded to the process with most clients
+        longest = uplink_bytes // cohort * -(-cohort // world_size)
+        return world_size * (world_size - 1) * (longest + 8)
+    return (world_size - 1) * (uplink_bytes + 8 * world_size)
+
+
+def test_the_reference_is_worth_comparing_with(
+    reference: tuple[Path, Finished], config_file: Path
+) -> None:
+    results, _ = reference
+    configs = load_runs(config_file, [])
+    assert len(configs) == len(method_names()) + 1
+    assert {path.name for path in results.iterdir()} == {config.run_id for config in configs}
+    for config in configs:
+        rows = rounds_of(results / config.run_id)
+        assert [row["round_index"] for row in rows] == list(range(NUM_ROUNDS))
+        assert len({row["state_digest"] for row in rows}) == NUM_ROUNDS
+        assert all(row["wire_bytes_sent"] == row["wire_bytes_received"] == 0 for row in rows)
+        assert run_facts(results / config.run_id)["world_size"] == 1
+    live = [row["live_triplets"] for row in rounds_of(results / fedara_config(config_file).run_id)]
+    assert live[-1] < live[0]  # pruning happened
+
+
+@pytest.mark.parametrize(
+    ("launcher", "world_size", "options"),
+    [
+        ("mpi", 1, FEDARA),
+        ("mpi", 2, FEDARA),
+        ("mpi", 3, ()),
+        ("mpi", 4, FEDARA),
+        ("torch", 2, ()),
+        ("torch", 3, FEDARA),
+    ],
+)
+def test_same_bits_on_any_processes(
+    launcher: str,
+    world_size: int,
+    options: tuple[str, ...],
+    reference: tuple[Path, Finished],
+    config_file: Path,
+    tmp_path: Path,
+) -> None:
+    job = launch(launcher, world_size, *CLI, config_file, "--results", tmp_path, *options)
+    assert job.code == 0, job.err
+    configs = load_runs(config_file, [word for word in options if "=" in word])
+    assert {path.name for path in tmp_path.iterdir()} == {config.run_id for config in configs}
+    for config in configs:
+        run_dir, cohort = tmp_path / config.run_id, config.federation.cohort
+        assert (run_dir / "DONE").exists()
+        assert compared(run_dir) == compared(reference[0] / config.run_id), config.run_id
+        facts = run_facts(run_dir)
+        assert (facts["comm"], facts["world_size"]) == (launcher, world_size)
+        assert [entry["world_rank"] for entry in facts["processes"]] == list(range(world_size))
+        for row in rounds_of(run_dir):
+            wanted = wire_bytes_by_hand(launcher, world_size, row["uplink_bytes"], cohort)
+            assert row["wire_bytes_sent"] == row["wire_bytes_received"] == wanted
+    # Of the points only the small cohort is smaller than some jobs.
+    idle = f"{world_size} processes share a cohort of {SMALL_COHORT}: {world_size - SMALL_COHORT} "
+    assert job.out.count(idle) == (world_size > SMALL_COHORT)
+    assert f"share a cohort of {COHORT}" not in job.out
+
+
+def test_serial_under_mpiexec_is_refused(config_file: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    job = launch("mpi", 2, *CLI, config_file, "--results", results, "--comm", "serial")
+    assert job.code == 2
+    assert job.refusals
+    assert all("--comm serial" in line and "2 processes" in line for line in job.refusals)
+    assert "Traceback" not in job.err
+    assert not results.exists()
+
+
+def test_a_killed_run_goes_on_with_other_processes(
+    reference: tuple[Path, Finished], config_file: Path, tmp_path: Path
+) -> None:
+    config = fedara_config(config_file)
+    run_dir = tmp_path / config.run_id
+    words = (*CLI, config_file, "--results", tmp_path, *FEDARA)
+    words = (*words, "--set", f"federation.cohort={COHORT}")
+
+    def num_lines() -> int:
+        path = run_dir / "rounds.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    job = Launched("mpi", 2, *words)
+    try:
+        wait_for(lambda: num_lines() >= 2 or not job.running, "two recorded rounds")
+    finally:
+        job.kill()
+    recorded = num_lines()
+    assert 2 <= recorded < NUM_ROUNDS
+    assert not (run_dir / "DONE").exists()
+    with (run_dir / "rounds.jsonl").open("a") as file:
+        file.write('{"round_index": 99, "torn')  # what a write that was cut short leaves
+
+    assert launch("mpi", 3, *words).code == 0
+    assert (run_dir / "DONE").exists()
+    assert not (run_dir / "checkpoint.safetensors").exists()
+    assert compared(run_dir) == compared(reference[0] / config.run_id)
+    assert run_facts(run_dir)["world_size"] == 3
+    # One round at most was done twice: the first ones were kept, not computed again.
+    sent = [row["wire_bytes_sent"] for row in rounds_of(run_dir)]
+    uplink = [row["uplink_bytes"] for row in rounds_of(run_dir)]
+    by_two = [wire_bytes_by_hand("mpi", 2, n, COHORT) for n in uplink]
+    assert sent[: recorded - 1] == by_two[: recorded - 1]
+    assert sent[-1] == wire_bytes_by_hand("mpi", 3, uplink[-1], COHORT)
+
+
+def test_finished_runs_are_skipped_and_left_alone(
+    reference: tuple[Path, Finished], config_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reference[0], tmp_path, dirs_exist_ok=True)
+
+    def files() -> dict[str, tuple[int, bytes]]:
+        paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+    before = files()
+    job = fedara_here("run", config_file, "--results", tmp_path)
+    assert job.code == 0
+    assert job.out.count("finished earlier, skipped") == len(method_names()) + 1
+    assert len(before) == 4 * (len(method_names()) + 1)
+    assert files() == before

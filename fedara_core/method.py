@@ -238,17 +238,12 @@ def make_upload(client: Client, values: Tensor, bits: Tensor | None = None) -> U
     )
 
 
-def weights(uploads: Sequence[Upload]) -> list[float]:
-    """FedAvg's p_k = n_k / sum n."""
-    total = sum(upload.num_examples for upload in uploads)
-    return [upload.num_examples / total for upload in uploads]
-
-
 def weighted_mean(uploads: Sequence[Upload]) -> Tensor:
-    """sum_k p_k values_k, added in the given order in float64; float32 out."""
+    """FedAvg's sum_k p_k values_k, p_k = n_k / sum n, added in order in float64; float32 out."""
+    num_examples = sum(upload.num_examples for upload in uploads)
     total = torch.zeros(uploads[0].values.numel(), dtype=torch.float64)
-    for upload, weight in zip(uploads, weights(uploads), strict=True):
-        total += upload.values.double() * weight
+    for upload in uploads:
+        total += upload.values.double() * (upload.num_examples / num_examples)
     return total.float()
 
 

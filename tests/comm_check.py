@@ -1,11 +1,19 @@
 """One process of test_comm.py: checks every collective and the byte counters, then prints OK."""
 
+import importlib
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedara_core.comm import Communicator, open_communicator
+
+T = TypeVar("T")
 
 # Bytes of each world_rank, taken modulo the length for more processes.
 SIZES = ((3, 0, 5, 1), (0, 0, 0, 0), (0, 9, 0, 0), (100_000, 1, 0, 7), (4, 4, 4, 4))
@@ -15,11 +23,11 @@ def contents(world_rank: int, num_bytes: int) -> Tensor:
     return ((torch.arange(num_bytes) * 31 + 17 * world_rank) % 256).to(torch.uint8)
 
 
-def moved(communicator: Communicator, action: object) -> tuple[int, int]:
-    """Bytes sent and received by action()."""
+def moved(communicator: Communicator, action: Callable[[], T]) -> tuple[T, tuple[int, int]]:
+    """What action() returns, and the bytes that it sent and received."""
     sent, received = communicator.traffic.sent, communicator.traffic.received
-    action()  # type: ignore[operator]
-    return communicator.traffic.sent - sent, communicator.traffic.received - received
+    result = action()
+    return result, (communicator.traffic.sent - sent, communicator.traffic.received - received)
 
 
 def expected_traffic(kind: str, sizes: list[int], world_rank: int) -> tuple[int, int]:
@@ -35,10 +43,7 @@ def check_allgather(communicator: Communicator) -> None:
     for case in SIZES:
         sizes = [case[rank % len(case)] for rank in range(communicator.world_size)]
         mine = contents(communicator.world_rank, sizes[communicator.world_rank])
-        gathered: list[Tensor] = []
-        traffic = moved(
-            communicator, lambda mine=mine: gathered.extend(communicator.allgather(mine))
-        )
+        gathered, traffic = moved(communicator, partial(communicator.allgather, mine))
         assert len(gathered) == communicator.world_size
         for rank, part in enumerate(gathered):
             assert part.dtype == torch.uint8
@@ -55,9 +60,8 @@ def check_allreduce(communicator: Communicator) -> None:
     base = torch.arange(60, dtype=torch.float32).reshape(3, 20)
     mine = base * (communicator.world_rank + 1)
     kept = mine.clone()
-    results: list[Tensor] = []
-    traffic = moved(communicator, lambda: results.append(communicator.allreduce(mine)))
-    assert torch.equal(results[0], base * (world_size * (world_size + 1) // 2))
+    result, traffic = moved(communicator, partial(communicator.allreduce, mine))
+    assert torch.equal(result, base * (world_size * (world_size + 1) // 2))
     assert torch.equal(mine, kept)
     # 60 floats; 2 (P-1)/P of 240 bytes: 0, 240, 320, 360.
     assert traffic == ({1: 0, 2: 240, 3: 320, 4: 360}[world_size],) * 2, traffic
@@ -79,6 +83,26 @@ def check_host(communicator: Communicator) -> None:
     assert sorted(map(int, ranks)) == list(range(communicator.world_size)), ranks
 
 
+def check_close(communicator: Communicator) -> None:
+    """A thread of gloo that outlives close() aborts the exiting process now and then.
+
+    transformers imports this module, whose functions keep a process group that exists by then.
+    """
+    importlib.import_module("torch.distributed.nn.functional")
+    is_gloo = communicator.library == "gloo"
+    assert not is_gloo or gloo_threads()  # the names are still what they were
+    communicator.close()
+    end = time.monotonic() + 5
+    while gloo_threads() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not gloo_threads(), gloo_threads()
+
+
+def gloo_threads() -> list[str]:
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def main() -> None:
     kind, world_size = sys.argv[1], int(sys.argv[2])
     communicator = open_communicator("auto")
@@ -89,7 +113,7 @@ def main() -> None:
     check_bytes(communicator)
     check_host(communicator)
     communicator.barrier()
-    communicator.close()
+    check_close(communicator)
     sys.stdout.write("OK\n")
     sys.stdout.flush()
 

@@ -1,6 +1,7 @@
-"""The real command line with a fault in one process: fault_job.py KIND WORLD_RANK STAMP RESULTS ARGS.
+"""The real command line with a fault in one process.
 
-KIND is raise or sigkill; the fault comes in round 1, and STAMP gets the time of it.
+fault_job.py KIND WORLD_RANK STAMP RESULTS ARGS: KIND is raise or sigkill; the
+fault comes in round 1, and STAMP gets the time of it.
 """
 
 import os

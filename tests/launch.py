@@ -1,4 +1,4 @@
-"""Starts the command line: in this process, plainly, under mpiexec, under torchrun; never unlimited."""
+"""Starts the command line, here or under mpiexec or torchrun, and never without a limit."""
 
 import contextlib
 import io
@@ -51,7 +51,7 @@ class Finished:
 
 
 def tool(name: str) -> str:
-    """mpiexec or torchrun: next to this Python, else on PATH; skips the test where there is none."""
+    """mpiexec or torchrun, next to this Python or on PATH; skips the test where there is none."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is neither next to {sys.executable} nor on PATH")
@@ -122,7 +122,7 @@ class Launched:
         return Finished(code=code, out=out, err=err, end_time=end_time)
 
     def kill(self) -> None:
-        """SIGKILL to the launcher and all its descendants (MPICH puts each into its own session)."""
+        """SIGKILL to the launcher and all below it (MPICH puts each into a session of its own)."""
         pids = [*descendants(self._process.pid), self._process.pid]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The wire format: round trips, the layout byte by byte, lengths, and buffers that are cut short."""
+"""The wire format: round trips, the layout byte by byte, lengths, and buffers cut short."""
 
 import struct
 

@@ -41,7 +41,6 @@ from fedara_core.method import (
     split_values,
     start_state,
     weighted_mean,
-    weights,
     write_head,
 )
 from fedara_core.methods.lora import lora_rows
@@ -180,11 +179,14 @@ class FedAra(Method):
 
 
 def vote_shares(uploads: Sequence[Upload]) -> Tensor:
-    """share[i] = sum_k p_k m_k[i] over the cohort, in client_id order: (live triplets,) float64."""
-    shares = torch.zeros(uploads[0].bits.numel(), dtype=torch.float64)
-    for upload, weight in zip(uploads, weights(uploads), strict=True):
-        shares += upload.bits.double() * weight
-    return shares
+    """share[i] = sum_k n_k m_k[i] / sum_k n_k over the cohort: (live triplets,) float64.
+
+    Whole numbers are added and divided once, so that half of the examples are exactly 0.5.
+    """
+    votes = torch.zeros(uploads[0].bits.numel(), dtype=torch.float64)
+    for upload in uploads:
+        votes += upload.bits.double() * upload.num_examples
+    return votes / sum(upload.num_examples for upload in uploads)
 
 
 def orthogonality_penalty(model: nn.Module) -> Tensor:

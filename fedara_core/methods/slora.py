@@ -3,8 +3,8 @@
 Stage 1, rounds 0 .. R1 - 1: sparse fine-tuning. A random weight_mask per layer, drawn from the
     seed and fixed, says which weights train; only their changes travel (no indices).
 Stage 2, the rest: LoRA that starts from the SVD of the accumulated change Delta = U S V^T:
-    A = sqrt(S_r / scale) V_r^T, B = U_r sqrt(S_r / scale), so that scale B A is Delta's best rank-r
-    approximation. W0 stays W0.
+    A = sqrt(S_r / scale) V_r^T, B = U_r sqrt(S_r / scale), so that scale B A is Delta's best
+    rank-r approximation. W0 stays W0.
 Up and down, per adapter: stage 1 density d_in d_out floats, stage 2 r (d_in + d_out); plus the head.
     Stage 1 counts in every total.
 Shapes: Delta (d_out, d_in), its values one row (1, nnz); A (r, d_in), B (d_out, r).

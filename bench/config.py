@@ -149,10 +149,16 @@ class RunConfig(_Section):
         make_method(self.method)
         return self
 
+    def canonical(self) -> dict[str, Any]:
+        """Every setting with its default filled in, the method's hyperparameters included."""
+        hyperparameters = dataclasses.asdict(make_method(self.method))
+        method = {"name": self.method.name, **hyperparameters}
+        return {**self.model_dump(mode="json"), "method": method}
+
     @property
     def config_hash(self) -> str:
         """SHA-256 of the canonical config, in hex; without [system], which changes no result."""
-        canonical = self.model_dump(mode="json", exclude={"system"})
+        canonical = {key: value for key, value in self.canonical().items() if key != "system"}
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -168,31 +174,39 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
     A [sweep] table holds `points` (a list of tables, each with the keys that differ) and any number
     of dotted config keys with a list of values; the runs are points x grid, in the order written.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"config {path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: not valid TOML: {error}") from None
+    table = _read_toml(path)
     sweep = table.pop("sweep", {})
     if not isinstance(sweep, dict):
         raise InputError("sweep must be a table of lists: [sweep]")
+    points = sweep.pop("points", [{}])
+    if not isinstance(points, list) or not points or not all(isinstance(p, dict) for p in points):
+        raise InputError(f"sweep.points must be a non-empty list of tables, not {points!r}")
     chosen = [_parse_override(text) for text in overrides]
     # A --set of a key that the sweep also varies fixes it.
-    grid = {key: values for key, values in sweep.items() if key != "points"}
+    grid = dict(sweep)
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise InputError(f"sweep.{key} must be a non-empty list of values, not {values!r}")
     for key, _ in chosen:
         grid.pop(key, None)
     runs = []
-    for point in sweep.get("points", [{}]):
+    for point in points:
         for values in itertools.product(*grid.values()):
             merged = _merge(table, point)
             for key, value in [*zip(grid, values, strict=True), *chosen]:
                 merged = _merge(merged, _nested(key, value))
             runs.append(parse_run(merged))
     return list({run.run_id: run for run in runs}.values())
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        reason = f"is not valid TOML ({error})"
+    raise InputError(f"config {path} {reason}; allowed: a readable TOML file")
 
 
 def parse_run(table: dict[str, Any]) -> RunConfig:
@@ -204,13 +218,15 @@ def parse_run(table: dict[str, Any]) -> RunConfig:
 
 
 def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    # Of a union pydantic names the member too, such as "targets.list[str]"; keys have no brackets.
+    parts = [str(part) for part in item["loc"]]
+    key = ".".join(part for part in parts if "[" not in part and part not in ("str", "int"))
     if item["type"] == "extra_forbidden":
         section = RunConfig.model_fields.get(str(item["loc"][0])) if len(item["loc"]) > 1 else None
         fields = section.annotation.model_fields if section else RunConfig.model_fields  # type: ignore[union-attr]
         return f"unknown key {key}; allowed here: {', '.join(fields)}"
     if item["type"] == "missing":
-        return f"{key} is missing"
+        return f"{key} is missing; it has no default"
     if item["type"] == "value_error":
         return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
     return f"{key} = {item['input']!r} is not allowed: {item['msg']}"

@@ -93,6 +93,12 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
     transformers.utils.logging.disable_progress_bar()
     auto = getattr(transformers, auto_class)
     settings = _load_config(config)
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise InputError(
+            f"model.max_length = {config.max_length} is above the {positions} positions of "
+            f"{config.name!r}; allowed: 4 to {positions}"
+        )
     settings.num_labels = num_classes
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
         if config.dropout is not None and hasattr(settings, name):

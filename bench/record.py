@@ -95,7 +95,7 @@ def provenance(config: RunConfig, **facts: Any) -> dict[str, Any]:
     known = {
         "schema_version": SCHEMA_VERSION,
         "run_id": config.run_id,
-        "config": config.model_dump(mode="json"),
+        "config": config.canonical(),
         "config_hash": config.config_hash,
         **_git(),
         "python": platform.python_version(),

@@ -177,6 +177,11 @@ def one_round(
     }
     with meter.phase("evaluate"):
         row |= _evaluate(job, next_state, communicator)
+    if not np.isfinite(row.get("test_loss", 0.0)):  # the same on every process
+        raise InputError(
+            f"round {state.round_index}: training diverged (test loss {row['test_loss']}); the run "
+            "stays incomplete; allowed: finite losses (try a smaller train.lr)"
+        )
     return next_state, row
 
 

@@ -152,6 +152,10 @@ class TorchCommunicator(Communicator):
             )
         import torch.distributed as dist
 
+        # Functions of this module keep the process group that exists when it is first imported
+        # (transformers does), and close() can not end the threads of a group that is kept.
+        from torch.distributed.nn import functional as _  # noqa: F401
+
         self._dist: Any = dist
         self.host_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.host_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,5 +1,6 @@
 """What `fedara list` prints: methods, data sets, models, configs."""
 
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def _methods() -> Iterator[tuple[str, str]]:
     for name in method_names():
-        module = __import__(load_method(name).__module__, fromlist=["__doc__"])
+        module = sys.modules[load_method(name).__module__]
         yield name, _first_sentence(module.__doc__ or "")
 
 

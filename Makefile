@@ -34,6 +34,7 @@ format: .venv  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 .venv: pyproject.toml constraints.txt  ## the environment, from constraints.txt
+	@echo "installing into .venv: one to three minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	touch .venv

@@ -6,9 +6,17 @@ import itertools
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from fedara_core.errors import InputError
 from fedara_core.method import Method, load_method
@@ -34,16 +42,18 @@ def make_method(config: MethodConfig) -> Method:
     cls = load_method(config.name)
     hints = get_type_hints(cls)
     allowed = [item.name for item in dataclasses.fields(cls)]
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    values = {}
     for key, value in config.hyperparameters.items():
         if key not in allowed:
             has = ", ".join(allowed) or "no hyperparameters of its own"
             raise InputError(f"unknown key method.{key}; {config.name} has {has}")
         try:
-            TypeAdapter(hints[key]).validate_python(value, strict=True)
+            values[key] = TypeAdapter(hints[key], config=strict).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise InputError(f"method.{key} = {value!r} is not allowed: {reason}") from None
-    return cls(**config.hyperparameters)
+    return cls(**values)
 
 
 class AdapterSection(_Section):
@@ -90,14 +100,21 @@ class FederationConfig(_Section):
         return self
 
 
+def _none(value: Any) -> Any:
+    return None if value == "none" else value  # TOML has no null
+
+
 class TrainConfig(_Section):
-    """One client's local training. Set local_steps or local_epochs, not both."""
+    """One client's local training. Set local_steps or local_epochs, not both.
+
+    max_grad_norm: gradients are clipped to this norm; "none" leaves them as they are.
+    """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_rounds: int = Field(0, ge=0)
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: Annotated[float | None, BeforeValidator(_none), Field(gt=0)] = 1.0
     local_steps: int | None = Field(None, ge=1)
     local_epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -187,8 +204,9 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise InputError(f"sweep.{key} must be a non-empty list of values, not {values!r}")
-    for key, _ in chosen:
+    for key, value in chosen:
         grid.pop(key, None)
+        points = _fixed(points, key, value)
     runs = []
     for point in points:
         for values in itertools.product(*grid.values()):
@@ -197,6 +215,21 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
                 merged = _merge(merged, _nested(key, value))
             runs.append(parse_run(merged))
     return list({run.run_id: run for run in runs}.values())
+
+
+def _fixed(points: list[dict[str, Any]], key: str, value: Any) -> list[dict[str, Any]]:
+    """The points that agree with key = value, if the points vary the key; else all of them.
+
+    So that --set method.name=lora picks the sweep's lora, with the settings written beside it.
+    """
+    own = [_lookup(point, key) for point in points]
+    return [point for point, found in zip(points, own, strict=True) if found == value] or points
+
+
+def _lookup(table: Any, key: str) -> Any:
+    for part in key.split("."):
+        table = table.get(part) if isinstance(table, dict) else None
+    return table
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -250,6 +283,9 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
+    for one, other in (("local_steps", "local_epochs"), ("local_epochs", "local_steps")):
+        if one in over and other not in over:
+            merged.pop(other, None)  # the two exclude each other: the later setting counts
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value

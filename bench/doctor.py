@@ -78,6 +78,21 @@ def _job() -> Finding:
     return Finding(state="ok", text=text)
 
 
+def _processes() -> Finding:
+    cores = len(os.sched_getaffinity(0))
+    for key in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        if os.environ.get(key, "").isdigit():
+            number = int(os.environ[key])
+            advice = f"more than its {cores} cores: they will wait" if number > cores else ""
+            state = "bad" if advice else "ok"
+            return Finding(state=state, text=f"{number} on this host", advice=advice)
+    return Finding(
+        state="ok",
+        text="1 on this host",
+        advice=f"up to {cores}; mpiexec -n {cores} fedara doctor shows a job's view",
+    )
+
+
 def _threads() -> Finding:
     cores = len(os.sched_getaffinity(0))
     fixed = os.environ.get("OMP_NUM_THREADS")
@@ -171,6 +186,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "MPI library": _mpi,
     "launchers": _launcher,
     "this process": _job,
+    "processes": _processes,
     "threads": _threads,
     "torch": _torch,
     "GPU": _gpu,

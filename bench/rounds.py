@@ -1,6 +1,7 @@
 """THE round loop: one straight line from a config to records."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,13 +15,13 @@ from bench import checkpoint
 from bench.config import DatasetConfig, RunConfig, make_method
 from bench.datasets import TextDataset, holdout, load_dataset
 from bench.evaluate import evaluate
-from bench.meter import PHASES, Meter, peak_memory_bytes
+from bench.meter import PHASES, Meter, peak_memory, reset_peak_memory
 from bench.models import build_model, encode
 from bench.partition import label_counts, partition, summary
 from bench.record import Recorder, process_facts, provenance
 from fedara_core.adapters import inject
 from fedara_core.comm import Communicator
-from fedara_core.errors import InputError
+from fedara_core.errors import Diverged, InputError
 from fedara_core.method import AdapterConfig, Client, Method, ServerState
 from fedara_core.seeds import generator
 from fedara_core.train import Encoded, LocalTraining, batches, start_client
@@ -104,9 +105,11 @@ def run(
 ) -> ServerState:
     """Run every round that is not yet on disk; records and checkpoints as it goes.
 
-    Returns the last state. `report` gets each round's record on world_rank 0. Raises InputError if
-    a client's loss stops being finite; the run then stays incomplete.
+    Returns the last state. `report` gets each round's record on world_rank 0. Raises Diverged if
+    a loss stops being finite (the run then stays incomplete), and InputError if the rounds on disk
+    are of other data.
     """
+    reset_peak_memory(job.device)
     state = _resume_or_start(job, communicator, recorder)
     meter = Meter(job.device)
     while state.round_index < state.num_rounds:
@@ -178,7 +181,7 @@ def one_round(
     with meter.phase("evaluate"):
         row |= _evaluate(job, next_state, communicator)
     if not np.isfinite(row.get("test_loss", 0.0)):  # the same on every process
-        raise InputError(
+        raise Diverged(
             f"round {state.round_index}: training diverged (test loss {row['test_loss']}); the run "
             "stays incomplete; allowed: finite losses (try a smaller train.lr)"
         )
@@ -214,6 +217,8 @@ def choose_device(wanted: str, communicator: Communicator) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError("system.device = 'cuda': torch sees no GPU here; allowed: auto, cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: the same bits every time
+    torch.use_deterministic_algorithms(True)
     device_index = communicator.host_rank % torch.cuda.device_count()
     return torch.device("cuda", device_index)
 
@@ -229,7 +234,7 @@ def _check_losses(uploads: Sequence[Upload], round_index: int) -> None:
     for upload in uploads:
         finite = np.isfinite(upload.train_loss) and bool(torch.isfinite(upload.values).all())
         if not finite:
-            raise InputError(
+            raise Diverged(
                 f"client {upload.client_id}, round {round_index}: training diverged "
                 f"(loss {upload.train_loss}); the run stays incomplete; allowed: finite losses "
                 "(try a smaller train.lr)"
@@ -269,8 +274,16 @@ def _resume_or_start(job: Job, communicator: Communicator, recorder: Recorder) -
     """The state to go on from, and the run's files on disk. world_rank 0 reads for all."""
     facts = process_facts(communicator.world_rank, job.device)
     processes = [json.loads(part) for part in communicator.gather_bytes(json.dumps(facts).encode())]
-    saved = checkpoint.read_checkpoint(recorder.run_dir) if communicator.world_rank == 0 else b""
-    saved = communicator.broadcast(saved)
+    saved = recorded = b""
+    if communicator.world_rank == 0:
+        saved = checkpoint.read_checkpoint(recorder.run_dir)
+        recorded = recorder.dataset_digest.encode() if saved else b""
+    saved, recorded = communicator.broadcast(saved), communicator.broadcast(recorded)
+    if saved and recorded != job.dataset_digest.encode():
+        raise InputError(
+            f"{recorder.run_dir}: its first rounds ran on other data (digest {recorded.decode()}, "
+            f"now {job.dataset_digest}); allowed: the same data, or another --results folder"
+        )
     state = checkpoint.restore(job.state, saved) if saved else job.state
     if communicator.world_rank == 0:
         kept = [row for row in recorder.rounds() if row["round_index"] < state.round_index]
@@ -278,7 +291,7 @@ def _resume_or_start(job: Job, communicator: Communicator, recorder: Recorder) -
             job.config,
             dataset_digest=job.dataset_digest,
             comm=communicator.kind,
-            mpi_library=communicator.library,
+            **{f"{communicator.kind}_library": communicator.library},
             world_size=communicator.world_size,
             processes=processes,
             num_parameters=sum(p.numel() for p in job.model.parameters()),
@@ -290,7 +303,7 @@ def _resume_or_start(job: Job, communicator: Communicator, recorder: Recorder) -
 
 def _reduce(row: dict[str, Any], meter: Meter, communicator: Communicator) -> dict[str, Any]:
     """The round's record from every process's part: bytes are sums, seconds and memory maxima."""
-    mine = {**row, "seconds": meter.take(), "peak_memory_bytes": peak_memory_bytes()}
+    mine = {**row, "seconds": meter.take(), "memory": peak_memory(meter.device)}
     parts = [json.loads(part) for part in communicator.gather_bytes(json.dumps(mine).encode())]
     digests = [part["state_digest"] for part in parts]
     if len(set(digests)) > 1:
@@ -301,5 +314,5 @@ def _reduce(row: dict[str, Any], meter: Meter, communicator: Communicator) -> di
         **row,
         **{key: sum(part[key] for part in parts) for key in _SUMMED},
         "seconds": {phase: round(seconds, 6) for phase, seconds in reduced.items()},
-        "peak_memory_bytes": max(part["peak_memory_bytes"] for part in parts),
+        **{key: max(part["memory"][key] for part in parts) for key in parts[0]["memory"]},
     }

@@ -14,7 +14,7 @@ from bench.config import RunConfig, load_runs
 from bench.record import Recorder
 from bench.rounds import prepare, run
 from fedara_core.comm import Communicator
-from fedara_core.errors import InputError
+from fedara_core.errors import Diverged, InputError
 
 T = TypeVar("T")
 
@@ -26,6 +26,7 @@ def run_all(path: Path, results: Path, overrides: list[str], communicator: Commu
     """
     pending = _pending(path, results, overrides, communicator)
     console = Console(quiet=communicator.world_rank != 0, highlight=False)
+    diverged: list[Diverged] = []
     for title, config, done in pending:
         if done:
             console.print(f"{title}: finished earlier, skipped", markup=False)
@@ -39,9 +40,17 @@ def run_all(path: Path, results: Path, overrides: list[str], communicator: Commu
                 f"{config.federation.cohort}: some train nobody"
             )
         recorder = Recorder(results, config)
-        with _Progress(console, config) as report:
-            run(job, communicator, recorder, report)
-        console.print(f"{title}: done, records in {recorder.run_dir}", markup=False)
+        try:
+            with _Progress(console, config) as report:
+                run(job, communicator, recorder, report)
+        except Diverged as error:  # the same on every process; the other points still run
+            console.print(f"{title}: {error}", markup=False, soft_wrap=True)
+            diverged.append(error)
+        else:
+            console.print(f"{title}: done, records in {recorder.run_dir}", soft_wrap=True)
+        del job  # its model, before the next one is loaded
+    if diverged:
+        raise diverged[0]
 
 
 def together(communicator: Communicator, action: Callable[[], T]) -> T:
@@ -59,8 +68,13 @@ def together(communicator: Communicator, action: Callable[[], T]) -> T:
 
 
 def set_threads(wanted: int | str, communicator: Communicator) -> None:
-    """Fix the intra-op threads of this process; auto shares out the host's cores."""
-    torch.set_num_threads(_num_threads(wanted, communicator.host_size, os.environ))
+    """Fix the intra-op threads, the same number on every process, since bits depend on it.
+
+    auto shares out each host's cores; the smallest share counts.
+    """
+    mine = _num_threads(wanted, communicator.host_size, os.environ)
+    everyone = communicator.gather_bytes(str(mine).encode())
+    torch.set_num_threads(min(int(number) for number in everyone))
 
 
 def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) -> int:
@@ -92,12 +106,13 @@ def _pending(
 
 
 def _make_folder(results: Path) -> None:
+    reason = "" if not results.exists() or os.access(results, os.W_OK) else "not writable"
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"--results {results}: {error.strerror}; allowed: a folder that can be written to"
-        ) from None
+        reason = str(error.strerror)
+    if reason:
+        raise InputError(f"--results {results}: {reason}; allowed: a folder that can be written to")
 
 
 class _Progress:

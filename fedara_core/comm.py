@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -164,7 +165,8 @@ class TorchCommunicator(Communicator):
         if use_nccl:
             torch.cuda.set_device(self._device)
         self.library = "nccl" if use_nccl else "gloo"
-        dist.init_process_group(self.library)
+        # A process may wait for a slower one for hours; torchrun ends the job if one dies.
+        dist.init_process_group(self.library, timeout=timedelta(days=1))
         self.world_rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def allgather(self, buffer: Tensor) -> list[Tensor]:
@@ -222,20 +224,23 @@ def open_communicator(kind: str, environ: Mapping[str, str] = os.environ) -> Com
         if launched > 1:
             raise InputError(
                 f"--comm serial: the launcher started {launched} processes, and each would run "
-                "alone; allowed: one process, or --comm mpi"
+                "alone; allowed: one process, or --comm mpi or torch as the launcher asks"
             )
         return Communicator()
     communicator = MpiCommunicator()
     if launched > 1 and communicator.world_size == 1:
         raise InputError(
-            f"the launcher started {launched} processes but MPI sees 1; use the mpiexec of the MPI "
-            "that mpi4py was built for, or srun --mpi=pmi2 (srun --mpi=list shows the choices)"
+            f"the launcher started {launched} processes but MPI sees 1; allowed: the mpiexec of "
+            "the MPI that mpi4py was built for, srun --mpi=pmi2 (srun --mpi=list shows the "
+            "choices), or --comm torch under torchrun"
         )
     return communicator
 
 
 def _launched_processes(environ: Mapping[str, str]) -> int:
-    """How many processes mpiexec or srun says it started; 0 without a launcher."""
+    """How many processes torchrun, mpiexec or srun says it started; 0 without a launcher."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return int(environ["WORLD_SIZE"])
     for key in _MPI_SIZES:
         if environ.get(key, "").isdigit():
             return int(environ[key])

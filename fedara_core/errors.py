@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2 on every process.
     """
+
+
+class Diverged(InputError):
+    """Training left the finite numbers; raised on every process at the same place."""

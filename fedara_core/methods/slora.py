@@ -32,7 +32,7 @@ from fedara_core.wire import Upload
 class SLora(Method):
     """density: share of each target weight that stage 1 trains; 0 leaves stage 1 out.
 
-    stage1_fraction: share of the rounds that stage 1 takes, at least one round.
+    stage1_fraction: share of the rounds that stage 1 takes; at least one, if another one is left.
     stage1_lr_factor: factor on the learning rate of the sparse weights.
     """
 
@@ -50,7 +50,7 @@ class SLora(Method):
     def stage1_rounds(self, num_rounds: int) -> int:
         if self.density == 0 or self.stage1_fraction == 0:
             return 0
-        return max(1, round(self.stage1_fraction * num_rounds))
+        return min(num_rounds - 1, max(1, round(self.stage1_fraction * num_rounds)))
 
     def init(
         self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
@@ -106,10 +106,8 @@ class Sparse:
 
     def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
         base = adapter.base
-        index = weight_mask(self.seed, self.density, adapter.name, adapter.shape)
-        weight = base.weight.reshape(-1).index_add(
-            0, index.to(base.weight.device), adapter.parts["delta"][0]
-        )
+        index = _index_on(base.weight.device, self.seed, self.density, adapter.name, adapter.shape)
+        weight = base.weight.reshape(-1).index_add(0, index, adapter.parts["delta"][0])
         return functional.linear(x, weight.reshape(adapter.shape), base.bias)
 
 
@@ -123,3 +121,9 @@ def weight_mask(seed: int, density: float, name: str, shape: Shape) -> Tensor:
     """Sorted flat indices (nnz,) of the weights that stage 1 trains, from the seed alone."""
     drawn = torch.randperm(shape[0] * shape[1], generator=generator(seed, f"weight_mask:{name}"))
     return drawn[: num_sparse(shape, density)].sort().values
+
+
+@cache
+def _index_on(device: torch.device, seed: int, density: float, name: str, shape: Shape) -> Tensor:
+    """The weight_mask on a device; copied there once, not in every forward pass."""
+    return weight_mask(seed, density, name, shape).to(device)

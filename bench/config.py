@@ -104,6 +104,9 @@ def _none(value: Any) -> Any:
     return None if value == "none" else value  # TOML has no null
 
 
+_Positive = Annotated[float, Field(gt=0)]
+
+
 class TrainConfig(_Section):
     """One client's local training. Set local_steps or local_epochs, not both.
 
@@ -114,7 +117,7 @@ class TrainConfig(_Section):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_rounds: int = Field(0, ge=0)
-    max_grad_norm: Annotated[float | None, BeforeValidator(_none), Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[_Positive | None, BeforeValidator(_none)] = 1.0
     local_steps: int | None = Field(None, ge=1)
     local_epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)

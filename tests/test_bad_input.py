@@ -49,7 +49,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "cohort above num_clients": (["federation.cohort=9"], ["cohort = 9", "allowed: 1 to 8"]),
     "lora_rank above a layer": (["adapter.lora_rank=33"], ["lora_rank = 33", "allowed: 1 to 32"]),
-    "both lengths": (["train.local_epochs=1"], ["exactly one of local_steps and local_epochs"]),
+    "hyperparameter not finite": (["method.init_std=inf"], ["method.init_std", "finite"]),
     "no validation part": (
         ["evaluate.split=validation", "dataset.validation_fraction=0"],
         ["evaluate.split = 'validation'", "validation_fraction above 0"],
@@ -135,9 +135,10 @@ def test_invalid_toml_is_refused(content: bytes, tmp_path: Path) -> None:
     refuse_here(config, tmp_path / "results", [str(config), "not valid TOML"])
 
 
-def test_neither_length_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lengths", ["", "local_steps = 4\nlocal_epochs = 1"])
+def test_neither_or_both_lengths_are_refused(lengths: str, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
-    config.write_text(TINY.read_text().replace("local_steps = 4", ""))
+    config.write_text(TINY.read_text().replace("local_steps = 4", lengths))
     refuse_here(config, tmp_path / "results", ["exactly one of local_steps and local_epochs"])
 
 

@@ -72,6 +72,8 @@ def test_auto_opens_what_was_detected(
         ("nonsense", {}, ["'nonsense'", "auto, serial, mpi, torch"]),
         ("serial", {"PMI_SIZE": "3"}, ["3 processes", "--comm mpi"]),
         ("serial", {"SLURM_STEP_NUM_TASKS": "2"}, ["2 processes", "--comm mpi"]),
+        ("serial", {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, ["2 processes", "torch"]),
+        ("mpi", {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, ["MPI sees 1", "--comm torch"]),
         ("auto", {"OMPI_COMM_WORLD_SIZE": "4"}, ["4 processes", "MPI sees 1", "mpiexec"]),
         ("mpi", {"SLURM_STEP_NUM_TASKS": "4"}, ["4 processes", "MPI sees 1", "srun --mpi"]),
         ("torch", {}, ["MASTER_ADDR", "torchrun"]),

@@ -135,6 +135,29 @@ def test_set_fixes_a_key_of_the_points(tmp_path: Path) -> None:
     assert [config.seed for config in load_runs(path, ["seed=5"])] == [5]
 
 
+def test_set_picks_the_points_that_agree(tmp_path: Path) -> None:
+    points = (
+        '[{ method.name = "lora", train.lr = 1e-3 }, { method.name = "slora", train.lr = 2e-3 }]'
+    )
+    path = write(tmp_path, f"[sweep]\npoints = {points}\n")
+    configs = load_runs(path, ["method.name=slora"])
+    assert [(config.method.name, config.train.lr) for config in configs] == [("slora", 2e-3)]
+
+
+def test_set_of_one_length_replaces_the_other() -> None:
+    train = only(TINY, "train.local_epochs=2").train
+    assert (train.local_epochs, train.local_steps) == (2, None)
+
+
+def test_clipping_can_be_left_out() -> None:
+    assert only(TINY, "train.max_grad_norm=none").train.max_grad_norm is None
+
+
+def test_a_default_or_whole_number_written_out_is_the_same_run() -> None:
+    same = ["method.final_budget=0.25", "method.e_lr_factor=1"]
+    assert only(TINY, *same).run_id == only(TINY).run_id
+
+
 @pytest.mark.parametrize(
     ("sweep", "words"),
     [

@@ -44,7 +44,7 @@ _BERT_SIZES = {
 # Linear layers of an encoder layer, and other linear layers outside the head (BERT's pooler).
 ARCHITECTURES: dict[str, tuple[Any, int, int]] = {
     "bert": (transformers.BertConfig(**_BERT_SIZES), 6, 1),
-    "roberta": (transformers.RobertaConfig(**_BERT_SIZES, pad_token_id=0), 6, 0),
+    "roberta": (transformers.RobertaConfig(**_BERT_SIZES, pad_token_id=1), 6, 0),
     "distilbert": (
         transformers.DistilBertConfig(
             vocab_size=50,
@@ -85,7 +85,7 @@ def saved(architecture: str) -> str:
 
 
 def build(architecture: str, pooling: Literal["model", "mean"], seed: int = 0) -> Classifier:
-    config = ModelConfig(name=saved(architecture), pooling=pooling)
+    config = ModelConfig(name=saved(architecture), pooling=pooling, max_length=32)
     return build_model(config, num_classes=NUM_CLASSES, seed=seed)
 
 

@@ -168,3 +168,10 @@ def test_dropout_is_off_and_nothing_gets_a_gradient(tiny_job: Callable[..., Job]
     job.model.train()
     assert run(job.model, job.evaluated, num_classes=4).loss == first.loss
     assert all(p.grad is None for p in job.model.parameters())
+
+
+def test_no_client_keys_when_no_client_has_an_evaluated_class() -> None:
+    result = Evaluation(confusion=np.array([[3, 0], [0, 0]]), loss=0.5)
+    record = result.record(np.array([[0, 4]]))
+    assert record["accuracy"] == 1.0
+    assert not [key for key in record if key.startswith("client_")]

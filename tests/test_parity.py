@@ -377,8 +377,8 @@ def test_the_stage_switch_fires_and_the_bytes_follow(tiny_job: MakeJob, play: Pl
     assert [r.row["live_triplets"] for r in played] == [12, 12, 48, 48, 48]
 
 
-@pytest.mark.parametrize(("fraction", "num_rounds", "first_pairs"), [(0.01, 4, 1), (0.9, 1, 1)])
-def test_stage_1_takes_a_round_at_least(
+@pytest.mark.parametrize(("fraction", "num_rounds", "first_pairs"), [(0.01, 4, 1), (0.9, 2, 1)])
+def test_stage_1_takes_a_round_and_leaves_one(
     fraction: float, num_rounds: int, first_pairs: int, tiny_job: MakeJob, play: Play
 ) -> None:
     job = tiny_job(
@@ -449,3 +449,8 @@ def test_stage_1_changes_masked_weights_only(tiny_job: MakeJob, play: Play) -> N
         assert len(changed) > 0.9 * len(index)
         difference = (weight - adapter.base.weight).reshape(-1)[index]
         torch.testing.assert_close(difference, state.rows[name][0], rtol=0, atol=1e-6)
+
+
+def test_a_single_round_has_no_stage_1(tiny_job: MakeJob) -> None:
+    job = tiny_job(*SLORA, "method.stage1_fraction=0.9", "federation.num_rounds=1")
+    assert sum(len(rows) for rows in job.state.rows.values()) == 48

@@ -33,7 +33,7 @@ def run(
         str, typer.Option("--comm", help="auto, serial, mpi or torch; auto knows the launcher.")
     ] = "auto",
 ) -> None:
-    """Run a config, or every point of its [sweep], and record each round.
+    """Run a config, or every point of its sweep table, and record each round.
 
     Finished runs are skipped; a run that was interrupted goes on after its last recorded round.
 

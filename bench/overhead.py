@@ -12,10 +12,9 @@ from torch.nn import functional
 from bench.config import RunConfig, parse_run
 from bench.models import build_model
 from bench.record import Recorder
-from bench.rounds import Job, draw_cohort, prepare, run
+from bench.rounds import Job, client_batches, draw_cohort, prepare, run
 from fedara_core.comm import Communicator
 from fedara_core.method import Batch
-from fedara_core.train import batches
 
 NUM_CLIENTS, COHORT, LOCAL_STEPS = 20, 5, 5
 
@@ -95,20 +94,7 @@ def _suite_round(job: Job, communicator: Communicator) -> float:
 
 def _batches(job: Job) -> list[list[Batch]]:
     """Every client's batches of round 0, as the suite draws them."""
-    return [
-        list(
-            batches(
-                job.train,
-                job.shards[client_id],
-                job.training,
-                seed=job.config.seed,
-                round_index=0,
-                client_id=client_id,
-                device=job.device,
-            )
-        )
-        for client_id in draw_cohort(job, 0)
-    ]
+    return [list(client_batches(job, 0, client_id)) for client_id in draw_cohort(job, 0)]
 
 
 def _bare_round(config: RunConfig, job: Job, cohort: list[list[Batch]]) -> float:
@@ -127,12 +113,12 @@ def _bare_round(config: RunConfig, job: Job, cohort: list[list[Batch]]) -> float
     model.train()
     start = time.perf_counter()
     totals = [torch.zeros_like(value) for value in start_values]
-    for client_batches in cohort:
+    for own_batches in cohort:
         with torch.no_grad():
             for parameter, value in zip(trained, start_values, strict=True):
                 parameter.copy_(value)
         optimizer = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=0.0)
-        for batch in client_batches:
+        for batch in own_batches:
             logits = model(batch["input_ids"], batch["attention_mask"])
             functional.cross_entropy(logits, batch["labels"]).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)

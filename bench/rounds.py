@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,7 +22,7 @@ from bench.record import Recorder, process_facts, provenance
 from fedara_core.adapters import inject
 from fedara_core.comm import Communicator
 from fedara_core.errors import Diverged, InputError
-from fedara_core.method import AdapterConfig, Client, Method, ServerState
+from fedara_core.method import AdapterConfig, Batch, Client, Method, ServerState
 from fedara_core.seeds import generator
 from fedara_core.train import Encoded, LocalTraining, batches, start_client
 from fedara_core.wire import Upload, pack, unpack
@@ -131,32 +131,15 @@ def one_round(
 ) -> tuple[ServerState, dict[str, Any]]:
     """One federated round: the next state, and this process's part of the round's record."""
     cohort = draw_cohort(job, state.round_index)
-    packed, downlink = [], 0
-    for client_id in place(job, cohort, communicator.world_size)[communicator.world_rank]:
-        shard = job.shards[client_id]
-        client = Client(client_id=client_id, num_examples=len(shard), model=job.model)
-        with meter.phase("download"):
-            downlink += job.method.download(job.model, state, client)
-            start_client(client, job.method, job.training, state)
-        with meter.phase("local_train"):
-            for batch in batches(
-                job.train,
-                shard,
-                job.training,
-                seed=state.seed,
-                round_index=state.round_index,
-                client_id=client_id,
-                device=job.device,
-            ):
-                job.method.local_step(client, batch)
-        with meter.phase("pack"):
-            packed.append(pack([job.method.upload(client, state)]))
+    mine = place(job, cohort, communicator.world_size)[communicator.world_rank]
+    trained = [train_client(job, state, client_id, meter) for client_id in mine]
+    with meter.phase("pack"):
+        packed = pack(upload for upload, _ in trained)
     with meter.phase("wait"):
         communicator.barrier()
     with meter.phase("exchange"):
         before = (communicator.traffic.sent, communicator.traffic.received)
-        mine = torch.cat(packed) if packed else torch.zeros(0, dtype=torch.uint8)
-        gathered = communicator.allgather(mine)
+        gathered = communicator.allgather(packed)
         sent = communicator.traffic.sent - before[0]
         received = communicator.traffic.received - before[1]
     with meter.phase("aggregate"):
@@ -170,7 +153,7 @@ def one_round(
         "cohort": cohort,
         "train_loss": _mean_loss(uploads),
         "uplink_bytes": sum(buffer.numel() for buffer in gathered),
-        "downlink_bytes": downlink,
+        "downlink_bytes": sum(downlink_bytes for _, downlink_bytes in trained),
         "wire_bytes_sent": sent,
         "wire_bytes_received": received,
         "live_triplets": sum(next_state.live_triplets.values()),
@@ -186,6 +169,33 @@ def one_round(
             "stays incomplete; allowed: finite losses (try a smaller train.lr)"
         )
     return next_state, row
+
+
+def train_client(job: Job, state: ServerState, client_id: int, meter: Meter) -> tuple[Upload, int]:
+    """One client's download, local training and upload; also the bytes it downloaded."""
+    num_examples = len(job.shards[client_id])
+    client = Client(client_id=client_id, num_examples=num_examples, model=job.model)
+    with meter.phase("download"):
+        downlink_bytes = job.method.download(job.model, state, client)
+        start_client(client, job.method, job.training, state)
+    with meter.phase("local_train"):
+        for batch in client_batches(job, state.round_index, client_id):
+            job.method.local_step(client, batch)
+    with meter.phase("pack"):
+        return job.method.upload(client, state), downlink_bytes
+
+
+def client_batches(job: Job, round_index: int, client_id: int) -> Iterator[Batch]:
+    """A client's batches of a round, the same wherever and whenever they are drawn."""
+    return batches(
+        job.train,
+        job.shards[client_id],
+        job.training,
+        seed=job.config.seed,
+        round_index=round_index,
+        client_id=client_id,
+        device=job.device,
+    )
 
 
 def draw_cohort(job: Job, round_index: int) -> list[int]:

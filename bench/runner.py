@@ -123,7 +123,7 @@ class _Progress:
         self._num_rounds = config.federation.num_rounds
         self._bar = Progress(
             TextColumn(config.method.name),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=console,
@@ -142,10 +142,11 @@ class _Progress:
         text = f"round {row['round_index'] + 1}/{self._num_rounds}  loss {row['train_loss']:.3f}"
         if "accuracy" in row:
             text += f"  accuracy {100 * row['accuracy']:5.1f} %"
+        self._bar.update(self._task, completed=row["round_index"] + 1, description=text)
+        if self._console.is_terminal:
+            return
         text += (
             f"  up {row['uplink_bytes'] / 1e6:.2f} MB  live {row['live_triplets']}"
             f"  {row['seconds']['total']:.1f} s"
         )
-        self._bar.update(self._task, completed=row["round_index"] + 1, description=text)
-        if not self._console.is_terminal:
-            self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench import rounds
 from bench.config import load_runs
 from bench.meter import Meter
 from bench.rounds import Job, one_round, prepare
 from fedara_core.comm import Communicator
-from fedara_core.method import Client, ServerState
-from fedara_core.train import batches, start_client
+from fedara_core.method import ServerState
 from fedara_core.wire import Upload
 
 torch.set_num_threads(1)
@@ -60,21 +60,7 @@ def play_rounds(
 
 def train_one_client(job: Job, state: ServerState, client_id: int) -> Upload:
     """What one client uploads in the state's round, before it is packed."""
-    shard = job.shards[client_id]
-    client = Client(client_id=client_id, num_examples=len(shard), model=job.model)
-    job.method.download(job.model, state, client)
-    start_client(client, job.method, job.training, state)
-    for batch in batches(
-        job.train,
-        shard,
-        job.training,
-        seed=state.seed,
-        round_index=state.round_index,
-        client_id=client_id,
-        device=job.device,
-    ):
-        job.method.local_step(client, batch)
-    return job.method.upload(client, state)
+    return rounds.train_client(job, state, client_id, Meter(job.device))[0]
 
 
 @pytest.fixture(scope="session")

@@ -227,10 +227,16 @@ def choose_device(wanted: str, communicator: Communicator) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError("system.device = 'cuda': torch sees no GPU here; allowed: auto, cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS: the same bits every time
-    torch.use_deterministic_algorithms(True)
+    _same_bits_on_cuda()
     device_index = communicator.host_rank % torch.cuda.device_count()
     return torch.device("cuda", device_index)
+
+
+def _same_bits_on_cuda() -> None:
+    """Ask for deterministic kernels; one that has no such form warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward adds in any order
 
 
 @lru_cache(maxsize=1)

@@ -25,14 +25,14 @@ def run_all(path: Path, results: Path, overrides: list[str], communicator: Commu
     world_rank 0 reads the config and says what is left. An InputError is raised on all processes.
     """
     pending = _pending(path, results, overrides, communicator)
-    console = Console(quiet=communicator.world_rank != 0, highlight=False)
+    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     diverged: list[Diverged] = []
     for title, config, done in pending:
         if done:
-            console.print(f"{title}: finished earlier, skipped", markup=False)
+            console.print(f"{title}: finished earlier, skipped")
             continue
         set_threads(config.system.threads, communicator)
-        console.print(f"{title}: preparing", markup=False)
+        console.print(f"{title}: preparing")
         job = together(communicator, lambda config=config: prepare(config, communicator))
         if communicator.world_size > config.federation.cohort:
             console.print(
@@ -44,7 +44,7 @@ def run_all(path: Path, results: Path, overrides: list[str], communicator: Commu
             with _Progress(console, config) as report:
                 run(job, communicator, recorder, report)
         except Diverged as error:  # the same on every process; the other points still run
-            console.print(f"{title}: {error}", markup=False, soft_wrap=True)
+            console.print(f"{title}: {error}", soft_wrap=True)
             diverged.append(error)
         else:
             console.print(f"{title}: done, records in {recorder.run_dir}", soft_wrap=True)

@@ -35,7 +35,7 @@ format: .venv  ## let ruff mend what it can
 
 .venv: pyproject.toml constraints.txt  ## the environment, from constraints.txt
 	@echo "installing into .venv: one to three minutes"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]' || { rm -rf .venv; exit 1; }
 	touch .venv
 

@@ -19,7 +19,7 @@ from fedara_core.errors import InputError
 KINDS = ("auto", "serial", "mpi", "torch")
 
 # Number of processes as each launcher tells it. A batch script's own step has no launcher.
-_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
+_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 _SRUN_SIZE = "SLURM_STEP_NUM_TASKS"
 _TORCH_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

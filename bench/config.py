@@ -172,8 +172,12 @@ class RunConfig(_Section):
     def canonical(self) -> dict[str, Any]:
         """Every setting with its default filled in, the method's hyperparameters included."""
         hyperparameters = dataclasses.asdict(make_method(self.method))
-        method = {"name": self.method.name, **hyperparameters}
-        return {**self.model_dump(mode="json"), "method": method}
+        settings = self.model_dump(mode="json")
+        settings["method"] = {"name": self.method.name, **hyperparameters}
+        # Where a folder lies is no setting (the record holds the data's digest); its name is.
+        if self.dataset.name.startswith("file:"):
+            settings["dataset"]["name"] = f"file:{Path(self.dataset.name).name}"
+        return settings
 
     @property
     def config_hash(self) -> str:

@@ -189,6 +189,13 @@ def test_the_same_config_has_the_same_id() -> None:
     assert config.run_id.startswith("toy-fedara-seed0-")
 
 
+def test_where_a_folder_lies_does_not_change_the_id() -> None:
+    here, there = only(TINY, "dataset.name=file:a/set"), only(TINY, "dataset.name=file:/b/set/")
+    assert here.run_id == there.run_id
+    assert here.run_id.startswith("set-")
+    assert here.run_id != only(TINY, "dataset.name=file:a/other").run_id
+
+
 @pytest.mark.parametrize("text", ["system.threads=2", "system.device=auto"])
 def test_where_it_runs_does_not_change_the_id(text: str) -> None:
     config = only(TINY, text)

@@ -77,6 +77,11 @@ class DatasetConfig(_Section):
     label_column: str = "label"
     validation_fraction: float = Field(0.1, ge=0, lt=1)
 
+    @property
+    def short_name(self) -> str:
+        """The last part of a folder's path or of a hub name."""
+        return self.name.removeprefix("file:").rstrip("/").split("/")[-1]
+
 
 class PartitionConfig(_Section):
     scheme: Literal["iid", "dirichlet", "shards", "quantity"] = "dirichlet"
@@ -176,7 +181,7 @@ class RunConfig(_Section):
         settings["method"] = {"name": self.method.name, **hyperparameters}
         # Where a folder lies is no setting (the record holds the data's digest); its name is.
         if self.dataset.name.startswith("file:"):
-            settings["dataset"]["name"] = f"file:{Path(self.dataset.name).name}"
+            settings["dataset"]["name"] = f"file:{self.dataset.short_name}"
         return settings
 
     @property
@@ -187,8 +192,7 @@ class RunConfig(_Section):
 
     @property
     def run_id(self) -> str:
-        dataset = self.dataset.name.removeprefix("file:").rstrip("/").split("/")[-1]
-        dataset = dataset.replace(":", "-")
+        dataset = self.dataset.short_name.replace(":", "-")
         return f"{dataset}-{self.method.name}-seed{self.seed}-{self.config_hash[:10]}"
 
 

@@ -1,7 +1,6 @@
 """`fedara doctor`: what works on this machine, and what to do about what does not."""
 
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import socket

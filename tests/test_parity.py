@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models import build_model
-from bench.rounds import Job, draw_cohort
+from bench.rounds import Job, client_batches, draw_cohort
 from fedara_core.adapters import (
     Adapter,
     LowRank,
@@ -27,7 +27,7 @@ from fedara_core.adapters import (
 from fedara_core.importance import ImportanceMeter
 from fedara_core.method import Client, ServerState, head_parameters, write_head
 from fedara_core.methods.slora import Sparse, num_sparse, weight_mask
-from fedara_core.train import batches, start_client
+from fedara_core.train import start_client
 from fedara_core.wire import Upload
 
 MakeJob = Callable[..., Job]
@@ -221,15 +221,7 @@ def plain_client(
     optimizer = torch.optim.AdamW(trained, lr=job.config.train.lr, weight_decay=0.0)
     losses = []
     model.train()
-    for batch in batches(
-        job.train,
-        job.shards[client_id],
-        job.training,
-        seed=job.config.seed,
-        round_index=round_index,
-        client_id=client_id,
-        device=job.device,
-    ):
+    for batch in client_batches(job, round_index, client_id):
         optimizer.zero_grad()
         loss = functional.cross_entropy(
             model(batch["input_ids"], batch["attention_mask"]), batch["labels"]

@@ -6,7 +6,7 @@ A launcher is recognised by what it puts into the environment; nothing is import
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -17,10 +17,14 @@ from torch import Tensor
 
 from fedara_core.errors import InputError
 
-KINDS = ("auto", "serial", "mpi", "torch")
+KINDS = ("auto", "serial", "mpi", "mpi-node", "torch")
+
+MAX_COUNT = (1 << 31) - 1  # what one call of an MPI-3 library can count
+_KEPT = 1 << 28  # a larger buffer than this is not kept for the next call
+_PIECE = 1 << 28  # bytes broadcast at a time
+_HOST_PROCESSES = "FEDARA_HOST_PROCESSES"  # a test's hosts: so many consecutive processes share one
 
 # Number of processes as each launcher tells it. A batch script's own step has no launcher.
-_PIECE = 1 << 28  # bytes broadcast at a time: every MPI counts as far as 2^31
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 _SRUN_SIZE = "SLURM_STEP_NUM_TASKS"
 _TORCH_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -28,10 +32,12 @@ _TORCH_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass
 class Traffic:
-    """Bytes that this process moved to and took from other processes."""
+    """Bytes that this process moved to and took from other processes; network: of other hosts."""
 
     sent: int = 0
     received: int = 0
+    network_sent: int = 0
+    network_received: int = 0
 
 
 class Communicator:
@@ -42,17 +48,24 @@ class Communicator:
     world_size = 1
     host_rank = 0  # this process among those of its host
     host_size = 1
+    host_of: tuple[int, ...] = (0,)  # world_rank -> the first world_rank of its host
     library: str | None = None  # what moves the bytes, with its version
 
     def __init__(self) -> None:
         self.traffic = Traffic()
 
     def allgather(self, buffer: Tensor) -> list[Tensor]:
-        """Every process's uint8 vector (any length, on the CPU), in world_rank order."""
+        """Every process's uint8 vector (any length, on the CPU), in world_rank order.
+
+        They may lie in memory that the next call of this communicator writes over.
+        """
         return [buffer]
 
     def alltoall(self, buffers: list[Tensor]) -> list[Tensor]:
-        """One uint8 vector (any length, on the CPU) for each process in, one from each out."""
+        """One uint8 vector (any length, on the CPU) for each process in, one from each out.
+
+        They may lie in memory that the next call of this communicator writes over.
+        """
         return buffers
 
     def allreduce(self, values: Tensor) -> Tensor:
@@ -87,25 +100,38 @@ class Communicator:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else _EMPTY
         return [part.numpy().tobytes() for part in self.allgather(mine)]
 
-    def _count(self, sent: int, received: int) -> None:
-        self.traffic.sent += sent
-        self.traffic.received += received
+    def _count(self, sent: np.ndarray, received: np.ndarray) -> None:
+        """Count (world_size,) bytes to and from each process; what stays here does not count."""
+        hosts = np.array(self.host_of)
+        other = np.arange(self.world_size) != self.world_rank
+        far = hosts != hosts[self.world_rank]
+        self.traffic.sent += int(sent[other].sum())
+        self.traffic.received += int(received[other].sum())
+        self.traffic.network_sent += int(sent[far].sum())
+        self.traffic.network_received += int(received[far].sum())
 
-    def _count_alltoall(self, sent: Tensor, received: Tensor) -> None:
-        """Count (world_size,) bytes to and from each process, and the 8-byte counts themselves."""
-        own, size_bytes = int(sent[self.world_rank]), 8 * (self.world_size - 1)
-        self._count(int(sent.sum()) - own + size_bytes, int(received.sum()) - own + size_bytes)
+    def _count_allreduce(self, num_bytes: int) -> None:
+        """2 (P-1)/P n bytes each way: a ring's, which no allreduce undercuts."""
+        moved = round(2 * (self.world_size - 1) / self.world_size * num_bytes)
+        ring = np.arange(self.world_size)
+        self._count(
+            np.where(ring == (self.world_rank + 1) % self.world_size, moved, 0),
+            np.where(ring == (self.world_rank - 1) % self.world_size, moved, 0),
+        )
 
 
 _EMPTY = torch.zeros(0, dtype=torch.uint8)
 
 
 class MpiCommunicator(Communicator):
-    """mpi4py's upper-case calls on contiguous buffers; any MPI that mpi4py was built for."""
+    """mpi4py's upper-case calls on contiguous buffers; any MPI that mpi4py was built for.
+
+    A message that is too long for one call's counts goes in several.
+    """
 
     kind = "mpi"
 
-    def __init__(self) -> None:
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         super().__init__()
         try:
             from mpi4py import MPI
@@ -118,43 +144,78 @@ class MpiCommunicator(Communicator):
         self._comm: Any = MPI.COMM_WORLD
         self.world_rank = self._comm.Get_rank()
         self.world_size = self._comm.Get_size()
-        host = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.world_rank)
-        self.host_rank, self.host_size = host.Get_rank(), host.Get_size()
-        host.Free()
+        self._host: Any = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.world_rank)
+        if environ.get(_HOST_PROCESSES):
+            color = self.world_rank // int(environ[_HOST_PROCESSES])
+            self._host = self._comm.Split(color, self.world_rank)
+        self.host_rank, self.host_size = self._host.Get_rank(), self._host.Get_size()
+        lead, leads = np.array([self.world_rank]), np.zeros(self.world_size, np.int64)
+        self._host.Bcast(lead, root=0)
+        self._comm.Allgather(lead, leads)
+        self.host_of = tuple(leads.tolist())
         self.library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+        self._kept = torch.zeros(0, dtype=torch.uint8)
+
+    def _space(self, num_bytes: int) -> Tensor:
+        """Memory to receive into. It is used again: new pages cost as much as the copy itself."""
+        if num_bytes > _KEPT:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        if num_bytes > len(self._kept):
+            self._kept = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._kept[:num_bytes]
+
+    def _gather_counts(self, count: int) -> np.ndarray:
+        """Every process's count (world_size,); the 8 bytes of each travel too."""
+        counts = np.zeros(self.world_size, np.int64)
+        self._comm.Allgather(np.array([count], np.int64), counts)
+        size_bytes = np.full(self.world_size, 8)
+        self._count(size_bytes, size_bytes)
+        return counts
 
     def allgather(self, buffer: Tensor) -> list[Tensor]:
-        counts = torch.zeros(self.world_size, dtype=torch.int64)
-        mine = torch.tensor([buffer.numel()], dtype=torch.int64)
-        self._comm.Allgather(mine.numpy(), counts.numpy())
-        gathered = torch.empty(int(counts.sum()), dtype=torch.uint8)
-        self._comm.Allgatherv(
-            [buffer.contiguous().numpy(), self._mpi.BYTE],
-            [gathered.numpy(), counts.tolist(), None, self._mpi.BYTE],
-        )
-        others = self.world_size - 1
-        size_bytes = 8 * others  # the counts travel too
-        self._count(
-            buffer.numel() * others + size_bytes, gathered.numel() - buffer.numel() + size_bytes
-        )
+        counts = self._gather_counts(buffer.numel())
+        gathered = self._space(int(counts.sum()))
+        self._allgatherv(self._comm, buffer.contiguous(), gathered, counts)
+        self._count(np.full(self.world_size, buffer.numel()), counts)
         return list(torch.split(gathered, counts.tolist()))
 
+    def _allgatherv(self, comm: Any, mine: Tensor, gathered: Tensor, counts: np.ndarray) -> None:
+        """Allgatherv of counts (P,) bytes over the P processes of comm."""
+
+        def call(first: int, last: int, block: Tensor, sizes: list[int]) -> None:
+            comm.Allgatherv(
+                [mine[first:last].numpy(), self._mpi.BYTE],
+                [block.numpy(), sizes, None, self._mpi.BYTE],
+            )
+
+        _in_pieces(call, gathered, counts, int(counts.max()))
+
     def alltoall(self, buffers: list[Tensor]) -> list[Tensor]:
-        sent = torch.tensor([buffer.numel() for buffer in buffers])
-        counts = torch.empty_like(sent)
-        self._comm.Alltoall(sent.numpy(), counts.numpy())
-        received = torch.empty(int(counts.sum()), dtype=torch.uint8)
-        self._comm.Alltoallv(
-            [torch.cat(buffers).numpy(), sent.tolist(), None, self._mpi.BYTE],
-            [received.numpy(), counts.tolist(), None, self._mpi.BYTE],
-        )
-        self._count_alltoall(sent, counts)
+        sent = np.array([buffer.numel() for buffer in buffers], np.int64)
+        mine = np.stack([sent, np.full_like(sent, sent.max())], axis=1)
+        told = np.zeros_like(mine)  # bytes from each process, and its longest message to anyone
+        self._comm.Alltoall(mine, told)
+        counts = told[:, 0].copy()
+        received = self._space(int(counts.sum()))
+
+        def call(first: int, last: int, block: Tensor, sizes: list[int]) -> None:
+            parts = [buffer[first:last] for buffer in buffers]
+            self._comm.Alltoallv(
+                [torch.cat(parts).numpy(), [len(part) for part in parts], None, self._mpi.BYTE],
+                [block.numpy(), sizes, None, self._mpi.BYTE],
+            )
+
+        _in_pieces(call, received, counts, int(told[:, 1].max()))
+        self._count(sent + 16, counts + 16)
         return list(torch.split(received, counts.tolist()))
 
     def allreduce(self, values: Tensor) -> Tensor:
         result = torch.empty_like(values)
-        self._comm.Allreduce(values.contiguous().numpy(), result.numpy())
-        self._count(*_allreduce_bytes(values, self.world_size))
+        mine = values.contiguous()
+        for first in range(0, values.numel(), MAX_COUNT):
+            last = first + MAX_COUNT
+            self._comm.Allreduce(mine[first:last].numpy(), result[first:last].numpy())
+        self._count_allreduce(values.numel() * values.element_size())
         return result
 
     def _broadcast_piece(self, piece: np.ndarray) -> None:
@@ -166,6 +227,81 @@ class MpiCommunicator(Communicator):
     def abort(self) -> NoReturn:
         self._comm.Abort(1)
         os._exit(1)
+
+
+class NodeCommunicator(MpiCommunicator):
+    """MPI whose allgather brings one copy to each host, in memory that its processes share.
+
+    Processes put their messages into a window of their host; the first process of each host
+    exchanges it with the other hosts'. Between hosts travels what P processes need once per host,
+    not P times; inside a host nothing is copied for reading.
+    """
+
+    kind = "mpi-node"
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        super().__init__(environ)
+        leads = self.host_rank == 0
+        self._leaders: Any = self._comm.Split(0 if leads else self._mpi.UNDEFINED, self.world_rank)
+        self._window: Any = None
+        self._shared = torch.zeros(0, dtype=torch.uint8)
+        # Hosts one after another in the window, each one's processes in world_rank order.
+        self._order = sorted(range(self.world_size), key=lambda rank: (self.host_of[rank], rank))
+
+    def allgather(self, buffer: Tensor) -> list[Tensor]:
+        # Nobody leaves this call before all are in it, and so have read what the last one gave.
+        counts = self._gather_counts(buffer.numel())
+        shared = self._shared_space(int(counts.sum()))
+        placed = dict(
+            zip(self._order, torch.split(shared, counts[self._order].tolist()), strict=True)
+        )
+        placed[self.world_rank].copy_(buffer)
+        self._sync()
+        hosts = sorted(set(self.host_of))
+        by_host = np.array([counts[np.array(self.host_of) == host].sum() for host in hosts])
+        if self.host_rank == 0:
+            own = torch.split(shared, by_host.tolist())[hosts.index(self.world_rank)]
+            self._allgatherv(self._leaders, own.clone(), shared, by_host)
+        self._sync()
+        self._count_by_host(counts)
+        return [placed[world_rank] for world_rank in range(self.world_size)]
+
+    def _shared_space(self, num_bytes: int) -> Tensor:
+        """The first num_bytes of the host's window, which grows where it is too small."""
+        if num_bytes > len(self._shared):
+            self._free_window()
+            own = num_bytes if self.host_rank == 0 else 0
+            self._window = self._mpi.Win.Allocate_shared(own, 1, comm=self._host)
+            memory, _ = self._window.Shared_query(0)
+            self._shared = torch.from_numpy(np.frombuffer(memory, np.uint8, num_bytes))
+            self._window.Lock_all()
+        return self._shared[:num_bytes]
+
+    def _sync(self) -> None:
+        """What any process of this host wrote into the window is there for all of them."""
+        if self._window is not None:  # none while nobody has sent anything
+            self._window.Sync()
+            self._host.Barrier()
+            self._window.Sync()
+
+    def _count_by_host(self, counts: np.ndarray) -> None:
+        """Each message goes to its host's leader; leaders exchange what their hosts have."""
+        hosts, own = np.array(self.host_of), self.host_of[self.world_rank]
+        sent, received = np.zeros_like(counts), np.zeros_like(counts)
+        if self.world_rank != own:
+            sent[own] = counts[self.world_rank]
+        else:
+            received = counts
+            sent[[host for host in set(self.host_of) if host != own]] = counts[hosts == own].sum()
+        self._count(sent, received)
+
+    def _free_window(self) -> None:
+        if self._window is not None:
+            self._window.Unlock_all()
+            self._window.Free()
+
+    def close(self) -> None:
+        self._free_window()
 
 
 class TorchCommunicator(Communicator):
@@ -202,6 +338,8 @@ class TorchCommunicator(Communicator):
         # A process may wait for a slower one for hours; torchrun ends the job if one dies.
         dist.init_process_group(self.library, timeout=timedelta(days=1))
         self.world_rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # torchrun numbers the processes host by host.
+        self.host_of = tuple(rank - rank % self.host_size for rank in range(self.world_size))
 
     def allgather(self, buffer: Tensor) -> list[Tensor]:
         mine = torch.tensor([buffer.numel()], dtype=torch.int64, device=self._device)
@@ -214,7 +352,7 @@ class TorchCommunicator(Communicator):
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         if longest:
             self._dist.all_gather(gathered, padded)
-        moved = (longest + 8) * (self.world_size - 1)
+        moved = np.full(self.world_size, longest + 8)
         self._count(moved, moved)
         return [part[:length].cpu() for part, length in zip(gathered, lengths, strict=True)]
 
@@ -226,13 +364,13 @@ class TorchCommunicator(Communicator):
         received = torch.empty(int(counts.sum()), dtype=torch.uint8, device=self._device)
         mine = torch.cat(buffers).to(self._device)
         self._dist.all_to_all_single(received, mine, counts.tolist(), sent.tolist())
-        self._count_alltoall(sent, counts)
+        self._count(sent.numpy() + 8, counts.numpy() + 8)
         return list(torch.split(received.cpu(), counts.tolist()))
 
     def allreduce(self, values: Tensor) -> Tensor:
         result = values.to(self._device, copy=True)
         self._dist.all_reduce(result)
-        self._count(*_allreduce_bytes(values, self.world_size))
+        self._count_allreduce(values.numel() * values.element_size())
         return result.cpu()
 
     def _broadcast_piece(self, piece: np.ndarray) -> None:
@@ -247,10 +385,29 @@ class TorchCommunicator(Communicator):
         self._dist.destroy_process_group()
 
 
-def _allreduce_bytes(values: Tensor, world_size: int) -> tuple[int, int]:
-    """Bytes that a bandwidth-optimal allreduce sends and receives per process: 2 (P-1)/P n."""
-    moved = round(2 * (world_size - 1) / world_size * values.numel() * values.element_size())
-    return moved, moved
+def _in_pieces(
+    call: Callable[[int, int, Tensor, list[int]], None],
+    received: Tensor,
+    counts: np.ndarray,
+    longest: int,
+) -> None:
+    """Make the call once, or once for each piece of the messages that it can count.
+
+    call: with the range of the pieces, where they go one after another, and their sizes; received:
+    room for the whole messages of counts (P,) bytes; longest: of all messages of all processes.
+    """
+    limit = MAX_COUNT // len(counts)
+    if longest <= limit:
+        call(0, longest, received, counts.tolist())
+        return
+    parts = torch.split(received, counts.tolist())
+    for first in range(0, longest, limit):
+        pieces = [part[first : first + limit] for part in parts]
+        sizes = [len(piece) for piece in pieces]
+        landed = torch.empty(sum(sizes), dtype=torch.uint8)
+        call(first, first + limit, landed, sizes)
+        for piece, values in zip(pieces, torch.split(landed, sizes), strict=True):
+            piece.copy_(values)
 
 
 def detect(environ: Mapping[str, str]) -> str:
@@ -277,7 +434,8 @@ def open_communicator(kind: str, environ: Mapping[str, str] = os.environ) -> Com
                 "alone; allowed: one process, or --comm mpi or torch as the launcher asks"
             )
         return Communicator()
-    communicator = MpiCommunicator()
+    cls = NodeCommunicator if chosen == "mpi-node" else MpiCommunicator
+    communicator = cls(environ)
     if launched > 1 and communicator.world_size == 1:
         raise InputError(
             f"the launcher started {launched} processes but MPI sees 1; allowed: the mpiexec of "

@@ -1,6 +1,7 @@
 """One process of test_comm.py: checks every collective and the byte counters, then prints OK."""
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fedara_core import comm
 from fedara_core.comm import Communicator, open_communicator
 
 T = TypeVar("T")
@@ -31,8 +33,19 @@ def moved(communicator: Communicator, action: Callable[[], T]) -> tuple[T, tuple
 
 
 def expected_traffic(kind: str, sizes: list[int], world_rank: int) -> tuple[int, int]:
-    """By hand: an 8-byte count and the bytes to and from each other process; torch pads."""
+    """By hand: an 8-byte count and the bytes to and from each other process; torch pads.
+
+    mpi-node, two processes a host: the first of each host gets every message, and sends its host's
+    to the first of each other host; the others send theirs to the first of their host.
+    """
     others = len(sizes) - 1
+    if kind == "mpi-node":
+        lead = world_rank - world_rank % 2
+        if world_rank != lead:
+            return sizes[world_rank] + 8 * others, 8 * others
+        host = sum(sizes[lead : lead + 2])
+        num_others = (len(sizes) + 1) // 2 - 1
+        return host * num_others + 8 * others, sum(sizes) - sizes[world_rank] + 8 * others
     if kind == "torch":
         return ((max(sizes) + 8) * others,) * 2
     mine = sizes[world_rank]
@@ -63,9 +76,10 @@ def check_alltoall(communicator: Communicator) -> None:
     for rank, part in enumerate(received):
         assert torch.equal(part, contents(rank, 3 * rank + world_rank)), rank
     others = [rank for rank in range(world_size) if rank != world_rank]
+    size_bytes = 16 if communicator.kind.startswith("mpi") else 8
     wanted = (
-        sum(3 * world_rank + q + 8 for q in others),
-        sum(3 * q + world_rank + 8 for q in others),
+        sum(3 * world_rank + q + size_bytes for q in others),
+        sum(3 * q + world_rank + size_bytes for q in others),
     )
     assert traffic == wanted, (traffic, wanted)
 
@@ -92,8 +106,13 @@ def check_bytes(communicator: Communicator) -> None:
 
 
 def check_host(communicator: Communicator) -> None:
-    """All processes of the test are on one host."""
-    assert communicator.host_size == communicator.world_size
+    """All processes of the test are on one host, or two by two as the environment pretends."""
+    world_size, together = communicator.world_size, int(os.environ.get("FEDARA_HOST_PROCESSES", 64))
+    own = communicator.world_rank // together
+    assert communicator.host_of == tuple(p - p % together for p in range(world_size))
+    assert communicator.host_size == min(together, world_size - own * together)
+    if together < world_size:
+        return
     ranks = communicator.gather_bytes(str(communicator.host_rank).encode())
     assert sorted(map(int, ranks)) == list(range(communicator.world_size)), ranks
 
@@ -118,14 +137,50 @@ def gloo_threads() -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
+def check_network(communicator: Communicator) -> None:
+    """1000 bytes of each process: what crosses between hosts of two processes, by hand."""
+    if "FEDARA_HOST_PROCESSES" not in os.environ:
+        return
+    world_size, world_rank = communicator.world_size, communicator.world_rank
+    before = communicator.traffic.network_sent, communicator.traffic.network_received
+    communicator.allgather(contents(world_rank, 1000))
+    sent = communicator.traffic.network_sent - before[0]
+    received = communicator.traffic.network_received - before[1]
+    far = world_size - communicator.host_size  # processes of other hosts
+    assert (sent, received)[1] >= 8 * far
+    if communicator.kind == "mpi":  # every process gets every far message
+        assert (sent, received) == (1008 * far, 1008 * far), (sent, received)
+    elif communicator.host_rank:
+        assert (sent, received) == (8 * far, 8 * far), (sent, received)
+    else:
+        hosts = len(set(communicator.host_of))
+        wanted = 1000 * communicator.host_size * (hosts - 1) + 8 * far, 1008 * far
+        assert (sent, received) == wanted, (sent, received, wanted)
+
+
+def check_large(communicator: Communicator) -> None:
+    """More bytes in one call than an MPI-3 count can say: 2.25e9 to each process."""
+    each = (1 << 31) // communicator.world_size + 50_000_000
+    mine = torch.full((each,), communicator.world_rank + 1, dtype=torch.uint8)
+    for rank, part in enumerate(communicator.allgather(mine)):
+        assert len(part) == each
+        assert bool((part == rank + 1).all()), rank
+
+
 def main() -> None:
     kind, world_size = sys.argv[1], int(sys.argv[2])
-    communicator = open_communicator("auto")
+    wanted = kind if kind == "mpi-node" else "auto"
+    communicator = open_communicator(wanted)
+    if "large" in sys.argv:
+        check_large(communicator)
     assert (communicator.kind, communicator.world_size) == (kind, world_size)
     assert (communicator.library is None) == (kind == "serial")
-    check_allgather(communicator)
-    check_alltoall(communicator)
-    check_allreduce(communicator)
+    for max_count in (comm.MAX_COUNT, 1000):  # the second sends most messages in pieces
+        comm.MAX_COUNT = max_count
+        check_allgather(communicator)
+        check_alltoall(communicator)
+        check_allreduce(communicator)
+    check_network(communicator)
     check_bytes(communicator)
     check_host(communicator)
     communicator.barrier()

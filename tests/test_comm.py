@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from launch import launch
 
@@ -20,6 +21,26 @@ def test_every_process_passes_the_check(launcher: str, world_size: int) -> None:
     job = launch(launcher, world_size, CHECK, kind, world_size)
     assert job.code == 0, job.err
     assert job.out.splitlines().count("OK") == world_size, job.out
+
+
+@pytest.mark.parametrize("kind", ["mpi", "mpi-node"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_two_processes_a_host(kind: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts that one machine plays: the same messages arrive, and the network's bytes are known."""
+    monkeypatch.setenv("FEDARA_HOST_PROCESSES", "2")
+    job = launch("mpi", world_size, CHECK, kind, world_size)
+    assert job.code == 0, job.err
+    assert job.out.splitlines().count("OK") == world_size, job.out
+
+
+@pytest.mark.parametrize("kind", ["mpi", "mpi-node"])
+def test_messages_beyond_2_to_the_31_bytes(kind: str) -> None:
+    available = psutil.virtual_memory().available
+    if available < 14e9:
+        pytest.skip(f"needs 14 GB of free memory, has {available / 1e9:.0f}")
+    job = launch("mpi", 2, CHECK, kind, 2, "large")
+    assert job.code == 0, job.err
+    assert job.out.splitlines().count("OK") == 2, job.out
 
 
 @pytest.mark.parametrize(
@@ -69,7 +90,7 @@ def test_auto_opens_what_was_detected(
 @pytest.mark.parametrize(
     ("kind", "environ", "words"),
     [
-        ("nonsense", {}, ["'nonsense'", "auto, serial, mpi, torch"]),
+        ("nonsense", {}, ["'nonsense'", "auto, serial, mpi, mpi-node, torch"]),
         ("serial", {"PMI_SIZE": "3"}, ["3 processes", "--comm mpi"]),
         ("serial", {"SLURM_STEP_NUM_TASKS": "2"}, ["2 processes", "--comm mpi"]),
         ("serial", {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, ["2 processes", "torch"]),
@@ -93,7 +114,7 @@ def test_refusals_say_what_is_allowed(
 def fake(name: str, *, world_size: int) -> Any:
     """A stand-in for a communicator class."""
 
-    def build() -> Communicator:
+    def build(*_: object) -> Communicator:
         communicator = Communicator()
         communicator.kind, communicator.world_size = name, world_size
         return communicator

@@ -167,6 +167,30 @@ class TrainConfig(_Section):
         return self
 
 
+Codec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+
+
+class CodecConfig(_Section):
+    """How values travel between clients and server: see fedara_core/codec.py.
+
+    error_feedback: what a codec's rounding leaves out of one message is added to the next one; kept
+    by each client for its uploads, and by the server for what it sends.
+    """
+
+    up: Codec = "fp32"
+    down: Codec = "fp32"
+    error_feedback: bool = False
+
+    @model_validator(mode="after")
+    def _feedback_has_errors(self) -> "CodecConfig":
+        if self.error_feedback and self.up == self.down == "fp32":
+            raise ValueError(
+                "error_feedback = true, and fp32 leaves nothing out; allowed: a lossy up or down "
+                "(bf16, fp16, int8, int4), or false"
+            )
+        return self
+
+
 class EvaluateConfig(_Section):
     every: int = Field(1, ge=1)
     split: Literal["test", "validation"] = "test"
@@ -197,6 +221,7 @@ class RunConfig(_Section):
     dataset: DatasetConfig = DatasetConfig()
     partition: PartitionConfig = PartitionConfig()
     federation: FederationConfig = FederationConfig()
+    codec: CodecConfig = CodecConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     system: SystemConfig = SystemConfig()
@@ -215,6 +240,11 @@ class RunConfig(_Section):
                 f"federation.merge_path = {self.federation.merge_path!r} sums on the way, and "
                 f"method.name = {self.method.name!r} needs every client's factors; allowed: "
                 "allgather, auto"
+            )
+        if self.codec.down != "fp32" and (method.own_rows or not method.sends_trained):
+            raise ValueError(
+                f"codec.down = {self.codec.down!r}: what method.name = {self.method.name!r} sends "
+                "down is not what trains, or differs by client; allowed: fp32"
             )
         return self
 

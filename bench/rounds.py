@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,17 +20,34 @@ from bench.models import build_model, encode
 from bench.partition import draw_client_lora_ranks, label_counts, partition, summary
 from bench.record import Recorder, process_facts, provenance
 from fedara_core.adapters import AdapterConfig, inject
-from fedara_core.collectives import average_uploads, cheapest
+from fedara_core.codec import decode_rows, encode_rows, message_widths, payload_bytes
+from fedara_core.collectives import RunningMean, cheapest
 from fedara_core.comm import Communicator
 from fedara_core.errors import Diverged, InputError
-from fedara_core.method import Batch, Client, Method, ServerState
+from fedara_core.method import (
+    Batch,
+    Client,
+    Method,
+    ServerState,
+    join_values,
+    num_values,
+    split_values,
+)
 from fedara_core.seeds import generator
 from fedara_core.train import Encoded, LocalTraining, batches, start_client
-from fedara_core.wire import Upload, pack, unpack
+from fedara_core.wire import Upload, code, pack, unpack
 
 Report = Callable[[dict[str, Any]], None]
 
-_SUMMED = ("downlink_bytes", "wire_bytes_sent", "wire_bytes_received")
+HELD_VALUES = 1 << 26  # a process trains and sends clients with so many values in all at a time
+_TRAFFIC = {  # record key -> field of the communicator's traffic
+    "wire_bytes_sent": "sent",
+    "wire_bytes_received": "received",
+    "network_bytes_sent": "network_sent",
+    "network_bytes_received": "network_received",
+}
+_SUMMED = ("downlink_bytes", *_TRAFFIC)
+_RESIDUAL = "codec_residual"  # what a codec's rounding has left out so far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +68,12 @@ class Job:
     labels: Sequence[str]
     device: torch.device
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of this process's clients
+
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep tensors between rounds, so that each stays on one process."""
+        codec = self.config.codec
+        return self.method.stateful or (codec.error_feedback and codec.up != "fp32")
 
 
 def prepare(config: RunConfig, communicator: Communicator) -> Job:
@@ -149,32 +172,9 @@ def one_round(
     job: Job, state: ServerState, communicator: Communicator, meter: Meter
 ) -> tuple[ServerState, dict[str, Any]]:
     """One federated round: the next state, and this process's part of the round's record."""
-    cohort = draw_cohort(job, state.round_index)
-    mine = place(job, cohort, communicator.world_size)[communicator.world_rank]
-    trained = [train_client(job, state, client_id, meter) for client_id in mine]
-    path = merge_path(job, communicator)
-    before = (communicator.traffic.sent, communicator.traffic.received)
-    uploads, uplink_bytes = _exchange([upload for upload, _ in trained], path, communicator, meter)
-    sent = communicator.traffic.sent - before[0]
-    received = communicator.traffic.received - before[1]
+    next_state, row = advance(job, state, communicator, meter)
     with meter.phase("aggregate"):
-        _check_losses(uploads, state.round_index)
-        next_state = job.method.aggregate(state, uploads)
-        state_digest = next_state.digest()
-    row: dict[str, Any] = {
-        "round_index": state.round_index,
-        "cohort": cohort,
-        "train_loss": _mean_loss(uploads),
-        "merge_path": path,
-        "uplink_bytes": uplink_bytes,
-        "downlink_bytes": sum(downlink_bytes for _, downlink_bytes in trained),
-        "wire_bytes_sent": sent,
-        "wire_bytes_received": received,
-        "live_triplets": sum(next_state.live_triplets.values()),
-        "live_adapters": sum(count > 0 for count in next_state.live_triplets.values()),
-        "live_triplets_by_adapter": next_state.live_triplets,
-        "state_digest": state_digest,
-    }
+        row["state_digest"] = next_state.digest()
     with meter.phase("evaluate"):
         row |= _evaluate(job, next_state, communicator)
     if not np.isfinite(row.get("test_loss", 0.0)):  # the same on every process
@@ -185,26 +185,122 @@ def one_round(
     return next_state, row
 
 
-def _exchange(
-    mine: Sequence[Upload], path: str, communicator: Communicator, meter: Meter
-) -> tuple[list[Upload], int]:
-    """All clients' uploads in client_id order, and their bytes; where the path sums on the way,
-    each has the weighted mean as its values."""
-    if path != "allgather":
-        with meter.phase("wait"):
-            communicator.barrier()
-        with meter.phase("exchange"):
-            return average_uploads(mine, communicator, path)
-    with meter.phase("pack"):
-        packed = pack(mine)
-    with meter.phase("wait"):
-        communicator.barrier()
-    with meter.phase("exchange"):
-        gathered = communicator.allgather(packed)
+def advance(
+    job: Job, state: ServerState, communicator: Communicator, meter: Meter
+) -> tuple[ServerState, dict[str, Any]]:
+    """Download, local training, upload, exchange, aggregate; without looking at the result."""
+    cohort = draw_cohort(job, state.round_index)
+    with meter.phase("download"):
+        sent, saved_bytes, residual = _send_down(job, state)
+        reference = job.method.reference(sent) if job.config.codec.up != "fp32" else None
+    path = merge_path(job, communicator)
+    before = {key: getattr(communicator.traffic, name) for key, name in _TRAFFIC.items()}
+    exchange = _Exchange(job, communicator, path, reference)
+    downlink_bytes = 0
+    for go in _goes(job, sent, cohort, communicator.world_size):
+        uploads = []
+        for client_id in place(job, go, communicator.world_size)[communicator.world_rank]:
+            upload, num_bytes = train_client(job, sent, client_id, meter, reference)
+            uploads.append(upload)
+            downlink_bytes += num_bytes - saved_bytes
+        exchange.add(uploads, meter)
+    uploads, uplink_bytes = exchange.result(meter)
+    _check_complete(uploads, cohort, state.round_index)
     with meter.phase("aggregate"):
-        uploads = [upload for buffer in gathered for upload in unpack(buffer)]
-        uploads.sort(key=lambda upload: upload.client_id)
-    return uploads, sum(buffer.numel() for buffer in gathered)
+        _check_losses(uploads, state.round_index)
+        next_state = job.method.aggregate(sent, uploads)
+        if residual is not None:
+            next_state = replace(next_state, extra={**next_state.extra, _RESIDUAL: residual})
+    after = {key: getattr(communicator.traffic, name) for key, name in _TRAFFIC.items()}
+    return next_state, {
+        "round_index": state.round_index,
+        "cohort": cohort,
+        "train_loss": _mean_loss(uploads),
+        "merge_path": path,
+        "uplink_bytes": uplink_bytes,
+        "downlink_bytes": downlink_bytes,
+        **{key: after[key] - before[key] for key in _TRAFFIC},
+        "live_triplets": sum(next_state.live_triplets.values()),
+        "live_adapters": sum(count > 0 for count in next_state.live_triplets.values()),
+        "live_triplets_by_adapter": next_state.live_triplets,
+    }
+
+
+def _send_down(job: Job, state: ServerState) -> tuple[ServerState, int, Tensor | None]:
+    """The state as clients get it, the bytes that its codec saves for each of them, and what its
+    rounding left out, for the next round (None without error feedback)."""
+    codec = job.config.codec
+    if codec.down == "fp32":
+        return state, 0, None
+    form = job.method.form(state)
+    values = join_values(state.rows, state.whole, state, form)
+    left_out = state.extra.get(_RESIDUAL)
+    if left_out is not None and len(left_out) == len(values):  # not where triplets died since
+        values = values + left_out
+    widths = message_widths(len(values))
+    draw = generator(state.seed, "codec down", state.round_index)
+    decoded = decode_rows(codec.down, encode_rows(codec.down, values, widths, draw), widths)
+    rows, whole, _ = split_values(decoded, state, form)
+    saved_bytes = 4 * len(values) - payload_bytes(codec.down, len(values))
+    residual = values - decoded if codec.error_feedback else None
+    return replace(state, rows=rows, whole=whole), saved_bytes, residual
+
+
+def _goes(
+    job: Job, state: ServerState, cohort: Sequence[int], world_size: int
+) -> Iterator[Sequence[int]]:
+    """The cohort in stretches of client_ids, so that a process holds few clients' values.
+
+    Sums come in the same order however it is cut. All of it where every client's values are needed.
+    """
+    size = len(cohort)
+    if not job.method.needs_factors:
+        held = HELD_VALUES // max(1, num_values(state, job.method.form(state)))
+        size = max(1, held) * world_size
+    for first in range(0, len(cohort), size):
+        yield cohort[first : first + size]
+
+
+class _Exchange:
+    """How a round's uploads meet. All processes take part in every call."""
+
+    def __init__(
+        self, job: Job, communicator: Communicator, path: str, reference: Tensor | None
+    ) -> None:
+        self._communicator = communicator
+        self._reference = torch.zeros(0) if reference is None else reference
+        self._mean = None
+        if not job.method.needs_factors:
+            self._mean = RunningMean(communicator, path, self._reference)
+        self._gathered: list[Upload] = []
+        self._num_bytes = 0
+
+    def add(self, mine: Sequence[Upload], meter: Meter) -> None:
+        """This process's uploads, maybe none; all have higher client_ids than those before."""
+        if self._mean is not None:
+            with meter.phase("wait"):
+                self._communicator.barrier()
+            with meter.phase("exchange"):
+                self._mean.add(mine)
+            return
+        with meter.phase("pack"):
+            packed = pack(mine)
+        with meter.phase("wait"):
+            self._communicator.barrier()
+        with meter.phase("exchange"):
+            buffers = self._communicator.allgather(packed)
+        with meter.phase("aggregate"):
+            for buffer in buffers:
+                self._gathered += unpack(buffer, self._reference)
+                self._num_bytes += buffer.numel()
+
+    def result(self, meter: Meter) -> tuple[list[Upload], int]:
+        """All uploads in client_id order, and their bytes; where only their mean is needed, each
+        has it as its values."""
+        if self._mean is not None:
+            with meter.phase("exchange"):
+                return self._mean.result()
+        return sorted(self._gathered, key=lambda upload: upload.client_id), self._num_bytes
 
 
 def merge_path(job: Job, communicator: Communicator) -> str:
@@ -224,8 +320,13 @@ def merge_path(job: Job, communicator: Communicator) -> str:
     )
 
 
-def train_client(job: Job, state: ServerState, client_id: int, meter: Meter) -> tuple[Upload, int]:
-    """One client's download, local training and upload; also the bytes it downloaded."""
+def train_client(
+    job: Job, state: ServerState, client_id: int, meter: Meter, reference: Tensor | None = None
+) -> tuple[Upload, int]:
+    """One client's download, local training and upload; also the bytes it downloaded.
+
+    reference: what a lossy codec codes the upload's difference from; None for fp32.
+    """
     client = _client(job, client_id)
     with meter.phase("download"):
         downlink_bytes = job.method.download(job.model, state, client)
@@ -235,9 +336,29 @@ def train_client(job: Job, state: ServerState, client_id: int, meter: Meter) -> 
             job.method.local_step(client, batch)
     with meter.phase("pack"):
         upload = job.method.upload(client, state)
-    if job.method.stateful:
+        if not isinstance(upload, Upload) or upload.client_id != client_id:
+            raise RuntimeError(f"round {state.round_index}: client {client_id} sent no upload")
+        if reference is not None:
+            upload = _code_up(job, client, upload, state.round_index, reference)
+    if job.keeps:
         job.kept[client_id] = client.kept
     return upload, downlink_bytes
+
+
+def _code_up(
+    job: Job, client: Client, upload: Upload, round_index: int, reference: Tensor
+) -> Upload:
+    """The upload under the job's codec, with what the codec left out of the client's last one."""
+    codec = job.config.codec
+    values = upload.values
+    left_out = job.kept.get(client.client_id, {}).get(_RESIDUAL)
+    if left_out is not None and len(left_out) == len(values):  # not where triplets died since
+        values = values + left_out
+    draw = generator(job.config.seed, "codec up", round_index, client.client_id)
+    coded = code(replace(upload, values=values), codec.up, reference, draw)
+    if codec.error_feedback:
+        client.kept[_RESIDUAL] = values - coded.values
+    return coded
 
 
 def _client(job: Job, client_id: int) -> Client:
@@ -246,7 +367,7 @@ def _client(job: Job, client_id: int) -> Client:
         client_id=client_id,
         num_examples=len(job.shards[client_id]),
         model=job.model,
-        kept=dict(job.kept.get(client_id, {})),
+        kept={n: t for n, t in job.kept.get(client_id, {}).items() if n != _RESIDUAL},
     )
 
 
@@ -277,7 +398,7 @@ def place(job: Job, cohort: Sequence[int], world_size: int) -> list[list[int]]:
     Ties go to the lower client_id and the lower world_rank. Where a client runs changes no result,
     but clients that keep tensors between rounds stay on one process.
     """
-    if job.method.stateful:
+    if job.keeps:
         return [
             [client_id for client_id in cohort if _home(client_id, world_size) == world_rank]
             for world_rank in range(world_size)
@@ -319,6 +440,17 @@ def _same_bits_on_cuda() -> None:
 def _load_texts(config: DatasetConfig) -> TextDataset:
     """The data set; the points of a sweep mostly share it."""
     return load_dataset(config)
+
+
+def _check_complete(uploads: Sequence[Upload], cohort: Sequence[int], round_index: int) -> None:
+    """Every client of the cohort has sent one upload, and nobody else has."""
+    found = [upload.client_id for upload in uploads]
+    if found == list(cohort):
+        return
+    missing = sorted(set(cohort) - set(found))
+    if missing:
+        raise RuntimeError(f"round {round_index}: no upload came from clients {missing}")
+    raise RuntimeError(f"round {round_index}: uploads of {found} came, of a cohort of {cohort}")
 
 
 def _check_losses(uploads: Sequence[Upload], round_index: int) -> None:
@@ -423,7 +555,7 @@ def _resume_or_start(
 
 def _gather_kept(job: Job, cohort: Sequence[int], communicator: Communicator) -> checkpoint.Kept:
     """On world_rank 0 what the round's clients keep, for the checkpoint; nothing elsewhere."""
-    if not job.method.stateful:
+    if not job.keeps:
         return {}
     mine = {client_id: job.kept[client_id] for client_id in cohort if client_id in job.kept}
     gathered = communicator.gather_bytes(checkpoint.dump_kept(mine))

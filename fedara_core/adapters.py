@@ -8,6 +8,7 @@ also hold tensors that are no rows and never train, such as a change of W0 from 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -37,6 +38,8 @@ class Form(Protocol):
 
     def forward(self, adapter: "Adapter", x: Tensor) -> Tensor:
         """The layer's output (..., d_out) for x (..., d_in), base layer included."""
+
+    def __hash__(self) -> int: ...
 
     def pair(self, adapter: "Adapter") -> tuple[Tensor, Tensor] | None:
         """A (r, d_in), B (d_out, r) if the layer is weight + scale B A; None if it is not."""
@@ -79,6 +82,11 @@ class LowRank:
 
 def columns(form: Form, shape: Shape, parts: Sequence[str] | None = None) -> Tensor:
     """Columns (n,) of a row that hold these parts (by default those that train), in row order."""
+    return _columns(form, shape, None if parts is None else tuple(parts))
+
+
+@lru_cache(maxsize=1024)
+def _columns(form: Form, shape: Shape, parts: tuple[str, ...] | None) -> Tensor:
     places = form.split(torch.arange(form.width(shape))[None], shape)  # part -> (1, part's width)
     chosen = [part for part in places if part not in form.frozen] if parts is None else parts
     return torch.cat([place[0] for part, place in places.items() if part in chosen])
@@ -95,6 +103,7 @@ class Adapter(nn.Module):
         self.fixed: dict[str, Tensor] = {}
         self.form: Form | None = None
         self.num_live = 0
+        self.layout: Layout | None = None  # that of the write_rows which last wrote it
 
     @property
     def shape(self) -> Shape:
@@ -126,6 +135,7 @@ class Adapter(nn.Module):
         adapter that was masked but not removed.
         """
         device = self.base.weight.device
+        self.layout = None
         self.num_live = rows.shape[0]
         self.parts.clear()
         self.fixed = {part: t.to(device).contiguous() for part, t in (fixed or {}).items()}
@@ -186,14 +196,20 @@ def inject(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) 
     for name in chosen:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Adapter(name, linear[name]))
+    # Walking the modules costs more than a download; a list of pairs is no submodule.
+    model.found_adapters = sorted_adapters(model)  # type: ignore[assignment]
+    model.base_parameters = list(model.named_parameters())  # type: ignore[assignment]
+
+
+def sorted_adapters(model: nn.Module) -> list[tuple[str, Adapter]]:
+    """The adapters among a model's modules, in name order."""
+    modules = model.named_modules()
+    return sorted((name, module) for name, module in modules if isinstance(module, Adapter))
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Adapters in name order, the one order in which they are ever walked."""
-    found = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, Adapter)
-    ]
-    return iter(sorted(found, key=lambda item: item[0]))
+    return iter(getattr(model, "found_adapters", None) or sorted_adapters(model))
 
 
 def adapter_shapes(model: nn.Module) -> dict[str, Shape]:
@@ -243,6 +259,99 @@ class AdapterConfig:
         )
 
 
+class Layout:
+    """The parameters that one `write_rows` made, for the next ones to write into.
+
+    As long as the same adapters have as many live rows of the same form, a download is a copy into
+    the parameters that are there, and an upload a copy out of them.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], key: tuple[object, ...], fixed: Fixed) -> None:
+        self.adapters = adapters
+        self.key = key
+        self.fixed = fixed
+        self.parameters = [p for adapter in adapters for p in adapter.parts.values()]
+        self.rows: Rows | None = None  # what `sources` are of
+        self.rank_masks: Masks | None = None
+        self.sources: list[Tensor] = []  # for each parameter
+        self.readers: dict[object, tuple[Tensor, list[Tensor], list[Tensor]]] = {}
+        for adapter in adapters:
+            adapter.layout = self
+
+    def fits(self, key: tuple[object, ...], fixed: Fixed) -> bool:
+        """Whether the adapters are still as this layout left them, and are to be so again."""
+        return self.key == key and self.fixed is fixed and self.intact
+
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has written an adapter by itself since."""
+        return all(adapter.layout is self for adapter in self.adapters)
+
+    def write(self, live: Sequence[Tensor]) -> None:
+        """Take each adapter's live rows (r, width) as the parameters' values."""
+        self.sources = []
+        for adapter, rows in zip(self.adapters, live, strict=True):
+            if adapter.form is None:
+                continue
+            if not adapter.num_live:  # kept in the model with a row of zeros
+                rows = rows.new_zeros(1, adapter.form.width(adapter.shape))
+            device = adapter.base.weight.device
+            self.sources += adapter.form.split(rows.to(device), adapter.shape).values()
+
+    def copy_in(self) -> None:
+        """Give the parameters the values of `sources`, and no gradients."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.sources)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def copy_out(self, parts: Sequence[str] | None, whole: Sequence[Tensor]) -> Tensor:
+        """These parts (by default those that train) of the live rows, and then these parameters:
+        (n,) on the CPU."""
+        key = (parts if parts is None else tuple(parts), tuple(map(id, whole)))
+        if key not in self.readers:
+            self.readers[key] = self._reader(parts, whole)
+        values, places, sources = self.readers[key]
+        with torch.no_grad():
+            torch._foreach_copy_(places, sources)
+        return values.to("cpu", copy=True)
+
+    def _reader(
+        self, parts: Sequence[str] | None, whole: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """A vector, the places in it, and what goes there."""
+        chosen = []
+        for adapter in self.adapters:
+            if adapter.num_live:
+                assert adapter.form is not None
+                frozen = adapter.form.frozen
+                chosen.append(
+                    [
+                        parameter
+                        for part, parameter in adapter.parts.items()
+                        if (part not in frozen if parts is None else part in parts)
+                    ]
+                )
+        tensors = [tensor for group in chosen for tensor in group] + list(whole)
+        size = sum(tensor.numel() for tensor in tensors)
+        values = torch.empty(size, device=tensors[0].device if tensors else None)
+        places: list[Tensor] = []
+        start = 0
+        for group in chosen:
+            widths = [parameter.shape[1] for parameter in group]
+            rows = group[0].shape[0] if group else 0
+            block = values[start : start + rows * sum(widths)].view(rows, sum(widths))
+            places += torch.split(block, widths, dim=1) if group else []
+            start += block.numel()
+        for tensor in whole:
+            places.append(values[start : start + tensor.numel()].view(tensor.shape))
+            start += tensor.numel()
+        return values, places, tensors
+
+
+_NONE: Fixed = {}
+
+
 def write_rows(
     model: nn.Module,
     rows: Rows,
@@ -252,11 +361,36 @@ def write_rows(
     fixed: Fixed | None = None,
     keep_dead: bool = False,
 ) -> None:
-    """Give each adapter its live rows rows[name][rank_masks[name]]; an unnamed one gets none."""
-    for name, adapter in named_adapters(model):
-        live = rows[name][rank_masks[name]] if name in rows else torch.zeros(0, 1)
-        own = {part: tensors[name] for part, tensors in (fixed or {}).items() if name in tensors}
-        adapter.write(live, form, fixed=own, keep_dead=keep_dead and name in rows)
+    """Give each adapter its live rows rows[name][rank_masks[name]]; an unnamed one gets none.
+
+    Neither may be changed afterwards: another call with the same two copies what it copied before.
+    """
+    fixed = fixed or _NONE
+    layout: Layout | None = getattr(model, "layout", None)
+    if layout is not None and layout.rows is rows and layout.rank_masks is rank_masks:
+        if layout.fits((form, keep_dead, layout.key[2]), fixed):
+            layout.copy_in()
+            return
+    adapters = list(named_adapters(model))
+    live = [
+        _live(rows[name], rank_masks[name]) if name in rows else torch.zeros(0, 1)
+        for name, _ in adapters
+    ]
+    key = (form, keep_dead, tuple(len(values) for values in live))
+    if layout is None or not layout.fits(key, fixed):
+        for (name, adapter), values in zip(adapters, live, strict=True):
+            own = {part: tensors[name] for part, tensors in fixed.items() if name in tensors}
+            adapter.write(values, form, fixed=own, keep_dead=keep_dead and name in rows)
+        layout = Layout([adapter for _, adapter in adapters], key, fixed)
+        model.layout = layout  # type: ignore[assignment]
+        return
+    layout.write(live)
+    layout.rows, layout.rank_masks = rows, rank_masks
+    layout.copy_in()
+
+
+def _live(rows: Tensor, rank_mask: Tensor) -> Tensor:
+    return rows if rank_mask.all() else rows[rank_mask]
 
 
 def read_rows(model: nn.Module) -> Rows:

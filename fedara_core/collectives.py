@@ -13,6 +13,12 @@ dense       the same over the whole layout: what everybody has.
 Cost per process in values (P processes, one client each, k live values of a client, U of the union,
 n of the layout; Ok-Topk, arXiv 2201.07598, and SparCML, arXiv 1802.08021, for the sparse paths):
 allgather (P-1) k, split (P-1)/P (k + U), allreduce 2 (P-1)/P U, dense 2 (P-1)/P n.
+
+A sum may take its clients in several goes, lower client_ids first: what a process holds is then one
+sum and the clients of one go, however many there are in all. Weights are whole numbers, such as
+numbers of examples: their products with float32 are exact in float64, so no fused multiply-add can
+change a bit. Rows may travel under a codec (fedara_core/codec.py); they are decoded to be added, and
+the sums of split travel as float32.
 """
 
 import math
@@ -24,23 +30,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedara_core.codec import decode_rows, encode_rows, message_widths, row_bytes
 from fedara_core.comm import Communicator
-from fedara_core.method import client_shares
-from fedara_core.wire import Upload, message_bytes, pack, unpack
+from fedara_core.seeds import generator
+from fedara_core.wire import Upload, add_reference, pack, unpack
 
 PATHS = ("allgather", "split", "allreduce", "dense")
 SAME_BITS = ("allgather", "split")  # for any number of processes
-_PIECE = 4096  # values
-BLOCK_VALUES = 1 << 24  # values that the allgather path receives at a time, of all clients
+BLOCK_VALUES = 1 << 23  # values of all clients that the allgather path receives at a time
+_SUM_VALUES = 1 << 18  # values summed at a time: their float64 sum stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One client's rows: rank_mask (R,) bool over the layout, values (n,) float32 of its rows in
-    the order of the layout, and the weight that they have in the sum."""
+    the order of the layout, and the weight that they have in the sum, below 2^29."""
 
     client_id: int
-    weight: float
+    weight: int
     rank_mask: Tensor
     values: Tensor
 
@@ -55,78 +62,113 @@ class Sum:
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """What every process knows of one client's part before its values come."""
+    """What every process knows of one client's part before its rows come."""
 
     world_rank: int
     client_id: int
-    weight: float
-    starts: Tensor  # (R + 1,) int64: where each row's values start in the part's
+    weight: int
+    starts: Tensor  # (R + 1,) int64: where each row's bytes start in the part's
     rank_mask: Tensor
 
 
 def weighted_sum(
-    parts: Sequence[Part], widths: Tensor, communicator: Communicator, path: str
+    parts: Sequence[Part],
+    widths: Tensor,
+    communicator: Communicator,
+    path: str,
+    codec: str = "fp32",
+    seed: int = 0,
 ) -> Sum:
     """The weighted sum of all processes' parts; every process calls it and gets the whole sum.
 
-    parts: this process's clients, maybe none; widths (R,) int64: values in each row. Raises
-    ValueError for an unknown path, and on every process if some part does not fit the layout.
+    parts: this process's clients, maybe none; widths (R,) int64: values in each row; seed: of a
+    codec's rounding. Raises ValueError for an unknown path, and on every process if some part does
+    not fit the layout.
     """
-    if path not in PATHS:
-        raise ValueError(f"merge path {path!r} is unknown; allowed: {', '.join(PATHS)}")
+    total = _RunningSum(widths, communicator, path, codec)
     parts = sorted(parts, key=lambda part: part.client_id)
-    headers = _gather_headers(parts, widths, communicator)
-    union = torch.zeros(len(widths), dtype=torch.bool)
-    for header in headers:
-        union |= header.rank_mask
-    if path == "allgather":
-        values = _by_allgather(parts, headers, union, widths, communicator)
-    elif path == "split":
-        values = _by_split(parts, headers, union, widths, communicator)
-    else:
-        rows = union if path == "allreduce" else torch.ones_like(union)
-        values = _by_allreduce(parts, rows, widths, communicator)
-        values = values[union[rows].repeat_interleave(widths[rows])]
-    return Sum(rank_mask=union, values=values)
-
-
-def average_uploads(
-    uploads: Sequence[Upload], communicator: Communicator, path: str
-) -> tuple[list[Upload], int]:
-    """All clients' uploads in client_id order, each with the cohort's weighted mean as its values,
-    and the bytes that they would have had with their own.
-
-    For an `aggregate` that uses the values through their weighted mean alone. An upload whose
-    values are not all finite comes back with a train_loss of NaN. Raises ValueError on every
-    process if uploads are not equally long.
-    """
-    sizes, heads = b"", []
-    for upload in uploads:
-        sizes += _SIZE.pack(upload.client_id, upload.values.numel())
-        finite = bool(torch.isfinite(upload.values).all())
-        loss = upload.train_loss if finite else math.nan
-        heads.append(replace(upload, values=torch.zeros(0), train_loss=loss))
-    lengths = dict(_SIZE.iter_unpack(b"".join(communicator.gather_bytes(sizes))))
-    heads = [head for buffer in communicator.allgather(pack(heads)) for head in unpack(buffer)]
-    heads.sort(key=lambda head: head.client_id)
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"uploads differ in length, so they have no mean; by client_id: {lengths}")
-    num_values = lengths[heads[0].client_id]
-    ends = torch.arange(0, num_values + _PIECE, _PIECE).clamp(max=num_values)
-    widths = ends.diff()  # in pieces, so that split has something to share out
-    shares = dict(zip([head.client_id for head in heads], client_shares(heads), strict=True))
-    parts = [
-        Part(
-            client_id=upload.client_id,
-            weight=shares[upload.client_id],
-            rank_mask=torch.ones(len(widths), dtype=torch.bool),
-            values=upload.values,
-        )
-        for upload in uploads
+    headers = _gather_headers(parts, widths, codec, communicator)
+    payloads = [
+        encode_rows(codec, p.values, widths[p.rank_mask], generator(seed, "codec", p.client_id))
+        for p in parts
     ]
-    mean = weighted_sum(parts, widths, communicator, path).values
-    num_bytes = sum(message_bytes(num_values, head.bits.numel()) for head in heads)
-    return [replace(head, values=mean) for head in heads], num_bytes
+    total.add(headers, payloads)
+    return total.result()
+
+
+class RunningMean:
+    """The mean of equally long uploads, weighted by their numbers of examples, as they come."""
+
+    def __init__(self, communicator: Communicator, path: str, reference: Tensor) -> None:
+        """reference: what a lossy codec coded the uploads' difference from."""
+        self._communicator, self._path, self._reference = communicator, path, reference
+        self._lengths: dict[int, int] = {}
+        self._heads: list[Upload] = []
+        self._total: _RunningSum | None = None
+
+    def add(self, uploads: Sequence[Upload]) -> None:
+        """Every process's clients of this go, maybe none here; all have higher client_ids than
+        those before. Raises ValueError on every process if uploads are not equally long."""
+        uploads = sorted(uploads, key=lambda upload: upload.client_id)
+        heads = self._gather_heads(uploads)
+        if not heads:
+            return
+        codec, num_values = heads[0][1].codec, next(iter(self._lengths.values()))
+        widths = message_widths(num_values)
+        if self._total is None:
+            self._total = _RunningSum(widths, self._communicator, self._path, codec)
+        rank_mask = torch.ones(len(widths), dtype=torch.bool)
+        starts = _starts(rank_mask, row_bytes(codec, widths))
+        headers = [
+            _Header(
+                world_rank=world_rank,
+                client_id=head.client_id,
+                weight=head.num_examples,
+                starts=starts,
+                rank_mask=rank_mask,
+            )
+            for world_rank, head in heads
+        ]
+        self._total.add(headers, [upload.coded for upload in uploads])
+        self._heads += [head for _, head in heads]
+
+    def _gather_heads(self, uploads: Sequence[Upload]) -> list[tuple[int, Upload]]:
+        """world_rank and upload without its values of each client, in client_id order.
+
+        One whose values are not all finite has a train_loss of NaN.
+        """
+        sizes, mine = b"", []
+        for upload in uploads:
+            sizes += _SIZE.pack(upload.client_id, upload.values.numel())
+            # A sum is finite if its terms are, of numbers that are no larger than these.
+            finite = math.isfinite(float(upload.values.sum()))
+            loss = upload.train_loss if finite else math.nan
+            none = None if upload.payload is None else torch.zeros(0, dtype=torch.uint8)
+            mine.append(replace(upload, values=torch.zeros(0), payload=none, train_loss=loss))
+        told = self._communicator.gather_bytes(sizes)
+        self._lengths |= dict(_SIZE.iter_unpack(b"".join(told)))
+        if len(set(self._lengths.values())) > 1:
+            raise ValueError(
+                f"uploads differ in length, so they have no mean; by client_id: {self._lengths}"
+            )
+        heads = [
+            (world_rank, head)
+            for world_rank, buffer in enumerate(self._communicator.allgather(pack(mine)))
+            for head in unpack(buffer)
+        ]
+        return sorted(heads, key=lambda item: item[1].client_id)
+
+    def result(self) -> tuple[list[Upload], int]:
+        """All uploads in client_id order, each with the weighted mean as its values, and the bytes
+        that they have with their own."""
+        if self._total is None:
+            return [], 0
+        mean = self._total.result(sum(head.num_examples for head in self._heads)).values
+        if self._heads[0].codec != "fp32":
+            mean = add_reference(mean, self._reference)
+        uploads = [replace(head, values=mean) for head in self._heads]
+        num_bytes = sum(upload.num_bytes for upload in uploads)
+        return [replace(u, codec="fp32", payload=None) for u in uploads], num_bytes
 
 
 def cheapest(
@@ -159,12 +201,116 @@ def moved_values(
     }
 
 
+class _RunningSum:
+    """A weighted sum over the layout that takes its clients in several goes, in client_id order."""
+
+    def __init__(
+        self, widths: Tensor, communicator: Communicator, path: str, codec: str = "fp32"
+    ) -> None:
+        if path not in PATHS:
+            raise ValueError(f"merge path {path!r} is unknown; allowed: {', '.join(PATHS)}")
+        self._widths, self._communicator, self._path = widths, communicator, path
+        self._codec = codec
+        self._union = torch.zeros(len(widths), dtype=torch.bool)
+        self._value_starts = _starts(torch.ones_like(self._union), widths)  # (R + 1,)
+        # split: process p owns the p-th of P row ranges that have about equally many values.
+        world_size = communicator.world_size
+        shares = torch.arange(1, world_size) * (self._value_starts[-1] / world_size)
+        cuts = torch.searchsorted(self._value_starts, shares).tolist()
+        self._cuts = [0, *cuts, len(widths)]
+        self._rows = (0, len(widths))
+        if path == "split":
+            self._rows = self._cuts[communicator.world_rank], self._cuts[communicator.world_rank + 1]
+        first, last = self._value_starts[list(self._rows)].tolist()
+        self._total = torch.zeros(last - first, dtype=torch.float64)
+
+    def add(self, headers: Sequence[_Header], payloads: Sequence[Tensor]) -> None:
+        """headers: of all processes' parts, in client_id order; payloads: uint8 rows of this
+        process's parts, in the same order."""
+        for header in headers:
+            self._union |= header.rank_mask
+        world_rank = self._communicator.world_rank
+        own = [header for header in headers if header.world_rank == world_rank]
+        if self._path == "allgather":
+            step = max(1, BLOCK_VALUES // max(1, len(headers)))
+            for first, last in self._blocks(self._rows, step):
+                received = self._communicator.allgather(_slices(payloads, own, first, last))
+                self._add_received(headers, received, (first, last))
+        elif self._path == "split":
+            cuts = zip(self._cuts, self._cuts[1:], strict=False)
+            sent = [_slices(payloads, own, first, last) for first, last in cuts]
+            self._add_received(headers, self._communicator.alltoall(sent), self._rows)
+        else:
+            for header, payload in zip(own, payloads, strict=True):
+                for first, last in self._blocks(self._rows, _SUM_VALUES):
+                    start, stop = header.starts[[first, last]].tolist()
+                    self._add_rows(header, payload[start:stop], first, last)
+
+    def result(self, divisor: int = 1) -> Sum:
+        """The sum of what was added, or its part by the divisor."""
+        first, last = self._rows
+        union, widths = self._union, self._widths
+        live: slice | Tensor = slice(None)
+        if not union[first:last].all():
+            live = union[first:last].repeat_interleave(widths[first:last])
+        if self._path == "dense":
+            whole = self._communicator.allreduce((self._total / divisor).float())
+            return Sum(rank_mask=union, values=whole[live])
+        values = (self._total[live] / divisor).float()
+        if self._path == "allreduce":
+            values = self._communicator.allreduce(values)
+        elif self._path == "split":
+            gathered = self._communicator.allgather(values.view(torch.uint8))
+            values = torch.cat([buffer.view(torch.float32) for buffer in gathered])
+        return Sum(rank_mask=union, values=values)
+
+    def _blocks(self, rows: tuple[int, int], num_values: int) -> Iterator[tuple[int, int]]:
+        """Ranges (first, last) of the rows with about num_values values of the layout each."""
+        first, end = rows
+        while first < end:
+            wanted = self._value_starts[first] + num_values
+            last = int(torch.searchsorted(self._value_starts, wanted, right=True)) - 1
+            last = min(end, max(first + 1, last))
+            yield first, last
+            first = last
+
+    def _add_received(
+        self, headers: Sequence[_Header], received: Sequence[Tensor], rows: tuple[int, int]
+    ) -> None:
+        """Add rows of all headers' parts; received: each process's `_slices` for these rows."""
+        # Where each part's slice starts: a process's slices lie in the order of its headers.
+        starts, taken = [], [0] * len(received)
+        for header in headers:
+            size = int(header.starts[rows[1]] - header.starts[rows[0]])
+            starts.append(taken[header.world_rank] - int(header.starts[rows[0]]))
+            taken[header.world_rank] += size
+        for first, last in self._blocks(rows, _SUM_VALUES):
+            for header, start in zip(headers, starts, strict=True):
+                begin, end = header.starts[[first, last]].tolist()
+                payload = received[header.world_rank][start + begin : start + end]
+                self._add_rows(header, payload, first, last)
+
+    def _add_rows(self, header: _Header, payload: Tensor, first: int, last: int) -> None:
+        """Add one part's rows first to last to the sum."""
+        if not len(payload):
+            return
+        held, widths = header.rank_mask[first:last], self._widths[first:last]
+        values = decode_rows(self._codec, payload, widths[held])
+        offset = self._value_starts[self._rows[0]]
+        begin, end = (self._value_starts[[first, last]] - offset).tolist()
+        total = self._total[begin:end]
+        if len(values) == len(total):
+            total.add_(values, alpha=header.weight)
+        else:
+            total[held.repeat_interleave(widths)] += values.double() * header.weight
+
+
 _SIZE = struct.Struct("<IQ")  # client_id, number of values
-_HEADER = struct.Struct("<Id")  # client_id, weight; the rank_mask's bits follow
+_HEADER = struct.Struct("<IQ")  # client_id, weight; the rank_mask's bits follow
 
 
 def _gather_headers(
-    parts: Sequence[Part], widths: Tensor, communicator: Communicator
+    parts: Sequence[Part], widths: Tensor, codec: str, communicator: Communicator
 ) -> list[_Header]:
     """Every process's headers, in client_id order."""
     wrong = [text for part in parts if (text := _misfit(part, widths))]
@@ -176,6 +322,7 @@ def _gather_headers(
     if told:  # the same on every process, so that none waits for another that has given up
         raise ValueError(told.decode())
     length = _HEADER.size + (len(widths) + 7) // 8
+    row_sizes = row_bytes(codec, widths)
     headers = []
     for world_rank, data in enumerate(communicator.gather_bytes(mine)):
         for start in range(0, len(data), length):
@@ -187,7 +334,7 @@ def _gather_headers(
                     world_rank=world_rank,
                     client_id=client_id,
                     weight=weight,
-                    starts=_starts(rank_mask, widths),
+                    starts=_starts(rank_mask, row_sizes),
                     rank_mask=rank_mask,
                 )
             )
@@ -205,106 +352,17 @@ def _misfit(part: Part, widths: Tensor) -> str:
     return f"client {part.client_id}: {part.values.numel()} values, and a rank_mask for {expected}"
 
 
-def _starts(rank_mask: Tensor, widths: Tensor) -> Tensor:
-    """Number of values before each row and in all: (R + 1,) int64."""
-    held = torch.where(rank_mask, widths, 0)
+def _starts(rank_mask: Tensor, sizes: Tensor) -> Tensor:
+    """Values or bytes before each row and in all: (R + 1,) int64."""
+    held = torch.where(rank_mask, sizes, 0)
     return torch.cat([torch.zeros(1, dtype=torch.int64), held.cumsum(0)])
 
 
-def _blocks(union: Tensor, widths: Tensor, block_values: int) -> Iterator[tuple[int, int]]:
-    """Row ranges (first, last) of about block_values values of the union each."""
-    starts = _starts(union, widths)
-    first = 0
-    while first < len(widths):
-        wanted = torch.searchsorted(starts, starts[first] + block_values, right=True)
-        last = min(len(widths), max(first + 1, int(wanted) - 1))
-        yield first, last
-        first = last
-
-
-def _by_allgather(
-    parts: Sequence[Part],
-    headers: Sequence[_Header],
-    union: Tensor,
-    widths: Tensor,
-    communicator: Communicator,
+def _slices(
+    payloads: Sequence[Tensor], headers: Sequence[_Header], first: int, last: int
 ) -> Tensor:
-    """Block by block, so that what is received at a time does not grow with the cohort."""
-    sums, own_starts = [], _own_starts(headers, communicator)
-    for first, last in _blocks(union, widths, BLOCK_VALUES // max(1, len(headers))):
-        received = communicator.allgather(_slices(parts, own_starts, first, last))
-        sums.append(_sum_block(headers, received, union, widths, first, last))
-    return torch.cat([torch.zeros(0), *sums])
-
-
-def _by_split(
-    parts: Sequence[Part],
-    headers: Sequence[_Header],
-    union: Tensor,
-    widths: Tensor,
-    communicator: Communicator,
-) -> Tensor:
-    """Process p owns the p-th of world_size row ranges that have about equally many values."""
-    world_size, world_rank = communicator.world_size, communicator.world_rank
-    starts = _starts(union, widths)
-    shares = torch.arange(1, world_size) * (starts[-1] / world_size)
-    cuts = [0, *torch.searchsorted(starts, shares).tolist(), len(widths)]
-    own_starts = _own_starts(headers, communicator)
-    sent = [_slices(parts, own_starts, cuts[p], cuts[p + 1]) for p in range(world_size)]
-    received = communicator.alltoall(sent)
-    first, last = cuts[world_rank], cuts[world_rank + 1]
-    own = _sum_block(headers, received, union, widths, first, last)
-    gathered = communicator.allgather(own.view(torch.uint8))
-    return torch.cat([buffer.view(torch.float32) for buffer in gathered])
-
-
-def _by_allreduce(
-    parts: Sequence[Part], rows: Tensor, widths: Tensor, communicator: Communicator
-) -> Tensor:
-    """The sum over `rows` (R,) bool; a sum of each process's own sum, in the library's order."""
-    total = torch.zeros(int(widths[rows].sum()), dtype=torch.float64)
-    for part in parts:
-        held = part.rank_mask[rows].repeat_interleave(widths[rows])
-        total[held] += part.values.double() * part.weight
-    return communicator.allreduce(total.float())
-
-
-def _own_starts(headers: Sequence[_Header], communicator: Communicator) -> list[Tensor]:
-    """`starts` of this process's parts, in client_id order like the parts."""
-    return [header.starts for header in headers if header.world_rank == communicator.world_rank]
-
-
-def _slices(parts: Sequence[Part], own_starts: Sequence[Tensor], first: int, last: int) -> Tensor:
-    """The parts' values in rows first to last, one part after the other, as bytes."""
-    pieces = [torch.zeros(0)]
-    for part, starts in zip(parts, own_starts, strict=True):
-        pieces.append(part.values[starts[first] : starts[last]])
-    return torch.cat(pieces).view(torch.uint8)
-
-
-def _sum_block(
-    headers: Sequence[_Header],
-    received: Sequence[Tensor],
-    union: Tensor,
-    widths: Tensor,
-    first: int,
-    last: int,
-) -> Tensor:
-    """The sum over rows first to last, added in client_id order in float64: (U of them,) float32.
-
-    received: each process's `_slices` for these rows.
-    """
-    rows, row_widths = union[first:last], widths[first:last]
-    total = torch.zeros(int(row_widths[rows].sum()), dtype=torch.float64)
-    taken = [0] * len(received)
-    for header in headers:  # of one process they come in the order of its slices
-        count = int(header.starts[last] - header.starts[first])
-        buffer = received[header.world_rank].view(torch.float32)
-        values = buffer[taken[header.world_rank] :][:count].double() * header.weight
-        taken[header.world_rank] += count
-        if count == len(total):
-            total += values
-        else:
-            held = header.rank_mask[first:last][rows].repeat_interleave(row_widths[rows])
-            total[held] += values
-    return total.float()
+    """The parts' bytes of rows first to last, one part after the other."""
+    pieces = [torch.zeros(0, dtype=torch.uint8)]
+    for header, payload in zip(headers, payloads, strict=True):
+        pieces.append(payload[header.starts[first] : header.starts[last]])
+    return torch.cat(pieces)

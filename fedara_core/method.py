@@ -10,8 +10,9 @@ import hashlib
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from fedara_core.adapters import (
     AdapterConfig,
     Fixed,
     Form,
+    Layout,
     LowRank,
     Masks,
     Rows,
@@ -34,7 +36,7 @@ from fedara_core.errors import InputError
 from fedara_core.factors import lora_rows
 from fedara_core.wire import Upload, message_bytes
 
-_CHUNK = 1 << 15  # values summed at a time: their float64 copies stay in the cache
+_CHUNK = 1 << 18  # values summed at a time: their float64 sum stays in the cache
 Batch = Mapping[str, Tensor]  # input_ids, attention_mask (n, length); labels (n,)
 
 
@@ -60,7 +62,7 @@ class ServerState:
     last_round: Tensor
     round_index: int = 0
 
-    @property
+    @cached_property
     def live_triplets(self) -> dict[str, int]:
         """Number of live triplets by adapter, in name order."""
         return {name: int(self.rank_masks[name].sum()) for name in sorted(self.rank_masks)}
@@ -128,7 +130,7 @@ class Client:
     num_examples: int
     model: nn.Module
     kept: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: torch.optim.Optimizer | None = None
+    make_optimizer: Callable[[], torch.optim.Optimizer] | None = None
     max_grad_norm: float | None = None
     autocast: bool = False
     losses: list[Tensor] = field(default_factory=list)
@@ -145,16 +147,23 @@ class Client:
 
     def step(self) -> None:
         """Clip the gradients, move the parameters, forget the gradients."""
-        assert self.optimizer is not None
         if self.max_grad_norm is not None:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A fresh one, made for the first step."""
+        assert self.make_optimizer is not None
+        return self.make_optimizer()
+
     @property
     def train_loss(self) -> float:
-        """Mean loss over the round's local steps."""
+        """Mean loss over the round's local steps; 0 without any."""
+        if not self.losses:
+            return 0.0
         return float(torch.stack(self.losses).double().mean())
 
 
@@ -164,12 +173,16 @@ class Method:
 
     stateful: clients keep tensors between rounds (`Client.kept`), and each is evaluated with its
     own. uses_client_lora_ranks: the method has a use for clients of unequal lora_rank.
-    needs_factors: `aggregate` uses each client's values, not only their weighted mean.
+    needs_factors: `aggregate` uses each client's values, not only their weighted mean. own_rows:
+    clients choose or are dealt the rows that they upload. sends_trained: a server sends what trains
+    (not, say, factors of a change of W0), so that it can be coded.
     """
 
     stateful: ClassVar[bool] = False
     uses_client_lora_ranks: ClassVar[bool] = False
     needs_factors: ClassVar[bool] = False
+    own_rows: ClassVar[bool] = False
+    sends_trained: ClassVar[bool] = True
 
     def init(
         self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
@@ -204,6 +217,13 @@ class Method:
     def upload(self, client: Client, state: ServerState) -> Upload:
         """What trained: the live rows and the whole parameters."""
         return make_upload(client, live_values(client.model, state))
+
+    def reference(self, state: ServerState) -> Tensor:
+        """What a client would upload that did not train (n,): what lossy codecs code the difference
+        from. Empty where clients upload rows of their own: then they code the values."""
+        if self.own_rows:
+            return torch.zeros(0)
+        return join_values(state.rows, state.whole, state, self.form(state))
 
     def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
         """The next state. Pure: needs no model; `uploads` come in client_id order."""
@@ -261,12 +281,10 @@ def next_state(state: ServerState, uploads: Sequence[Upload], **changes: Any) ->
 def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train outside the adapters' rows, by name: the head's, and more where a
     method says so."""
-    named = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and ".parts." not in name
-    }
-    return dict(sorted(named.items()))
+    named = getattr(model, "base_parameters", None) or [
+        (name, p) for name, p in model.named_parameters() if ".parts." not in name
+    ]
+    return {name: p for name, p in sorted(named) if p.requires_grad}
 
 
 def freeze_head(model: nn.Module) -> None:
@@ -309,13 +327,17 @@ def live_values(
 ) -> Tensor:
     """The parts (by default those that train) of the model's live rows in name order, then its
     whole parameters in name order: (num_values,)."""
+    trained = whole_parameters(model)
+    whole = [trained[name] for name in sorted(state.whole)]
+    layout: Layout | None = getattr(model, "layout", None)
+    if layout is not None and layout.intact:
+        return layout.copy_out(parts, whole)
     pieces = []
     for _, adapter in named_adapters(model):
         if adapter.num_live:
             assert adapter.form is not None
             pieces.append(adapter.read()[:, columns(adapter.form, adapter.shape, parts)])
-    whole = {name: p.detach().cpu() for name, p in whole_parameters(model).items()}
-    pieces += [whole[name] for name in sorted(state.whole)]
+    pieces += [parameter.detach().cpu() for parameter in whole]
     return torch.cat([piece.reshape(-1) for piece in pieces])
 
 
@@ -337,7 +359,7 @@ def client_shares(uploads: Sequence[Upload]) -> list[float]:
 
 
 def weighted_mean(uploads: Sequence[Upload]) -> Tensor:
-    """FedAvg's sum_k p_k values_k of equally long values, in order in float64; float32 out.
+    """FedAvg's sum_k n_k values_k / sum_k n_k of equally long values, in order in float64; float32 out.
 
     Uploads that share one tensor of values already hold their mean. ValueError for unequal lengths.
     """
@@ -347,14 +369,14 @@ def weighted_mean(uploads: Sequence[Upload]) -> Tensor:
     if any(upload.values.numel() != first.numel() for upload in uploads):
         lengths = {upload.client_id: upload.values.numel() for upload in uploads}
         raise ValueError(f"uploads differ in length, so they have no mean; by client_id: {lengths}")
-    shares = client_shares(uploads)
+    num_examples = sum(upload.num_examples for upload in uploads)
     mean = torch.empty_like(first)
     for start in range(0, mean.numel(), _CHUNK):
         piece = mean[start : start + _CHUNK]
         total = torch.zeros(piece.numel(), dtype=torch.float64)
-        for upload, share in zip(uploads, shares, strict=True):
-            total += upload.values[start : start + _CHUNK].double() * share
-        piece.copy_(total)
+        for upload in uploads:  # float32 by a whole number: exact in float64
+            total.add_(upload.values[start : start + _CHUNK], alpha=upload.num_examples)
+        piece.copy_(total / num_examples)
     return mean
 
 
@@ -408,12 +430,16 @@ def split_values(
         return values[start - math.prod(shape) : start].reshape(shape)
 
     rank_masks = state.rank_masks if rank_masks is None else rank_masks
-    rows = {name: state.rows[name].clone() for name in sorted(state.rows)}
-    for name in rows:
-        live = rank_masks[name].nonzero()  # (r_live, 1)
-        if len(live):
-            sent = columns(form, state.adapter.shapes[name], parts)
-            rows[name][live, sent] = take(len(live), len(sent))
+    rows: Rows = {}
+    for name, old in sorted(state.rows.items()):
+        mask, num_live = rank_masks[name], int(rank_masks[name].sum())
+        sent = columns(form, state.adapter.shapes[name], parts)
+        if num_live == len(mask) and len(sent) == old.shape[1]:
+            rows[name] = take(*old.shape).clone()  # all of it is new
+            continue
+        rows[name] = old.clone()
+        if num_live:
+            rows[name][mask.nonzero(), sent] = take(num_live, len(sent))
     whole = {name: take(*state.whole[name].shape) for name in sorted(state.whole)}
     return rows, whole, values[start:]
 
@@ -422,8 +448,9 @@ def join_values(rows: Rows, whole: Mapping[str, Tensor], state: ServerState, for
     """Inverse of `split_values`: what trains of the state's live rows, then what trains whole."""
     pieces = []
     for name in sorted(rows):
-        trained = columns(form, state.adapter.shapes[name])
-        pieces.append(rows[name][state.rank_masks[name]][:, trained].reshape(-1))
+        trained = columns(form, state.adapter.shapes[name], None)
+        live = rows[name][state.rank_masks[name]]
+        pieces.append((live if len(trained) == live.shape[1] else live[:, trained]).reshape(-1))
     return torch.cat([*pieces, *(whole[name].reshape(-1) for name in sorted(whole))])
 
 

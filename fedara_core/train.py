@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedara_core.adapters import named_adapters
 from fedara_core.method import Batch, Client, Method, ServerState, whole_parameters
@@ -66,21 +67,29 @@ def start_client(
     client: Client, method: Method, settings: LocalTraining, state: ServerState
 ) -> None:
     """Give a client that has downloaded `state` a fresh optimiser, and seed its dropout."""
-    lr = settings.lr_at(state.round_index)
-    groups = [{"params": list(whole_parameters(client.model).values()), "lr": lr}]
+    client.make_optimizer = partial(_optimizer, client.model, method, settings, state.round_index)
+    client.max_grad_norm = settings.max_grad_norm
+    client.autocast = settings.precision == "bf16"
+    if not client.model.training:
+        client.model.train()
+    torch.manual_seed(derive(state.seed, "dropout", state.round_index, client.client_id))
+
+
+def _optimizer(
+    model: nn.Module, method: Method, settings: LocalTraining, round_index: int
+) -> torch.optim.Optimizer:
+    """Over what trains of the model as it is; each part of the rows with its own learning rate."""
+    lr = settings.lr_at(round_index)
+    groups = [{"params": list(whole_parameters(model).values()), "lr": lr}]
     by_part: dict[str, list[Tensor]] = {}
-    for _, adapter in named_adapters(client.model):
+    for _, adapter in named_adapters(model):
         for part, parameter in adapter.parts.items():
             if parameter.requires_grad:
                 by_part.setdefault(part, []).append(parameter)
     for part, parameters in by_part.items():
         groups.append({"params": parameters, "lr": lr * method.lr_factor(part)})
-    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    client.optimizer = kinds[settings.optimizer](groups, lr=lr, weight_decay=settings.weight_decay)
-    client.max_grad_norm = settings.max_grad_norm
-    client.autocast = settings.precision == "bf16"
-    client.model.train()
-    torch.manual_seed(derive(state.seed, "dropout", state.round_index, client.client_id))
+    cls = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
+    return cls(groups, lr=lr, weight_decay=settings.weight_decay)
 
 
 def batches(

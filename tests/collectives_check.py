@@ -39,7 +39,7 @@ def make_parts(case: str) -> tuple[list[Part], torch.Tensor]:
         parts.append(
             Part(
                 client_id=client_id,
-                weight=float(torch.rand((), generator=drawn)),
+                weight=int(torch.randint(0, 1 << 20, (), generator=drawn)),
                 rank_mask=rank_mask,
                 values=torch.randn(count, generator=drawn) * scale,
             )
@@ -68,7 +68,7 @@ def check_order(communicator: Communicator) -> None:
     parts = [
         Part(
             client_id=client_id,
-            weight=1.0,
+            weight=1,
             rank_mask=torch.tensor([True]),
             values=torch.tensor([value]),
         )
@@ -83,7 +83,7 @@ def check_order(communicator: Communicator) -> None:
 def check_misfit(communicator: Communicator) -> None:
     """One process's wrong part is refused on all of them, and nobody waits."""
     ones = torch.ones(1, dtype=torch.bool)
-    part = Part(client_id=3, weight=1.0, rank_mask=ones, values=torch.zeros(4))
+    part = Part(client_id=3, weight=1, rank_mask=ones, values=torch.zeros(4))
     mine = [part] if communicator.world_rank == communicator.world_size - 1 else []
     with pytest.raises(ValueError, match="client 3: 4 values, and a rank_mask for 5"):
         weighted_sum(mine, torch.tensor([5]), communicator, "split")

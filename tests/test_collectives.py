@@ -10,7 +10,7 @@ from launch import launch
 from fedara_core.collectives import (
     PATHS,
     Part,
-    average_uploads,
+    RunningMean,
     cheapest,
     moved_values,
     weighted_sum,
@@ -82,11 +82,11 @@ def test_uploads_of_unequal_length_have_no_mean() -> None:
         for client_id, length in ((4, 2), (9, 3))
     ]
     with pytest.raises(ValueError, match=r"differ in length.*\{4: 2, 9: 3\}"):
-        average_uploads(uploads, Communicator(), "split")
+        RunningMean(Communicator(), "split", torch.zeros(0)).add(uploads)
 
 
 def test_wrong_input_is_named() -> None:
-    part = Part(client_id=3, weight=1.0, rank_mask=torch.tensor([True]), values=torch.zeros(4))
+    part = Part(client_id=3, weight=1, rank_mask=torch.tensor([True]), values=torch.zeros(4))
     with pytest.raises(ValueError, match="merge path 'ring' is unknown; allowed: allgather"):
         weighted_sum([part], torch.tensor([4]), Communicator(), "ring")
     with pytest.raises(ValueError, match="client 3: 4 values, and a rank_mask for 5"):

@@ -33,12 +33,11 @@ def test_two_processes_a_host(kind: str, world_size: int, monkeypatch: pytest.Mo
     assert job.out.splitlines().count("OK") == world_size, job.out
 
 
-@pytest.mark.parametrize("kind", ["mpi", "mpi-node"])
-def test_messages_beyond_2_to_the_31_bytes(kind: str) -> None:
+def test_messages_beyond_2_to_the_31_bytes() -> None:
     available = psutil.virtual_memory().available
     if available < 14e9:
         pytest.skip(f"needs 14 GB of free memory, has {available / 1e9:.0f}")
-    job = launch("mpi", 2, CHECK, kind, 2, "large")
+    job = launch("mpi", 2, CHECK, "mpi", 2, "large")
     assert job.code == 0, job.err
     assert job.out.splitlines().count("OK") == 2, job.out
 

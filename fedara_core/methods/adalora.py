@@ -59,6 +59,7 @@ class AdaLora(Method):
     """
 
     needs_factors: ClassVar[bool] = True
+    own_rows: ClassVar[bool] = True
 
     final_budget: float = 2 / 3
     warmup_fraction: float = 0.1

@@ -38,6 +38,7 @@ class FedSaLora(Method):
     """No hyperparameters of its own. B is zero in the server's rows for good."""
 
     stateful: ClassVar[bool] = True
+    own_rows: ClassVar[bool] = True
 
     def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
         form, rows = self.form(state), dict(state.rows)

@@ -44,6 +44,7 @@ class FLora(Method):
 
     uses_client_lora_ranks: ClassVar[bool] = True
     needs_factors: ClassVar[bool] = True
+    own_rows: ClassVar[bool] = True
 
     def init(
         self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int

@@ -52,6 +52,7 @@ class HetLora(Method):
 
     uses_client_lora_ranks: ClassVar[bool] = True
     needs_factors: ClassVar[bool] = True
+    own_rows: ClassVar[bool] = True
     penalty: float = 1e-3
     gamma: float = 0.99
 

@@ -57,6 +57,7 @@ class LoraA2(Method):
 
     uses_client_lora_ranks: ClassVar[bool] = True
     needs_factors: ClassVar[bool] = True
+    own_rows: ClassVar[bool] = True
 
     budget: float = 0.5
     probe_steps: int = 2

@@ -13,6 +13,7 @@ Deviation: clients may miss rounds, and then catch up on both halves; the head t
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -28,6 +29,8 @@ from fedara_core.method import (
 @dataclass(frozen=True, kw_only=True)
 class RoLora(Method):
     """No hyperparameters of its own."""
+
+    sends_trained: ClassVar[bool] = False
 
     def form(self, state: ServerState) -> LowRank:
         resting = "B" if state.round_index % 2 else "A"

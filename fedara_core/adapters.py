@@ -300,8 +300,7 @@ class Layout:
 
     def copy_in(self) -> None:
         """Give the parameters the values of `sources`, and no gradients."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.sources)
+        _copy_all(self.parameters, self.sources)
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -312,8 +311,7 @@ class Layout:
         if key not in self.readers:
             self.readers[key] = self._reader(parts, whole)
         values, places, sources = self.readers[key]
-        with torch.no_grad():
-            torch._foreach_copy_(places, sources)
+        _copy_all(places, sources)
         return values.to("cpu", copy=True)
 
     def _reader(
@@ -349,6 +347,13 @@ class Layout:
         return values, places, tensors
 
 
+@torch.no_grad()
+def _copy_all(places: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its place, in one call: on a GPU in one kernel."""
+    if places:
+        torch._foreach_copy_(places, sources)
+
+
 _NONE: Fixed = {}
 
 
@@ -367,10 +372,14 @@ def write_rows(
     """
     fixed = fixed or _NONE
     layout: Layout | None = getattr(model, "layout", None)
-    if layout is not None and layout.rows is rows and layout.rank_masks is rank_masks:
-        if layout.fits((form, keep_dead, layout.key[2]), fixed):
-            layout.copy_in()
-            return
+    if (
+        layout is not None
+        and layout.rows is rows
+        and layout.rank_masks is rank_masks
+        and layout.fits((form, keep_dead, layout.key[2]), fixed)
+    ):
+        layout.copy_in()
+        return
     adapters = list(named_adapters(model))
     live = [
         _live(rows[name], rank_masks[name]) if name in rows else torch.zeros(0, 1)

@@ -1,7 +1,7 @@
 """Payload codecs: how the float32 values of a message become bytes, and back.
 
-Values are coded in rows, each on its own, so that a run of rows is a run of bytes. Bytes of a row of
-w values, and what its values are off by at most (one drawn rounding; the mean error is zero):
+Values are coded in rows, each on its own, so that a run of rows is a run of bytes. Bytes of a row
+of w values, and what its values are off by at most (one drawn rounding; the mean error is zero):
 
 fp32   4 w          exact
 bf16   2 w          2^-7 |value|
@@ -10,9 +10,10 @@ int8   4 + w        max |row| / 127
 int4   4 + ceil(w/2)  max |row| / 7
 
 int8 and int4 hold the row's scale max |row| / L (float32) and then whole numbers from -L to L, L =
-127 or 7; QSGD's uniform levels (arXiv 1610.02132) with the row's largest value as its norm. Rounding
-is stochastic: up with the probability that leaves the mean where it was. A row with a value that is
-no finite number is decoded as NaN throughout by int8 and int4, and as it is by the others.
+127 or 7; QSGD's uniform levels (arXiv 1610.02132) with the row's largest value as its norm.
+Rounding is stochastic: up with the probability that leaves the mean where it was. A row with a
+value that is no finite number is decoded as NaN throughout by int8 and int4, and as it is by the
+others.
 """
 
 from collections.abc import Iterator
@@ -148,7 +149,7 @@ def _round_to_half(rows: Tensor, drawn: Tensor) -> Tensor:
 
 
 def _step(bits: Tensor, away: Tensor) -> Tensor:
-    """The float16 next to the one of these bits: away from zero (1), towards it (-1), itself (0)."""
+    """The next float16 to the one of these bits: away from zero (1) or towards it (-1)."""
     return (bits + away.to(torch.int16)).view(torch.float16)
 
 

@@ -17,8 +17,8 @@ allgather (P-1) k, split (P-1)/P (k + U), allreduce 2 (P-1)/P U, dense 2 (P-1)/P
 A sum may take its clients in several goes, lower client_ids first: what a process holds is then one
 sum and the clients of one go, however many there are in all. Weights are whole numbers, such as
 numbers of examples: their products with float32 are exact in float64, so no fused multiply-add can
-change a bit. Rows may travel under a codec (fedara_core/codec.py); they are decoded to be added, and
-the sums of split travel as float32.
+change a bit. Rows may travel under a codec (fedara_core/codec.py); they are decoded to be added,
+and the sums of split travel as float32.
 """
 
 import math
@@ -220,7 +220,10 @@ class _RunningSum:
         self._cuts = [0, *cuts, len(widths)]
         self._rows = (0, len(widths))
         if path == "split":
-            self._rows = self._cuts[communicator.world_rank], self._cuts[communicator.world_rank + 1]
+            self._rows = (
+                self._cuts[communicator.world_rank],
+                self._cuts[communicator.world_rank + 1],
+            )
         first, last = self._value_starts[list(self._rows)].tolist()
         self._total = torch.zeros(last - first, dtype=torch.float64)
 
@@ -234,12 +237,12 @@ class _RunningSum:
         if self._path == "allgather":
             step = max(1, BLOCK_VALUES // max(1, len(headers)))
             for first, last in self._blocks(self._rows, step):
-                received = self._communicator.allgather(_slices(payloads, own, first, last))
+                mine = torch.cat([_EMPTY, *_slices(payloads, own, first, last)])
+                received = self._communicator.allgather(mine)
                 self._add_received(headers, received, (first, last))
         elif self._path == "split":
-            cuts = zip(self._cuts, self._cuts[1:], strict=False)
-            sent = [_slices(payloads, own, first, last) for first, last in cuts]
-            self._add_received(headers, self._communicator.alltoall(sent), self._rows)
+            received = self._communicator.alltoall(self._for_owners(payloads, own))
+            self._add_received(headers, received, self._rows)
         else:
             for header, payload in zip(own, payloads, strict=True):
                 for first, last in self._blocks(self._rows, _SUM_VALUES):
@@ -263,6 +266,14 @@ class _RunningSum:
             gathered = self._communicator.allgather(values.view(torch.uint8))
             values = torch.cat([buffer.view(torch.float32) for buffer in gathered])
         return Sum(rank_mask=union, values=values)
+
+    def _for_owners(self, payloads: Sequence[Tensor], own: Sequence[_Header]) -> list[Tensor]:
+        """What goes to each process, one after another in memory."""
+        cuts = zip(self._cuts, self._cuts[1:], strict=False)
+        slices = [_slices(payloads, own, first, last) for first, last in cuts]
+        sizes = [sum(map(len, pieces)) for pieces in slices]
+        joined = torch.cat([_EMPTY, *(piece for pieces in slices for piece in pieces)])
+        return list(torch.split(joined, sizes))
 
     def _blocks(self, rows: tuple[int, int], num_values: int) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of the rows with about num_values values of the layout each."""
@@ -305,6 +316,7 @@ class _RunningSum:
             total[held.repeat_interleave(widths)] += values.double() * header.weight
 
 
+_EMPTY = torch.zeros(0, dtype=torch.uint8)
 _SIZE = struct.Struct("<IQ")  # client_id, number of values
 _HEADER = struct.Struct("<IQ")  # client_id, weight; the rank_mask's bits follow
 
@@ -360,9 +372,9 @@ def _starts(rank_mask: Tensor, sizes: Tensor) -> Tensor:
 
 def _slices(
     payloads: Sequence[Tensor], headers: Sequence[_Header], first: int, last: int
-) -> Tensor:
-    """The parts' bytes of rows first to last, one part after the other."""
-    pieces = [torch.zeros(0, dtype=torch.uint8)]
-    for header, payload in zip(headers, payloads, strict=True):
-        pieces.append(payload[header.starts[first] : header.starts[last]])
-    return torch.cat(pieces)
+) -> list[Tensor]:
+    """Each part's bytes of rows first to last."""
+    return [
+        payload[header.starts[first] : header.starts[last]]
+        for header, payload in zip(headers, payloads, strict=True)
+    ]

@@ -201,7 +201,7 @@ class MpiCommunicator(Communicator):
         def call(first: int, last: int, block: Tensor, sizes: list[int]) -> None:
             parts = [buffer[first:last] for buffer in buffers]
             self._comm.Alltoallv(
-                [torch.cat(parts).numpy(), [len(part) for part in parts], None, self._mpi.BYTE],
+                [_joined(parts).numpy(), [len(part) for part in parts], None, self._mpi.BYTE],
                 [block.numpy(), sizes, None, self._mpi.BYTE],
             )
 
@@ -362,7 +362,7 @@ class TorchCommunicator(Communicator):
         self._dist.all_to_all_single(sizes, sent.to(self._device))
         counts = sizes.cpu()
         received = torch.empty(int(counts.sum()), dtype=torch.uint8, device=self._device)
-        mine = torch.cat(buffers).to(self._device)
+        mine = _joined(buffers).to(self._device)
         self._dist.all_to_all_single(received, mine, counts.tolist(), sent.tolist())
         self._count(sent.numpy() + 8, counts.numpy() + 8)
         return list(torch.split(received.cpu(), counts.tolist()))
@@ -383,6 +383,16 @@ class TorchCommunicator(Communicator):
 
     def close(self) -> None:
         self._dist.destroy_process_group()
+
+
+def _joined(buffers: list[Tensor]) -> Tensor:
+    """Vectors one after another: as they lie if they lie so, else copied."""
+    start, end = buffers[0].data_ptr(), buffers[0].data_ptr()
+    for buffer in buffers:
+        if buffer.data_ptr() != end and len(buffer):
+            return torch.cat(buffers)
+        end += len(buffer)
+    return buffers[0].as_strided((end - start,), (1,))
 
 
 def _in_pieces(

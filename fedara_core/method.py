@@ -308,12 +308,14 @@ def num_values(
     rank_masks: Masks | None = None,
 ) -> int:
     """Floats in these parts (by default all) of the live rows, and in the whole parameters."""
-    rank_masks = state.rank_masks if rank_masks is None else rank_masks
+    num_live = state.live_triplets
+    if rank_masks is not None:
+        num_live = {name: int(mask.sum()) for name, mask in rank_masks.items()}
     total = sum(tensor.numel() for tensor in state.whole.values())
-    for name, mask in rank_masks.items():
+    for name, count in num_live.items():
         shape = state.adapter.shapes[name]
         width = form.width(shape) if parts is None else len(columns(form, shape, parts))
-        total += int(mask.sum()) * width
+        total += count * width
     return total
 
 
@@ -359,7 +361,8 @@ def client_shares(uploads: Sequence[Upload]) -> list[float]:
 
 
 def weighted_mean(uploads: Sequence[Upload]) -> Tensor:
-    """FedAvg's sum_k n_k values_k / sum_k n_k of equally long values, in order in float64; float32 out.
+    """FedAvg's sum_k n_k values_k / sum_k n_k of equally long values: float32, added in float64 in
+    client_id order.
 
     Uploads that share one tensor of values already hold their mean. ValueError for unequal lengths.
     """

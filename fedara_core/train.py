@@ -72,7 +72,10 @@ def start_client(
     client.autocast = settings.precision == "bf16"
     if not client.model.training:
         client.model.train()
-    torch.manual_seed(derive(state.seed, "dropout", state.round_index, client.client_id))
+    seed = derive(state.seed, "dropout", state.round_index, client.client_id)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():  # torch.manual_seed asks at length, every time
+        torch.cuda.manual_seed(seed)
 
 
 def _optimizer(

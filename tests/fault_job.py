@@ -1,9 +1,13 @@
 """The real command line with a fault in one process.
 
-fault_job.py KIND WORLD_RANK STAMP RESULTS ARGS: KIND is raise or sigkill; the
-fault comes in round 1, and STAMP gets the time of it.
+fault_job.py KIND WORLD_RANK STAMP RESULTS ARGS: the fault comes in round 1 (counted from 0), and
+STAMP gets the time of it. KIND: raise or sigkill in the first client's training; nan, short,
+nothing in its upload (values that are no numbers, too few of them, none at all); dropped, its
+upload lost on the way; cut, header in the packed messages (the last bytes missing, the first byte
+another).
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -11,34 +15,80 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import cli, rounds
+from fedara_core import collectives
+from fedara_core.method import Method
 
 
-def main() -> None:
-    kind, faulty_rank = sys.argv[1], int(sys.argv[2])
-    stamp, results = Path(sys.argv[3]), Path(sys.argv[4])
-    sys.argv[1:] = sys.argv[5:]
-    start_client = rounds.start_client
-    one_round = rounds.one_round
-    world_ranks: list[int] = []
+class Fault:
+    """Knows whether the fault is due, and notes when it comes."""
 
-    def note_world_rank(job: Any, state: Any, communicator: Any, meter: Any) -> Any:
-        world_ranks.append(communicator.world_rank)
+    def __init__(self, kind: str, world_rank: int, stamp: Path, results: Path) -> None:
+        self.kind, self.world_rank, self.stamp, self.results = kind, world_rank, stamp, results
+        self.here = (-1, -1)  # round_index, world_rank
+
+    def due(self, *kinds: str) -> bool:
+        if self.kind not in kinds or self.here != (1, self.world_rank) or self.stamp.exists():
+            return False
+        # Round 0 is on disk once it has a checkpoint; world_rank 0 may be behind this one.
+        while not list(self.results.glob("*/checkpoint.safetensors")):
+            time.sleep(0.01)
+        self.stamp.write_text(repr(time.time()))
+        return True
+
+
+def damage(fault: Fault) -> None:
+    """Put the fault's ways into the program."""
+    one_round, start_client, train = rounds.one_round, rounds.start_client, rounds.train_client
+    add, pack = rounds._Exchange.add, rounds.pack
+
+    def noting(job: Any, state: Any, communicator: Any, meter: Any) -> Any:
+        fault.here = state.round_index, communicator.world_rank
         return one_round(job, state, communicator, meter)
 
-    def faulty(client: Any, method: Any, training: Any, state: Any) -> None:
-        if state.round_index == 1 and world_ranks[-1] == faulty_rank:
-            # Round 0 is on disk once it has a checkpoint; world_rank 0 may be behind this one.
-            while not list(results.glob("*/checkpoint.safetensors")):
-                time.sleep(0.01)
-            stamp.write_text(repr(time.time()))
-            if kind == "sigkill":
-                os.kill(os.getpid(), signal.SIGKILL)
+    def starting(client: Any, method: Any, training: Any, state: Any) -> None:
+        if fault.due("sigkill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault.due("raise"):
             raise RuntimeError("injected")
         start_client(client, method, training, state)
 
-    rounds.one_round = note_world_rank
-    rounds.start_client = faulty
+    def training(job: Any, *rest: Any) -> Any:
+        upload, num_bytes = train(job, *rest)
+        if fault.due("nan"):
+            upload = dataclasses.replace(upload, values=torch.full_like(upload.values, torch.nan))
+        if fault.due("short"):
+            upload = dataclasses.replace(upload, values=upload.values[:-3])
+        return upload, num_bytes
+
+    def adding(exchange: Any, mine: Any, meter: Any) -> None:
+        add(exchange, mine[1:] if fault.due("dropped") else mine, meter)
+
+    def packing(uploads: Any) -> Any:
+        packed = pack(uploads)
+        if fault.due("cut"):
+            return packed[:-5]
+        if fault.due("header"):
+            packed[0] = 0x17
+        return packed
+
+    rounds.one_round, rounds.start_client, rounds.train_client = noting, starting, training
+    rounds._Exchange.add = adding  # type: ignore[method-assign]
+    rounds.pack = collectives.pack = packing  # type: ignore[attr-defined]
+    uploading = Method.upload
+
+    def silent(method: Any, client: Any, state: Any) -> Any:
+        return None if fault.due("nothing") else uploading(method, client, state)
+
+    Method.upload = silent  # type: ignore[method-assign]
+
+
+def main() -> None:
+    kind, world_rank, stamp, results = sys.argv[1:5]
+    sys.argv[1:] = sys.argv[5:]
+    damage(Fault(kind, int(world_rank), Path(stamp), Path(results)))
     cli.main()
 
 

@@ -1,7 +1,9 @@
 """What every method owes: these tests take in a new file of fedara_core/methods without an edit."""
 
 import ast
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 
 import bench
+from bench import rounds
 from bench.checkpoint import read_checkpoint, restore, save_checkpoint
-from bench.rounds import Job, draw_cohort, place
+from bench.rounds import Job, draw_cohort, place, train_client
 from fedara_core import methods
 from fedara_core.adapters import named_adapters
 from fedara_core.collectives import RunningMean
@@ -240,53 +243,90 @@ def test_the_number_of_processes_changes_nothing(
     world_size: int,
     tiny_job: Callable[..., Job],
     play: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each process has a model of its own and its own clients; 7 processes leave some idle."""
     overrides = (f"method.name={complete.name}", *SETTINGS, "evaluate.every=100")
+    trained: dict[int, list[int]] = {}
+
+    def noting(job: Job, state: ServerState, client_id: int, *rest: Any) -> Any:
+        trained.setdefault(threading.get_ident(), []).append(client_id)
+        return train_client(job, state, client_id, *rest)
+
+    monkeypatch.setattr(rounds, "train_client", noting)
     for round_index in (0, 3):
         state = complete.states[round_index]
-        sent = []
 
-        def job(kept: dict[int, dict[str, Tensor]] = complete.kept[round_index]) -> Job:
-            made = tiny_job(*overrides)
-            made.kept.update(kept)
-            return made
+        def run(
+            communicator: Communicator,
+            state: ServerState = state,
+            kept: dict[int, dict[str, Tensor]] = complete.kept[round_index],
+        ) -> tuple[Any, list[int]]:
+            job = tiny_job(*overrides)
+            job.kept.update(kept)
+            (played,) = play(job, state, 1, communicator)
+            return played.row, trained.pop(threading.get_ident(), [])
 
-        for world_rank in range(world_size):
-            with pytest.raises(_SentError) as stopped:
-                play(job(), state, 1, _OneOf(world_rank, world_size))
-            sent.append(stopped.value.buffer)
-        placed = place(complete.job, draw_cohort(complete.job, round_index), world_size)
-        assert [[u.client_id for u in unpack(buffer)] for buffer in sent] == placed
-        last = world_size - 1
-        process = _OneOf(last, world_size, sent)
-        (played,) = play(job(), state, 1, process)
-        assert played.row["state_digest"] == complete.states[round_index + 1].digest()
-        assert played.row["uplink_bytes"] == complete.rounds[round_index].row["uplink_bytes"]
+        rows, clients = zip(*in_turn(world_size, run), strict=True)
+        assert list(clients) == place(
+            complete.job, draw_cohort(complete.job, round_index), world_size
+        )
+        for row in rows:
+            assert row["state_digest"] == complete.states[round_index + 1].digest()
+            assert row["uplink_bytes"] == complete.rounds[round_index].row["uplink_bytes"]
 
 
-class _SentError(Exception):
-    """Carries what a process handed to the exchange."""
+def in_turn(world_size: int, run: Callable[[Communicator], Any]) -> list[Any]:
+    """What run(communicator) returns in each process of a job.
 
-    def __init__(self, buffer: Tensor) -> None:
+    The processes are threads of which one at a time runs, from one collective call to the next: so
+    each has torch's global generator to itself while it trains a client.
+    """
+    board = _Board(world_size)
+
+    def work(world_rank: int) -> Any:
+        with board.turn:
+            try:
+                return run(_Process(board, world_rank))
+            except BaseException:
+                board.together.abort()
+                raise
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(work, range(world_size)))
+
+
+class _Board:
+    """Where the processes of `in_turn` leave their messages."""
+
+    def __init__(self, world_size: int) -> None:
+        self.turn = threading.Lock()
+        self.together = threading.Barrier(world_size, timeout=60)
+        self.messages: list[Tensor] = [torch.zeros(0, dtype=torch.uint8)] * world_size
+
+    def meet(self) -> None:
+        """Let the others run until they are here, too."""
+        self.turn.release()
+        try:
+            self.together.wait()
+        finally:
+            self.turn.acquire()
+
+
+class _Process(Communicator):
+    """One process of `in_turn`."""
+
+    def __init__(self, board: _Board, world_rank: int) -> None:
         super().__init__()
-        self.buffer = buffer
-
-
-class _OneOf(Communicator):
-    """One of several processes that run one after another: it stops at the exchange, or goes on
-    with what all of them sent."""
-
-    def __init__(self, world_rank: int, world_size: int, sent: list[Tensor] | None = None) -> None:
-        super().__init__()
-        self.world_rank, self.world_size = world_rank, world_size
-        self.sent = sent
+        self.board = board
+        self.world_rank, self.world_size = world_rank, len(board.messages)
 
     def allgather(self, buffer: Tensor) -> list[Tensor]:
-        if self.sent is None:
-            raise _SentError(buffer)
-        assert torch.equal(buffer, self.sent[self.world_rank])
-        return self.sent
+        self.board.messages[self.world_rank] = buffer.clone()
+        self.board.meet()
+        gathered = list(self.board.messages)
+        self.board.meet()
+        return gathered
 
 
 def _message(parts: list[Tensor]) -> Upload:

@@ -27,11 +27,11 @@ def digests_in(results: Path) -> list[str]:
 
 
 def job_with_fault(
-    launcher: str, world_size: int, kind: str, world_rank: int, folder: Path
+    launcher: str, world_size: int, kind: str, world_rank: int, folder: Path, *more: str
 ) -> Finished:
     """Run the job; checks how soon it ended, with which code, and what it left on disk."""
     stamp, results = folder / "stamp", folder / "results"
-    words = (FAULT_JOB, kind, world_rank, stamp, results, *CONFIG, "--results", results)
+    words = (FAULT_JOB, kind, world_rank, stamp, results, *CONFIG, *more, "--results", results)
     job = launch(launcher, world_size, *words)
     assert stamp.exists(), job.err
     assert job.end_time - float(stamp.read_text()) < LIMIT_SECONDS
@@ -72,3 +72,39 @@ def test_a_lost_process_ends_the_job(
     # MPICH says it on stdout, Open MPI and torchrun on stderr.
     assert re.search(r"signal:? 9|SIGKILL", job.out + job.err, re.IGNORECASE), job.out + job.err
     check_rerun(tmp_path, digests)
+
+
+EXACT = ("--set", "method.name=fedara_exact")  # every process gets every client's own message
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "words"),
+    [
+        ("cut", EXACT, r"upload of client \d+ needs \d+ bytes of \d+|end inside a header"),
+        ("cut", (), r"upload of client \d+ needs \d+ bytes of \d+|end inside a header"),
+        ("header", EXACT, "no upload starts at byte 0: 0x17"),
+        ("header", (), "no upload starts at byte 0: 0x17"),
+        ("short", (), r"uploads differ in length, .*by client_id: \{"),
+        ("nothing", ("--set", "method.name=lora"), r"round 1: client \d+ sent no upload"),
+        ("dropped", EXACT, r"round 1: no upload came from clients \[\d+\]"),
+        ("dropped", (), r"round 1: no upload came from clients \[\d+\]"),
+    ],
+)
+def test_a_damaged_message_ends_the_job_and_is_named(
+    kind: str, method: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    job = job_with_fault("mpi", 2, kind, 1, tmp_path, *method)
+    assert "Traceback (most recent call last)" in job.err
+    assert re.search(words, job.err), job.err
+    assert len(digests_in(tmp_path / "results")) == 1  # the round before it
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [EXACT, (), ("--set", "codec.up=int8"), ("--set", "federation.merge_path=split")],
+)
+def test_values_that_are_no_numbers_are_refused(settings: tuple[str, ...], tmp_path: Path) -> None:
+    job = job_with_fault("mpi", 2, "nan", 1, tmp_path, *settings)
+    assert job.code == 2
+    (line,) = job.refusals
+    assert re.search(r"client \d+, round 1: training diverged", line)

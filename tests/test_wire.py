@@ -71,7 +71,9 @@ def test_layout_is_what_the_page_says() -> None:
         values=torch.tensor([1.0, -2.0]),
         bits=torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 0, 1], dtype=torch.bool),
     )
-    by_hand = struct.pack("<QIIIf", 2, 7, 300, 10, 1.5) + struct.pack("<2f", 1.0, -2.0)
+    by_hand = struct.pack("<BBHIIIIf", 0xFA, 0, 0, 2, 7, 300, 10, 1.5) + struct.pack(
+        "<2f", 1.0, -2.0
+    )
     by_hand += bytes([0b1000_0001, 0b0000_0010])  # lowest bit first
     assert len(by_hand) == 24 + 8 + 2
     assert bytes(pack([upload]).tolist()) == by_hand

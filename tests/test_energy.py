@@ -429,11 +429,12 @@ def test_codecarbon_says_what_it_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["energy_source"] == "codecarbon-rapl+ram-model+nvml"
     assert found["energy_scope"] == "host:cpu+ram, gpu:1"
     assert found["co2_grams"] == pytest.approx(4e-3)
-    # The same host, a run that uses no GPU.
-    found = run_with(FakeTracker(hardware, **KWH), monkeypatch)
-    assert set(found["energy_joules"]) == {"cpu", "ram"}
-    assert found["energy_scope"] == "host:cpu+ram"
-    assert found["co2_grams"] == pytest.approx(4e-3 * 3 / 8)
+    # The same host, a run that uses no GPU, or one that NVML can not find.
+    for gpus in ((), (7,)):
+        found = run_with(FakeTracker(hardware, **KWH), monkeypatch, gpus)
+        assert set(found["energy_joules"]) == {"cpu", "ram"}
+        assert found["energy_scope"] == "host:cpu+ram"
+        assert found["co2_grams"] == pytest.approx(4e-3 * 3 / 8)
 
 
 @pytest.mark.parametrize("data", [{}, KWH | {"cpu_energy": 0.0}])

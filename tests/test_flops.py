@@ -23,7 +23,7 @@ from fedara_core.train import start_client
 MakeJob = Callable[..., Job]
 Play = Callable[..., list[Any]]
 
-SHAPES = [(1, 1), (1, 6), (7, 12)]  # off the grid that the counts are interpolated from
+SHAPES = [(1, 1), (7, 12)]  # off the grid that the counts are interpolated from
 NUM_LAYERS = 3
 SHORT = (
     *("federation.num_rounds=3", "federation.cohort=2", "train.local_steps=1"),

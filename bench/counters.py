@@ -37,10 +37,11 @@ class Counter:
     def count(self, action: Callable[[], object], communicator: Communicator) -> int | None:
         """Bytes that action() sends from this process; None if they can not be counted.
 
-        Every process calls it. What is still on its way when action() returns has left by the end
-        of a barrier, whose own bytes are taken off again.
+        Every process calls it, and action() runs in any case. What is still on its way when it
+        returns has left by the end of a barrier, whose own bytes are taken off again.
         """
         if self.source is None:
+            action()
             return None
         return self._moved(action, communicator) - self._moved(_nothing, communicator)
 

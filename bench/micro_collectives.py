@@ -48,7 +48,10 @@ from fedara_core.errors import InputError
 BENCHMARK = "micro-collectives"
 MIN_ITERATIONS = 5
 # What chooses the transport, and with it the time: kept with the record.
-_TRANSPORT_KEYS = ("MPIR_CVAR_", "UCX_", "FI_", "OMPI_MCA_", "GLOO_", "NCCL_", "I_MPI_")
+_TRANSPORT_KEYS = (
+    *("MPIR_CVAR_", "UCX_", "FI_", "GLOO_", "NCCL_", "I_MPI_"),
+    *("OMPI_MCA_pml", "OMPI_MCA_mtl", "OMPI_MCA_btl", "OMPI_MCA_coll"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

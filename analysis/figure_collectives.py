@@ -1,6 +1,7 @@
 """Figures: merge paths over density with the 2/P line, and measured times beside the model's."""
 
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ MAX_PROCESSES = 10**6
 _MODELLED_DENSITY = 0.25  # of those measured the one next to it is drawn
 _Shared = Literal["row", "all"]
 _PANEL_INCHES = (2.6, 2.1)
+_TITLE_LETTERS = 34  # that fit over a panel
 _MASK_HEADER_BYTES = 12  # client_id and weight, before each client's mask
 
 
@@ -134,7 +136,7 @@ def _draw_density(micro: MicroCampaign, points: pd.DataFrame, out: Path) -> list
                 panel = points[same & (points["world_size"] == world_size)]
                 _draw_panel(ax, panel, "density", scale=1e3)
                 _draw_crossing(ax, 2 / world_size)
-                ax.set_title(f"{backend}, P = {world_size}, {_size_text(payload_bytes)}")
+                ax.set_title(_title(backend, f"P = {world_size}, {_size_text(payload_bytes)}"))
                 densities = sorted(panel["density"].unique())
                 ax.set_xticks(densities, [f"{density:g}" for density in densities])
                 ax.xaxis.set_minor_locator(NullLocator())
@@ -184,7 +186,7 @@ def _draw_scaling(
                 _draw_panel(ax, own, "world_size", scale=1.0, linestyle="none")
                 ax.axvspan(own["world_size"].max(), MAX_PROCESSES, color=style.GREY, alpha=0.08)
                 ax.text(0.08, 0.9, "modelled", transform=ax.transAxes, color="#555555")
-                ax.set_title(f"{backend}, {_size_text(payload_bytes)}")
+                ax.set_title(_title(backend, _size_text(payload_bytes)))
                 ax.set_xlabel("Processes" if row == len(backends) - 1 else "")
                 ax.set_ylabel("Time (s)" if column == 0 else "")
         look: Any = style.MODELLED  # matplotlib's own type has no (offset, dashes)
@@ -251,6 +253,14 @@ def _of(frame: pd.DataFrame, backend: str, payload_bytes: float) -> pd.DataFrame
 
 def _backends(points: pd.DataFrame) -> list[str]:
     return sorted(points["backend"].unique())
+
+
+def _title(backend: str, what: str) -> str:
+    """In one line, or with a long name above."""
+    text = f"{backend}, {what}"
+    if len(text) <= _TITLE_LETTERS:
+        return text
+    return f"{textwrap.fill(backend, _TITLE_LETTERS)}\n{what}"
 
 
 def _size_text(num_bytes: float) -> str:

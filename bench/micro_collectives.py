@@ -47,6 +47,7 @@ from fedara_core.errors import InputError
 
 BENCHMARK = "micro-collectives"
 MIN_ITERATIONS = 5
+MIN_WARM_UP = 2  # one call counts the bytes, one tells how many calls the limit allows
 # What chooses the transport, and with it the time: kept with the record.
 _TRANSPORT_KEYS = (
     *("MPIR_CVAR_", "UCX_", "FI_", "GLOO_", "NCCL_", "I_MPI_"),
@@ -86,14 +87,14 @@ def parse_settings(
     seed: int,
 ) -> Settings:
     """The options as settings. Raises InputError with the option, its value and what is allowed."""
-    counts = {
-        "--iterations": iterations,
-        "--warm-up": warm_up,
-        "--clients-per-process": clients_per_process,
-    }
-    for option, count in counts.items():
-        if count < 1:
-            raise InputError(f"{option} {count}: allowed: 1 or more")
+    counts = (
+        ("--iterations", iterations, 1),
+        ("--warm-up", warm_up, MIN_WARM_UP),
+        ("--clients-per-process", clients_per_process, 1),
+    )
+    for option, count, least in counts:
+        if count < least:
+            raise InputError(f"{option} {count}: allowed: {least} or more")
     sizes = {"--limit-seconds": limit_seconds, "--max-layout-bytes": max_layout_bytes}
     for option, size in sizes.items():
         if not 0 < size < float("inf"):
@@ -277,7 +278,7 @@ def measure(
     row: dict[str, Any] = {}
     warm_seconds = 0.0
     for prefix, call in calls.items():
-        for _ in range(settings.warm_up - 1):
+        for _ in range(settings.warm_up - MIN_WARM_UP):
             checks[prefix](call())
         row |= {f"{prefix}{key}": value for key, value in _bytes(call, communicator, counter)}
         warm_seconds += _timed(call, checks[prefix], communicator)

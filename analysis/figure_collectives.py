@@ -135,7 +135,7 @@ def _draw_density(micro: MicroCampaign, points: pd.DataFrame, out: Path) -> list
                 same = (points["payload_bytes"] == payload_bytes) & (points["backend"] == backend)
                 panel = points[same & (points["world_size"] == world_size)]
                 _draw_panel(ax, panel, "density", scale=1e3)
-                _draw_crossing(ax, 2 / world_size)
+                ax.axvline(2 / world_size, color=style.GREY, linewidth=1, zorder=1)
                 ax.set_title(_title(backend, f"P = {world_size}, {_size_text(payload_bytes)}"))
                 densities = sorted(panel["density"].unique())
                 ax.set_xticks(densities, [f"{density:g}" for density in densities])
@@ -162,10 +162,6 @@ def _draw_density(micro: MicroCampaign, points: pd.DataFrame, out: Path) -> list
     ]
 
 
-def _draw_crossing(ax: Any, density: float) -> None:
-    ax.axvline(density, color=style.GREY, linewidth=1, zorder=1)
-
-
 def _draw_scaling(
     micro: MicroCampaign,
     points: pd.DataFrame,
@@ -184,8 +180,10 @@ def _draw_scaling(
                 _draw_modelled(ax, _of(modelled, backend, payload_bytes))
                 own = _of(measured, backend, payload_bytes)
                 _draw_panel(ax, own, "world_size", scale=1.0, linestyle="none")
-                ax.axvspan(own["world_size"].max(), MAX_PROCESSES, color=style.GREY, alpha=0.08)
-                ax.text(0.08, 0.9, "modelled", transform=ax.transAxes, color="#555555")
+                if not own.empty:
+                    first = own["world_size"].max()
+                    ax.axvspan(first, MAX_PROCESSES, color=style.GREY, alpha=0.08)
+                    ax.text(0.08, 0.9, "modelled", transform=ax.transAxes, color="#555555")
                 ax.set_title(_title(backend, _size_text(payload_bytes)))
                 ax.set_xlabel("Processes" if row == len(backends) - 1 else "")
                 ax.set_ylabel("Time (s)" if column == 0 else "")
@@ -219,6 +217,8 @@ def _draw_panel(
         )
     ax.set_xscale("log")
     ax.set_yscale("log")
+    if points.empty:
+        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#555555")
 
 
 def _draw_modelled(ax: Any, modelled: pd.DataFrame) -> None:

@@ -56,8 +56,8 @@ class Layout:
         """(R,) int64."""
         return torch.full((self.num_rows,), self.width)
 
-    def part(self, client_id: int) -> Part:
-        """The client's part: the same on every process."""
+    def rank_mask(self, client_id: int) -> Tensor:
+        """(R,) bool."""
         drawn = torch.randperm(self.num_rows, generator=generator(self.seed, "micro_rows"))
         shared, free = drawn[: self.shared_rows], drawn[self.shared_rows :]
         own = torch.arange(self.live_rows - self.shared_rows)
@@ -65,11 +65,15 @@ class Layout:
         rank_mask[shared] = True
         if len(own):
             rank_mask[free[(client_id * len(own) + own) % len(free)]] = True
+        return rank_mask
+
+    def part(self, client_id: int) -> Part:
+        """The client's part: the same on every process."""
         values = generator(self.seed, "micro_values", client_id)
         return Part(
             client_id=client_id,
             weight=0.5 + (client_id % 8) / 8,
-            rank_mask=rank_mask,
+            rank_mask=self.rank_mask(client_id),
             values=torch.randn(self.live_rows * self.width, generator=values),
         )
 
@@ -77,7 +81,7 @@ class Layout:
         """The weighted sum of all clients, in client_id order in float64: by one process alone."""
         union = torch.zeros(self.num_rows, dtype=torch.bool)
         for client_id in range(self.num_clients):
-            union |= self.part(client_id).rank_mask
+            union |= self.rank_mask(client_id)
         place = union.cumsum(0) - 1
         total = torch.zeros(self.union_rows, self.width, dtype=torch.float64)
         for client_id in range(self.num_clients):

@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from test_analysis import write_record
 from typer.testing import CliRunner
 
 from analysis import figure_collectives, table_collectives
 from analysis.__main__ import app
-from analysis.load import AnalysisError
+from analysis.load import AnalysisError, has_rounds, load_campaign
 from analysis.load_micro import load_micro
 from bench.scaling import (
     PATHS,
@@ -319,6 +320,18 @@ def test_costs_of_another_machine_are_named_as_given(records: Path, tmp_path: Pa
     result = CliRunner().invoke(app, [str(records), "--costs", str(file)])
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_may_hold_runs_and_launches(records: Path, tmp_path: Path) -> None:
+    """Runs alone are left to tests/test_analysis.py, launches alone to the test above."""
+    write_launch(tmp_path / "both", 2, 0)
+    assert not has_rounds(tmp_path / "both")
+    write_record(tmp_path / "both", "lora", 0)
+    assert has_rounds(tmp_path / "both")
+    assert len(load_campaign(tmp_path / "both").runs) == 1
+    micro = load_micro(tmp_path / "both")
+    assert micro is not None
+    assert len(micro.launches) == 1
 
 
 def test_points_without_a_measurement_are_missing(records: Path) -> None:

@@ -135,7 +135,8 @@ def _draw_density(micro: MicroCampaign, points: pd.DataFrame, out: Path) -> list
                 same = (points["payload_bytes"] == payload_bytes) & (points["backend"] == backend)
                 panel = points[same & (points["world_size"] == world_size)]
                 _draw_panel(ax, panel, "density", scale=1e3)
-                ax.axvline(2 / world_size, color=style.GREY, linewidth=1, zorder=1)
+                for crossing_density in panel["crossing_density"].unique():
+                    ax.axvline(crossing_density, color=style.GREY, linewidth=1, zorder=1)
                 ax.set_title(_title(backend, f"P = {world_size}, {_size_text(payload_bytes)}"))
                 densities = sorted(panel["density"].unique())
                 ax.set_xticks(densities, [f"{density:g}" for density in densities])

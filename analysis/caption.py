@@ -34,8 +34,12 @@ _WIDTH = 100
 
 def write(campaign: Campaign, out: Path, *, title: str) -> Path:
     """Write the caption `out`.txt beside a figure; returns its path."""
+    return write_text(out, [f"{title} {_seeds_sentence(campaign)}", *conditions(campaign)])
+
+
+def write_text(out: Path, paragraphs: list[str]) -> Path:
+    """Write `out`.txt, wrapped; returns its path."""
     file = out.with_name(f"{out.name}.txt")
-    paragraphs = [f"{title} {_seeds_sentence(campaign)}", *conditions(campaign)]
     # Run ids hold hyphens, and must stay whole so that they can be searched for.
     wrapped = [textwrap.fill(text, _WIDTH, break_on_hyphens=False) for text in paragraphs]
     file.write_text("\n\n".join(wrapped) + "\n", encoding="utf-8", newline="\n")

@@ -91,18 +91,29 @@ def panels(campaign: Campaign) -> list[tuple[str, str]]:
     return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
 
 
+def has_rounds(path: Path) -> bool:
+    """Whether there is a run's record below `path`, finished or not."""
+    return bool(_run_folders(path))
+
+
+def _run_folders(path: Path) -> list[Path]:
+    names = ("run.json", "rounds.jsonl")
+    found = {file.parent for name in names for file in path.rglob(name)}
+    # A folder with rows.jsonl is a micro-benchmark's, which has no rounds.
+    return sorted(folder for folder in found if not (folder / "rows.jsonl").exists())
+
+
 def _record_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise AnalysisError(f"{path}: no such folder")
-    names = ("run.json", "rounds.jsonl")
-    folders = sorted({file.parent for name in names for file in path.rglob(name)})
+    folders = _run_folders(path)
     if not folders:
         raise AnalysisError(f"{path}: no records here (looked for */run.json at any depth)")
     return folders
 
 
 def _read_run(file: Path) -> dict[str, Any]:
-    record = _parse(_read_text(file), file, first_line=1)
+    record = parse_json(read_text(file), file, first_line=1)
     run = _flatten(record)
     version = run.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -121,8 +132,8 @@ def _read_run(file: Path) -> dict[str, Any]:
 
 def _read_rounds(file: Path, run: dict[str, Any]) -> pd.DataFrame:
     rows = []
-    for number, line in enumerate(_read_text(file).splitlines(), start=1):
-        record = _parse(line, file, first_line=number)
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        record = parse_json(line, file, first_line=number)
         missing = [key for key in _REQUIRED_IN_ROUND if key not in record]
         if missing:
             raise AnalysisError(f"{file}:{number}: missing {', '.join(missing)}")
@@ -210,14 +221,16 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A record's file. Raises AnalysisError."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AnalysisError(f"{file}: cannot be read: {error}") from None
 
 
-def _parse(text: str, file: Path, *, first_line: int) -> dict[str, Any]:
+def parse_json(text: str, file: Path, *, first_line: int) -> dict[str, Any]:
+    """A JSON object that starts in this line of `file`. Raises AnalysisError."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -62,6 +62,15 @@ _LOOKS = {
     "fedsvd": _look(SKY, "4", _DASHDOT),
 }
 
+# Merge paths are not methods: they never share a figure.
+PATH_LOOKS = {
+    "allgather": _look(VERMILLION, "o", _SOLID),
+    "split": _look(BLUE, "s", _SOLID),
+    "allreduce": _look(GREEN, "^", _SOLID),
+    "dense": _look(BLACK, "D", _SOLID),
+}
+MODELLED = _DASHED  # the line of everything that is computed and not measured
+
 _RC = {
     "figure.constrained_layout.use": True,
     "savefig.dpi": 200,

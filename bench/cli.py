@@ -1,13 +1,17 @@
 """The command line: fedara run | list | export | doctor | micro."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from fedara_core.errors import InputError
+
+if TYPE_CHECKING:
+    from fedara_core.comm import Communicator  # torch: only for those who need it
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,22 +47,8 @@ def run(
       torchrun --nproc-per-node 2 -m bench run my.toml
     """
     from bench.runner import run_all
-    from fedara_core.comm import abort_on_error, open_communicator
 
-    try:
-        communicator = open_communicator(comm)
-    except InputError as error:
-        _refuse(error)
-    try:
-        run_all(config, results, overrides or [], communicator)
-    except InputError as error:  # raised on every process alike
-        communicator.close()
-        _refuse(error, quiet=communicator.world_rank != 0)
-    except BaseException as error:
-        if communicator.world_size == 1:
-            raise
-        abort_on_error(communicator, error)
-    communicator.close()
+    _as_job(comm, lambda communicator: run_all(config, results, overrides or [], communicator))
 
 
 @app.command(name="list")
@@ -128,6 +118,88 @@ def overhead(
 @micro.callback()
 def _micro() -> None:
     """Micro-benchmarks of the suite itself."""
+
+
+@micro.command()
+def collectives(
+    payload_bytes: Annotated[
+        str, typer.Option(help="Bytes of one client's live rows.")
+    ] = "10e3,1e6,50e6",
+    densities: Annotated[
+        str, typer.Option(help="Live rows as a part of the layout.")
+    ] = "0.05,0.25,0.5,1",
+    overlaps: Annotated[
+        str, typer.Option(help="0: masks as disjoint as they can be; 1: equal masks.")
+    ] = "0,1",
+    paths: Annotated[
+        str, typer.Option(help="Merge paths, of fedara_core/collectives.py.")
+    ] = "allgather,split,allreduce,dense",
+    codecs: Annotated[str, typer.Option(help="Codecs of the payload.")] = "fp32",
+    iterations: Annotated[int, typer.Option(help="Timed calls of a combination.")] = 20,
+    warm_up: Annotated[int, typer.Option(help="Calls before them.")] = 3,
+    limit_seconds: Annotated[
+        float, typer.Option(help="Fewer timed calls, but 5, where they would take longer.")
+    ] = 10.0,
+    clients_per_process: Annotated[int, typer.Option(help="Clients that a process hosts.")] = 1,
+    max_layout_bytes: Annotated[
+        float, typer.Option(help="Combinations that sum over more are left out, and named.")
+    ] = 256e6,
+    seed: Annotated[int, typer.Option(help="Of masks and values.")] = 0,
+    results: Annotated[
+        Path, typer.Option("--results", help="Folder for the records, one folder a launch.")
+    ] = Path("results/micro"),
+    comm: Annotated[
+        str, typer.Option("--comm", help="auto, serial, mpi or torch; auto knows the launcher.")
+    ] = "auto",
+) -> None:
+    """Seconds and bytes of every merge path, each timed call checked, beside the bare library call.
+
+    Axes take several values, separated by commas. One launch is one record: launch again for a
+    replicate, into the same folder.
+
+    \b
+      mpiexec -n 4 fedara micro collectives
+      torchrun --nproc-per-node 2 -m bench micro collectives --payload-bytes 1e6
+    """
+    from bench.micro_collectives import parse_settings, run_collectives
+
+    def job(communicator: "Communicator") -> None:
+        settings = parse_settings(
+            payload_bytes=payload_bytes,
+            densities=densities,
+            overlaps=overlaps,
+            paths=paths,
+            codecs=codecs,
+            iterations=iterations,
+            warm_up=warm_up,
+            limit_seconds=limit_seconds,
+            clients_per_process=clients_per_process,
+            max_layout_bytes=max_layout_bytes,
+            seed=seed,
+        )
+        run_collectives(settings, results, communicator)
+
+    _as_job(comm, job)
+
+
+def _as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
+    """Run `action` on every process; wrong input ends them all with code 2, any error the job."""
+    from fedara_core.comm import abort_on_error, open_communicator
+
+    try:
+        communicator = open_communicator(comm)
+    except InputError as error:
+        _refuse(error)
+    try:
+        action(communicator)
+    except InputError as error:  # raised on every process alike
+        communicator.close()
+        _refuse(error, quiet=communicator.world_rank != 0)
+    except BaseException as error:
+        if communicator.world_size == 1:
+            raise
+        abort_on_error(communicator, error)
+    communicator.close()
 
 
 def _refuse(error: InputError, *, quiet: bool = False) -> NoReturn:

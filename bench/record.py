@@ -65,28 +65,36 @@ class Recorder:
             part = {key: run[key] for key in _PART_KEYS if key in run}
             part["first_round_index"] = len(kept_rounds)
             run = {**first, "parts": [*first.get("parts", []), part]}
-        self._write_json("run.json", run)
-        self._write_json("partition.json", partition)
+        write_json(self.run_dir / "run.json", run)
+        write_json(self.run_dir / "partition.json", partition)
         text = "".join(_line(row) for row in kept_rounds)
         write_atomically(self.run_dir / "rounds.jsonl", text.encode())
 
     def add_round(self, row: Mapping[str, Any]) -> None:
         """Append one round and flush it to disk."""
-        with (self.run_dir / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
+        append_row(self.run_dir / "rounds.jsonl", row)
 
     def finish(self) -> None:
         """Complete run.json, write DONE last. The checkpoint stays: it holds what was trained."""
         total_seconds = sum(row["seconds"]["total"] for row in self.rounds())
         run = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
-        self._write_json("run.json", {**run, "end_time": utc_now(), "total_seconds": total_seconds})
+        end = {"end_time": utc_now(), "total_seconds": total_seconds}
+        write_json(self.run_dir / "run.json", {**run, **end})
         write_atomically(self.run_dir / "DONE", b"")
 
-    def _write_json(self, name: str, content: Any) -> None:
-        text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
-        write_atomically(self.run_dir / name, text.encode())
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace the file by `content` as indented JSON."""
+    text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line and flush it to disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(row))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -99,11 +107,18 @@ def utc_now() -> str:
 
 def provenance(config: RunConfig, **facts: Any) -> dict[str, Any]:
     """The keys of run.json that say what ran and on what; unknown ones are absent."""
-    known = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "run_id": config.run_id,
         "config": config.canonical(),
         "config_hash": config.config_hash,
+        **_known({**surroundings(), **facts}),
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """The keys of run.json that every benchmark shares: code, versions, machine, start."""
+    facts = {
         **_git(),
         "python": platform.python_version(),
         "package_versions": package_versions(),
@@ -112,9 +127,12 @@ def provenance(config: RunConfig, **facts: Any) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "slurm": {key: os.environ[key] for key in _SLURM_KEYS if key in os.environ} or None,
         "start_time": utc_now(),
-        **facts,
     }
-    return {key: value for key, value in known.items() if value is not None}
+    return _known(facts)
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def process_facts(world_rank: int, device: torch.device) -> dict[str, Any]:

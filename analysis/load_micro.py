@@ -1,0 +1,119 @@
+"""Read the records of `fedara micro collectives` (run.json, rows.jsonl, DONE) into a data frame."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.load import SCHEMA_VERSION, AnalysisError, parse_json, read_text
+
+BENCHMARK = "micro-collectives"
+
+# What launches of one kind share, and what one combination of one kind shares.
+MACHINE = ["backend", "world_size"]
+POINT = [*MACHINE, "call", "path", "codec", "payload_bytes", "density", "overlap", "num_clients"]
+_SIZES = ["part_bytes", "union_bytes", "layout_bytes", "num_rows", "model_bytes"]
+_BYTES = ["counted_bytes_received", "measured_bytes"]
+_REQUIRED = ["call", "payload_bytes", "num_clients", "median_seconds"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroCampaign:
+    """The records below one folder.
+
+    launches: one row per finished launch: run_id, backend (library and what was told to it),
+        world_size, cpu, num_cores, num_hosts, commit, measured_bytes_source.
+    points: one row per combination (POINT): medians over launches of median_seconds, ratio and the
+        bytes; min_seconds, max_seconds: the smallest and largest of the launches' median_seconds,
+        min_ratio and max_ratio likewise; num_launches.
+    incomplete: folder names of the launches without DONE; they never enter a figure.
+    """
+
+    launches: pd.DataFrame
+    points: pd.DataFrame
+    incomplete: list[str]
+
+
+def micro_folders(path: Path) -> list[Path]:
+    """Folders below `path` with a record of this benchmark, finished or not."""
+    return sorted({file.parent for file in Path(path).rglob(f"{BENCHMARK}-*/rows.jsonl")})
+
+
+def load_micro(path: Path) -> MicroCampaign | None:
+    """Read all records below `path`; None if there is none. Raises AnalysisError for a bad one."""
+    folders = micro_folders(path)
+    if not folders:
+        return None
+    launches: dict[str, dict[str, Any]] = {}
+    rows, incomplete = [], []
+    for folder in folders:
+        if not (folder / "DONE").exists():
+            incomplete.append(folder.name)
+            continue
+        launch = _read_launch(folder / "run.json")
+        if launch["run_id"] in launches:
+            raise AnalysisError(f"launch {launch['run_id']} comes twice: {folder}")
+        launches[launch["run_id"]] = launch
+        rows += _read_rows(folder / "rows.jsonl", launch)
+    return MicroCampaign(
+        launches=pd.DataFrame(list(launches.values())),
+        points=_points(pd.DataFrame(rows)),
+        incomplete=incomplete,
+    )
+
+
+def _read_launch(file: Path) -> dict[str, Any]:
+    run = parse_json(read_text(file), file, first_line=1)
+    if run.get("schema_version") != SCHEMA_VERSION or run.get("benchmark") != BENCHMARK:
+        raise AnalysisError(f"{file}: no record of {BENCHMARK} of schema {SCHEMA_VERSION}")
+    missing = [key for key in ("run_id", "comm", "world_size") if key not in run]
+    if missing:
+        raise AnalysisError(f"{file}: missing {', '.join(missing)}")
+    dirty = " with uncommitted changes" if run.get("git_dirty") else ""
+    return {
+        "run_id": run["run_id"],
+        "backend": _backend(run),
+        "world_size": run["world_size"],
+        "cpu": run.get("cpu", "unknown CPU"),
+        "num_cores": run.get("num_cores"),
+        "num_hosts": len({process.get("host") for process in run.get("processes", [])}),
+        "commit": f"{run.get('git_commit', 'unknown')[:12]}{dirty}",
+        "measured_bytes_source": run.get("measured_bytes_source", ""),
+    }
+
+
+def _backend(run: dict[str, Any]) -> str:
+    """Such as "MPICH", "gloo" or "MPICH, UCX_TLS=tcp,self": launches that differ are not mixed."""
+    text = run.get(f"{run['comm']}_library", run["comm"])
+    names = ("Open MPI", "MPICH", "Intel(R) MPI", "MVAPICH")
+    name = next((known for known in names if known in text), text)
+    told = run.get("transport_environment", {})
+    return ", ".join([name, *(f"{key}={value}" for key, value in sorted(told.items()))])
+
+
+def _read_rows(file: Path, launch: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        row = parse_json(line, file, first_line=number)
+        missing = [key for key in _REQUIRED if key not in row]
+        if missing:
+            raise AnalysisError(f"{file}:{number}: missing {', '.join(missing)}")
+        rows.append({key: launch[key] for key in ("run_id", *MACHINE)} | row)
+    return rows
+
+
+def _points(rows: pd.DataFrame) -> pd.DataFrame:
+    needed = [*POINT, *_SIZES, *_BYTES, "median_seconds", "bare_median_seconds", "ratio"]
+    rows = rows.reindex(columns=[*needed, "run_id", "bare_call"])
+    groups = rows.groupby(POINT, as_index=False, dropna=False)
+    medians = [*_SIZES, *_BYTES, "median_seconds", "bare_median_seconds", "ratio"]
+    return groups.agg(
+        num_launches=("run_id", "nunique"),
+        **{name: (name, "median") for name in medians},
+        min_seconds=("median_seconds", "min"),
+        max_seconds=("median_seconds", "max"),
+        min_ratio=("ratio", "min"),
+        max_ratio=("ratio", "max"),
+        bare_call=("bare_call", "first"),
+    )

@@ -1,0 +1,471 @@
+"""`fedara micro collectives`: seconds and bytes of the merge paths, beside the bare library call.
+
+For each combination of the axes every process makes the same clients from seeds, so that each can
+add up all of them by itself and check the result of every timed call. An iteration's seconds are
+the maximum over processes. What a bare allgather of the same bytes takes is measured in the same
+run, turn about.
+"""
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bench.checkpoint import write_atomically
+from bench.counters import Counter, open_counter
+from bench.micro_layout import (
+    CODECS,
+    VALUE_BYTES,
+    Layout,
+    check_buffers,
+    check_sum,
+    make_layout,
+)
+from bench.record import (
+    SCHEMA_VERSION,
+    append_row,
+    process_facts,
+    surroundings,
+    utc_now,
+    write_json,
+)
+from bench.runner import set_threads, together
+from fedara_core.collectives import PATHS, moved_values, weighted_sum
+from fedara_core.comm import Communicator
+from fedara_core.errors import InputError
+
+BENCHMARK = "micro-collectives"
+MIN_ITERATIONS = 5
+MIN_WARM_UP = 2  # one call counts the bytes, one tells how many calls the limit allows
+# What chooses the transport, and with it the time: kept with the record.
+_TRANSPORT_KEYS = (
+    *("MPIR_CVAR_", "UCX_", "FI_", "GLOO_", "NCCL_", "I_MPI_"),
+    *("OMPI_MCA_pml", "OMPI_MCA_mtl", "OMPI_MCA_btl", "OMPI_MCA_coll"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The axes, and how often each combination is called."""
+
+    payload_bytes: tuple[float, ...]  # of one client's live rows
+    densities: tuple[float, ...]
+    overlaps: tuple[float, ...]
+    paths: tuple[str, ...]
+    codecs: tuple[str, ...]
+    iterations: int
+    warm_up: int
+    limit_seconds: float
+    clients_per_process: int
+    max_layout_bytes: float
+    seed: int
+
+
+def parse_settings(
+    *,
+    payload_bytes: str,
+    densities: str,
+    overlaps: str,
+    paths: str,
+    codecs: str,
+    iterations: int,
+    warm_up: int,
+    limit_seconds: float,
+    clients_per_process: int,
+    max_layout_bytes: float,
+    seed: int,
+) -> Settings:
+    """The options as settings. Raises InputError with the option, its value and what is allowed."""
+    counts = (
+        ("--iterations", iterations, 1),
+        ("--warm-up", warm_up, MIN_WARM_UP),
+        ("--clients-per-process", clients_per_process, 1),
+    )
+    for option, count, least in counts:
+        if count < least:
+            raise InputError(f"{option} {count}: allowed: {least} or more")
+    sizes = {"--limit-seconds": limit_seconds, "--max-layout-bytes": max_layout_bytes}
+    for option, size in sizes.items():
+        if not 0 < size < float("inf"):
+            raise InputError(f"{option} {size}: allowed: numbers above 0")
+    return Settings(
+        payload_bytes=_numbers("--payload-bytes", payload_bytes, 64, 1e12),
+        densities=_numbers("--densities", densities, 1e-6, 1),
+        overlaps=_numbers("--overlaps", overlaps, 0, 1),
+        paths=_names("--paths", paths, PATHS),
+        codecs=_names("--codecs", codecs, tuple(CODECS)),
+        iterations=iterations,
+        warm_up=warm_up,
+        limit_seconds=limit_seconds,
+        clients_per_process=clients_per_process,
+        max_layout_bytes=max_layout_bytes,
+        seed=seed,
+    )
+
+
+def run_collectives(settings: Settings, results: Path, communicator: Communicator) -> Path:
+    """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
+    set_threads(1, communicator)
+    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+    counter = open_counter(communicator)
+    if counter.source is None:
+        console.print(f"measured_bytes is left out: {counter.reason}", soft_wrap=True)
+    run_dir = results / _run_id(communicator)
+    start = time.perf_counter()
+    _start_record(run_dir, settings, communicator, counter)
+    for row in _rows(settings, communicator, counter, console):
+        console.print(_describe(row), soft_wrap=True)
+        if communicator.world_rank == 0:
+            append_row(run_dir / "rows.jsonl", row)
+    if communicator.world_rank == 0:
+        run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        end = {"end_time": utc_now(), "total_seconds": time.perf_counter() - start}
+        write_json(run_dir / "run.json", {**run, **end})
+        write_atomically(run_dir / "DONE", b"")
+    console.print(f"done, records in {run_dir}", soft_wrap=True)
+    return run_dir
+
+
+def _rows(
+    settings: Settings, communicator: Communicator, counter: Counter, console: Console
+) -> Iterator[dict[str, Any]]:
+    """One object per combination, the same on every process."""
+    num_clients = settings.clients_per_process * communicator.world_size
+    for payload_bytes in settings.payload_bytes:
+        axes = {"payload_bytes": payload_bytes, "num_clients": num_clients}
+        yield {**axes, **_bare_row(payload_bytes, settings, communicator, counter)}
+        for density, overlap in itertools.product(settings.densities, settings.overlaps):
+            axes |= {"density": density, "overlap": overlap}
+            layout = make_layout(
+                payload_bytes=payload_bytes,
+                density=density,
+                overlap=overlap,
+                num_clients=num_clients,
+                seed=settings.seed,
+            )
+            paths = [path for path in settings.paths if _fits(layout, path, settings)]
+            for path in settings.paths:
+                if path not in paths:
+                    limit = f"--max-layout-bytes {settings.max_layout_bytes:g}"
+                    console.print(f"{_label(axes)} {path}: left out, above {limit}", soft_wrap=True)
+            if paths:
+                for row in _merge_rows(layout, paths, settings, communicator, counter):
+                    yield {**axes, **row}
+
+
+def _fits(layout: Layout, path: str, settings: Settings) -> bool:
+    """Whether what is summed over, and so held several times in memory, is within the limit."""
+    num_rows = layout.num_rows if path == "dense" else layout.union_rows
+    return num_rows * layout.width * VALUE_BYTES <= settings.max_layout_bytes
+
+
+def _merge_rows(
+    layout: Layout,
+    paths: Sequence[str],
+    settings: Settings,
+    communicator: Communicator,
+    counter: Counter,
+) -> Iterator[dict[str, Any]]:
+    """weighted_sum by every path and codec."""
+    expected, widths = layout.expected(), layout.widths
+    own = range(communicator.world_rank, layout.num_clients, communicator.world_size)
+    parts = [layout.part(client_id) for client_id in own]
+    for codec, path in itertools.product(settings.codecs, paths):
+        keywords = {} if codec == "fp32" else {"codec": codec}  # fp32 is weighted_sum's default
+        timed = measure(
+            {"": partial(weighted_sum, parts, widths, communicator, path, **keywords)},
+            {"": partial(check_sum, expected=expected, path=path, codec=codec)},
+            settings,
+            communicator,
+            counter,
+        )
+        yield {
+            "call": "weighted_sum",
+            "path": path,
+            "codec": codec,
+            **_sizes(layout),
+            **timed,
+            **_bandwidths(layout, path, codec, timed["median_seconds"], communicator.world_size),
+        }
+
+
+def _bare_row(
+    payload_bytes: float, settings: Settings, communicator: Communicator, counter: Counter
+) -> dict[str, Any]:
+    """communicator.allgather of packed rows, and the library's own call where there is one."""
+    layout = make_layout(
+        payload_bytes=payload_bytes,
+        density=1.0,
+        overlap=1.0,
+        num_clients=settings.clients_per_process * communicator.world_size,
+        seed=settings.seed,
+    )
+    packed = [
+        torch.cat(
+            [
+                layout.part(client_id).values
+                for client_id in range(world_rank, layout.num_clients, communicator.world_size)
+            ]
+        ).view(torch.uint8)
+        for world_rank in range(communicator.world_size)
+    ]
+    mine = packed[communicator.world_rank]
+    calls: dict[str, Callable[[], Any]] = {"": partial(communicator.allgather, mine)}
+    bare = bare_allgather(mine, communicator)
+    if bare is not None:
+        calls["bare_"] = bare
+    checks = dict.fromkeys(calls, partial(check_buffers, expected=packed))
+    timed = measure(calls, checks, settings, communicator, counter)
+    return {
+        "call": "allgather",
+        "part_bytes": layout.live_rows * layout.width * VALUE_BYTES,
+        **({"bare_call": bare.__name__} if bare is not None else {}),
+        **timed,
+        **_bandwidths(layout, "allgather", "fp32", timed["median_seconds"], len(packed)),
+    }
+
+
+def bare_allgather(mine: Tensor, communicator: Communicator) -> Callable[[], list[Tensor]] | None:
+    """The library's allgather of equally long uint8 vectors into buffers that are there already."""
+    gathered = torch.empty(communicator.world_size, mine.numel(), dtype=torch.uint8)
+    buffers = list(gathered)
+    if communicator.kind == "mpi":
+        from mpi4py import MPI
+
+        counts = [mine.numel()] * communicator.world_size
+        source = [mine.numpy(), MPI.BYTE]
+        target = [gathered.numpy(), counts, None, MPI.BYTE]
+
+        def bare_allgatherv() -> list[Tensor]:
+            MPI.COMM_WORLD.Allgatherv(source, target)
+            return buffers
+
+        return bare_allgatherv
+    if communicator.library == "gloo":
+        import torch.distributed as dist
+
+        def bare_all_gather() -> list[Tensor]:
+            dist.all_gather(buffers, mine)
+            return buffers
+
+        return bare_all_gather
+    return None
+
+
+def measure(
+    calls: Mapping[str, Callable[[], Any]],
+    checks: Mapping[str, Callable[[Any], None]],
+    settings: Settings,
+    communicator: Communicator,
+    counter: Counter,
+) -> dict[str, Any]:
+    """Seconds and bytes of the calls, turn about; each result goes to its check, untimed.
+
+    Keys of calls are prefixes of the row's keys; the ratio is that of "" to "bare_", the median
+    over iterations. Every process calls it and gets the same.
+    """
+    row: dict[str, Any] = {}
+    warm_seconds = 0.0
+    for prefix, call in calls.items():
+        for _ in range(settings.warm_up - MIN_WARM_UP):
+            checks[prefix](call())
+        row |= {f"{prefix}{key}": value for key, value in _bytes(call, communicator, counter)}
+        warm_seconds += _timed(call, checks[prefix], communicator)
+    number = _iterations(settings, warm_seconds, communicator)
+    own: dict[str, list[float]] = {prefix: [] for prefix in calls}
+    for iteration in range(number):
+        order = list(calls)[:: 1 if iteration % 2 else -1]
+        for prefix in order:
+            own[prefix].append(_timed(calls[prefix], checks[prefix], communicator))
+    slowest = {prefix: _slowest(seconds, communicator) for prefix, seconds in own.items()}
+    for prefix, seconds in slowest.items():
+        row |= {f"{prefix}{key}": value for key, value in _quantiles(seconds)}
+    if "bare_" in slowest:
+        row["ratio"] = float(np.median(slowest[""] / slowest["bare_"]))
+    return row
+
+
+def _timed(
+    call: Callable[[], Any], check: Callable[[Any], None], communicator: Communicator
+) -> float:
+    communicator.barrier()
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    check(result)
+    return seconds
+
+
+def _iterations(settings: Settings, seconds: float, communicator: Communicator) -> int:
+    """As many as world_rank 0's seconds of one iteration allow within the limit."""
+    seconds = float(communicator.broadcast(str(seconds).encode()))
+    allowed = max(MIN_ITERATIONS, int(settings.limit_seconds / max(seconds, 1e-9)))
+    return min(settings.iterations, allowed)
+
+
+def _slowest(seconds: list[float], communicator: Communicator) -> np.ndarray:
+    """Each iteration's maximum over processes: (iterations,) float64."""
+    gathered = communicator.gather_bytes(np.array(seconds).tobytes())
+    slowest: np.ndarray = np.stack([np.frombuffer(part) for part in gathered]).max(axis=0)
+    return slowest
+
+
+def _quantiles(seconds: np.ndarray) -> Iterator[tuple[str, Any]]:
+    yield "median_seconds", float(np.median(seconds))
+    yield "min_seconds", float(seconds.min())
+    yield "p95_seconds", float(np.quantile(seconds, 0.95))
+    yield "iteration_seconds", [float(f"{value:.6g}") for value in seconds]
+
+
+def _bytes(
+    call: Callable[[], Any], communicator: Communicator, counter: Counter
+) -> Iterator[tuple[str, float]]:
+    """Bytes of one call, mean over processes: what the communicator counts to and from others, and
+    what really left. Not of a timed call: reading the counters takes as long as a small message.
+    """
+    before = replace(communicator.traffic)
+    measured = counter.count(call, communicator)
+    traffic = communicator.traffic
+    found: dict[str, float | None] = {
+        "counted_bytes_sent": traffic.sent - before.sent,
+        "counted_bytes_received": traffic.received - before.received,
+        "measured_bytes": measured,
+    }
+    if traffic == before:  # a bare call passes the communicator by; one process moves nothing
+        found = {"measured_bytes": measured}
+    everyone = [json.loads(p) for p in communicator.gather_bytes(json.dumps(found).encode())]
+    for key, value in found.items():
+        if value is not None:
+            yield key, sum(other[key] for other in everyone) / len(everyone)
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    row_bytes = layout.width * VALUE_BYTES
+    return {
+        "part_bytes": layout.live_rows * row_bytes,
+        "union_bytes": layout.union_rows * row_bytes,
+        "layout_bytes": layout.num_rows * row_bytes,
+        "num_rows": layout.num_rows,
+    }
+
+
+def _bandwidths(
+    layout: Layout, path: str, codec: str, seconds: float, world_size: int
+) -> dict[str, float]:
+    """Bytes that a process receives by the cost model, and the two bandwidths of nccl-tests.
+
+    The algorithm's bytes are what it is about: all clients' rows for allgather, a process's rows
+    and the union for split, what is summed over for the allreduces. Times the bus factor, (P-1)/P
+    and 2 (P-1)/P, they are the model's bytes.
+    """
+    moved = moved_values(
+        num_parts=layout.num_clients,
+        world_size=world_size,
+        part_values=layout.live_rows * layout.width,
+        union_values=layout.union_rows * layout.width,
+        layout_values=layout.num_rows * layout.width,
+    )
+    model_bytes = moved[path] * CODECS[codec].value_bytes
+    if world_size == 1:
+        return {"model_bytes": model_bytes}
+    factor = (2 if path in ("allreduce", "dense") else 1) * (world_size - 1) / world_size
+    return {
+        "model_bytes": model_bytes,
+        "algorithm_bytes_per_second": model_bytes / factor / seconds,
+        "bus_bytes_per_second": model_bytes / seconds,
+    }
+
+
+def _run_id(communicator: Communicator) -> str:
+    """Unique for each launch, by world_rank 0's clock."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+    stamp = communicator.broadcast(stamp.encode()).decode()
+    return f"{BENCHMARK}-{communicator.kind}-p{communicator.world_size}-{stamp}"
+
+
+def _start_record(
+    run_dir: Path, settings: Settings, communicator: Communicator, counter: Counter
+) -> None:
+    """Make the folder with run.json and an empty rows.jsonl. Raises InputError everywhere."""
+    facts = json.dumps(process_facts(communicator.world_rank, torch.device("cpu")))
+    processes = [json.loads(part) for part in communicator.gather_bytes(facts.encode())]
+    library = {f"{communicator.kind}_library": communicator.library} if communicator.library else {}
+    counted = (
+        {"measured_bytes_source": counter.source}
+        if counter.source
+        else {"measured_bytes_missing": counter.reason}
+    )
+    transport = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_TRANSPORT_KEYS)}
+
+    def write() -> None:
+        if communicator.world_rank != 0:
+            return
+        run = {
+            "schema_version": SCHEMA_VERSION,
+            "benchmark": BENCHMARK,
+            "run_id": run_dir.name,
+            "config": asdict(settings),
+            **surroundings(),
+            "comm": communicator.kind,
+            **library,
+            "transport_environment": transport,
+            "world_size": communicator.world_size,
+            "processes": processes,
+            **counted,
+        }
+        try:
+            run_dir.mkdir(parents=True)
+            write_atomically(run_dir / "rows.jsonl", b"")
+            write_json(run_dir / "run.json", run)
+        except OSError as error:
+            raise InputError(
+                f"--results {run_dir.parent}: {error.strerror}; allowed: a folder that can be "
+                "written to"
+            ) from None
+
+    together(communicator, write)
+
+
+def _label(axes: Mapping[str, Any]) -> str:
+    return (
+        f"{axes['payload_bytes']:g} bytes, density {axes['density']:g}, "
+        f"overlap {axes['overlap']:g},"
+    )
+
+
+def _describe(row: Mapping[str, Any]) -> str:
+    """One line of progress."""
+    median = f"{1e3 * row['median_seconds']:.3f} ms"
+    if row["call"] == "weighted_sum":
+        return f"{_label(row)} {row['path']}: {median}"
+    text = f"{row['payload_bytes']:g} bytes, allgather of packed rows: {median}"
+    return text + (f", {row['ratio']:.3f} x {row['bare_call']}" if "ratio" in row else "")
+
+
+def _numbers(option: str, text: str, low: float, high: float) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(low <= number <= high for number in numbers):
+        allowed = f"numbers from {low:g} to {high:g}, separated by commas"
+        raise InputError(f"{option} {text!r}: allowed: {allowed}")
+    return numbers
+
+
+def _names(option: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(allowed):
+        raise InputError(f"{option} {text!r}: allowed: {', '.join(allowed)}, separated by commas")
+    return names

@@ -312,8 +312,9 @@ class _RunningSum:
         total = self._total[begin:end]
         if len(values) == len(total):
             total.add_(values, alpha=header.weight)
-        else:
-            total[held.repeat_interleave(widths)] += values.double() * header.weight
+            return
+        for rows, sums, own in _equal_widths(held, widths, total, values):
+            sums.index_add_(0, rows, own.double(), alpha=header.weight)
 
 
 _EMPTY = torch.zeros(0, dtype=torch.uint8)
@@ -368,6 +369,20 @@ def _starts(rank_mask: Tensor, sizes: Tensor) -> Tensor:
     """Values or bytes before each row and in all: (R + 1,) int64."""
     held = torch.where(rank_mask, sizes, 0)
     return torch.cat([torch.zeros(1, dtype=torch.int64), held.cumsum(0)])
+
+
+def _equal_widths(
+    held: Tensor, widths: Tensor, total: Tensor, values: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each run of rows of one width w: which are held (k,), the sums (rows, w), values (k, w)."""
+    row = start = taken = 0
+    for width, count in zip(
+        *(t.tolist() for t in torch.unique_consecutive(widths, return_counts=True)), strict=True
+    ):
+        rows = held[row : row + count].nonzero().flatten()
+        own = values[taken : taken + len(rows) * width].view(-1, width)
+        yield rows, total[start : start + count * width].view(count, width), own
+        row, start, taken = row + count, start + count * width, taken + len(rows) * width
 
 
 def _slices(

@@ -237,7 +237,7 @@ def test_a_max_length_above_the_model_s_positions_is_refused(tmp_path: Path) -> 
 
 
 def test_an_unknown_comm_is_refused(tmp_path: Path) -> None:
-    words = ["'nonsense'", "auto, serial, mpi, torch"]
+    words = ["'nonsense'", "auto, serial, mpi, mpi-node, torch"]
     refuse_here(TINY, tmp_path / "results", words, "--comm", "nonsense")
 
 

@@ -172,6 +172,7 @@ def test_a_shared_parameter_travels_once(tiny_job: MakeJob, play: Play) -> None:
     job = tiny_job(*FULL)
     first, second = (job.model.encoder.encoder.layer[i].intermediate.dense for i in (0, 1))
     second.base.weight = first.base.weight
+    del job.model.base_parameters  # found before they were shared
     state = job.method.init(job.model, job.state.adapter, seed=0, num_rounds=6)
     assert sum(t.numel() for t in state.whole.values()) == NUM_VALUES - 64 * 32
     after = play(job, state, 1)[0].after

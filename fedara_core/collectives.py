@@ -374,7 +374,7 @@ def _starts(rank_mask: Tensor, sizes: Tensor) -> Tensor:
 def _equal_widths(
     held: Tensor, widths: Tensor, total: Tensor, values: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each run of rows of one width w: which are held (k,), the sums (rows, w), values (k, w)."""
+    """For each run of rows of one width w: which are held (k,), sums (rows, w), values (k, w)."""
     row = start = taken = 0
     for width, count in zip(
         *(t.tolist() for t in torch.unique_consecutive(widths, return_counts=True)), strict=True

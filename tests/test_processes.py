@@ -60,7 +60,7 @@ def wire_bytes_by_hand(
 ) -> int:
     """All processes' bytes of one exchange by allgather, of clients that upload equally much.
 
-    messages: whole ones in one call; else client_id and length (12 bytes), then headers, then values.
+    messages: whole ones in one call; else client_id and length (12 bytes), headers, then values.
     """
     num_calls = 1 if messages else 3  # each with an 8-byte count of every process
     num_bytes = uplink_bytes + (0 if messages else 12 * cohort)

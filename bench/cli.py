@@ -182,6 +182,48 @@ def collectives(
     _as_job(comm, job)
 
 
+@micro.command()
+def roundtrip(
+    clients: Annotated[str, typer.Option(help="Clients of a round, all of them at once.")] = (
+        "10,128,1000"
+    ),
+    methods: Annotated[str, typer.Option(help="Methods; fedara list methods.")] = "lora,fedara",
+    paths: Annotated[str, typer.Option(help="Merge paths.")] = "allgather,split,allreduce",
+    codecs: Annotated[str, typer.Option(help="Codecs of the uploads.")] = "fp32",
+    model: Annotated[str, typer.Option(help="The model whose adapters travel.")] = "minilm",
+    lora_rank: Annotated[int, typer.Option(help="Triplets of each adapter.")] = 12,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of a combination.")] = 20,
+    results: Annotated[
+        Path, typer.Option("--results", help="Folder for the records, one folder a launch.")
+    ] = Path("results/micro"),
+    comm: Annotated[
+        str, typer.Option("--comm", help="auto, serial, mpi, mpi-node or torch.")
+    ] = "auto",
+) -> None:
+    """Rounds per second without training: download, upload, exchange, aggregate, real payloads.
+
+    Beside it a bare loop over the same tensors in one process, and the library's bare allgather.
+
+    \b
+      mpiexec -n 2 fedara micro roundtrip --clients 10,128
+    """
+    from bench.roundtrip import parse_settings, run_roundtrip
+
+    def job(communicator: "Communicator") -> None:
+        settings = parse_settings(
+            clients=clients,
+            methods=methods,
+            paths=paths,
+            codecs=codecs,
+            model=model,
+            lora_rank=lora_rank,
+            rounds=rounds,
+        )
+        run_roundtrip(settings, results, communicator)
+
+    _as_job(comm, job)
+
+
 def _as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
     """Run `action` on every process; wrong input ends them all with code 2, any error the job."""
     from fedara_core.comm import abort_on_error, open_communicator

@@ -8,11 +8,9 @@ run, turn about.
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,25 +20,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.checkpoint import write_atomically
 from bench.counters import Counter, open_counter
 from bench.micro_layout import (
-    CODECS,
     VALUE_BYTES,
     Layout,
     check_buffers,
     check_sum,
     make_layout,
 )
-from bench.record import (
-    SCHEMA_VERSION,
-    append_row,
-    process_facts,
-    surroundings,
-    utc_now,
-    write_json,
-)
-from bench.runner import set_threads, together
+from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
+from bench.runner import set_threads
+from fedara_core.codec import CODECS, row_bytes
 from fedara_core.collectives import PATHS, moved_values, weighted_sum
 from fedara_core.comm import Communicator
 from fedara_core.errors import InputError
@@ -48,11 +38,6 @@ from fedara_core.errors import InputError
 BENCHMARK = "micro-collectives"
 MIN_ITERATIONS = 5
 MIN_WARM_UP = 2  # one call counts the bytes, one tells how many calls the limit allows
-# What chooses the transport, and with it the time: kept with the record.
-_TRANSPORT_KEYS = (
-    *("MPIR_CVAR_", "UCX_", "FI_", "GLOO_", "NCCL_", "I_MPI_"),
-    *("OMPI_MCA_pml", "OMPI_MCA_mtl", "OMPI_MCA_btl", "OMPI_MCA_coll"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +85,11 @@ def parse_settings(
         if not 0 < size < float("inf"):
             raise InputError(f"{option} {size}: allowed: numbers above 0")
     return Settings(
-        payload_bytes=_numbers("--payload-bytes", payload_bytes, 64, 1e12),
-        densities=_numbers("--densities", densities, 1e-6, 1),
-        overlaps=_numbers("--overlaps", overlaps, 0, 1),
-        paths=_names("--paths", paths, PATHS),
-        codecs=_names("--codecs", codecs, tuple(CODECS)),
+        payload_bytes=numbers("--payload-bytes", payload_bytes, 64, 1e12),
+        densities=numbers("--densities", densities, 1e-6, 1),
+        overlaps=numbers("--overlaps", overlaps, 0, 1),
+        paths=names("--paths", paths, PATHS),
+        codecs=names("--codecs", codecs, CODECS),
         iterations=iterations,
         warm_up=warm_up,
         limit_seconds=limit_seconds,
@@ -121,20 +106,18 @@ def run_collectives(settings: Settings, results: Path, communicator: Communicato
     counter = open_counter(communicator)
     if counter.source is None:
         console.print(f"measured_bytes is left out: {counter.reason}", soft_wrap=True)
-    run_dir = results / _run_id(communicator)
-    start = time.perf_counter()
-    _start_record(run_dir, settings, communicator, counter)
+    counted = (
+        {"measured_bytes_source": counter.source}
+        if counter.source
+        else {"measured_bytes_missing": counter.reason}
+    )
+    record = MicroRecord(BENCHMARK, settings, results, communicator, counted)
     for row in _rows(settings, communicator, counter, console):
         console.print(_describe(row), soft_wrap=True)
-        if communicator.world_rank == 0:
-            append_row(run_dir / "rows.jsonl", row)
-    if communicator.world_rank == 0:
-        run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        end = {"end_time": utc_now(), "total_seconds": time.perf_counter() - start}
-        write_json(run_dir / "run.json", {**run, **end})
-        write_atomically(run_dir / "DONE", b"")
-    console.print(f"done, records in {run_dir}", soft_wrap=True)
-    return run_dir
+        record.add(row)
+    record.finish()
+    console.print(f"done, records in {record.run_dir}", soft_wrap=True)
+    return record.run_dir
 
 
 def _rows(
@@ -182,9 +165,8 @@ def _merge_rows(
     own = range(communicator.world_rank, layout.num_clients, communicator.world_size)
     parts = [layout.part(client_id) for client_id in own]
     for codec, path in itertools.product(settings.codecs, paths):
-        keywords = {} if codec == "fp32" else {"codec": codec}  # fp32 is weighted_sum's default
         timed = measure(
-            {"": partial(weighted_sum, parts, widths, communicator, path, **keywords)},
+            {"": partial(weighted_sum, parts, widths, communicator, path, codec)},
             {"": partial(check_sum, expected=expected, path=path, codec=codec)},
             settings,
             communicator,
@@ -288,11 +270,11 @@ def measure(
         order = list(calls)[:: 1 if iteration % 2 else -1]
         for prefix in order:
             own[prefix].append(_timed(calls[prefix], checks[prefix], communicator))
-    slowest = {prefix: _slowest(seconds, communicator) for prefix, seconds in own.items()}
-    for prefix, seconds in slowest.items():
-        row |= {f"{prefix}{key}": value for key, value in _quantiles(seconds)}
-    if "bare_" in slowest:
-        row["ratio"] = float(np.median(slowest[""] / slowest["bare_"]))
+    longest = {prefix: slowest(seconds, communicator) for prefix, seconds in own.items()}
+    for prefix, seconds in longest.items():
+        row |= {f"{prefix}{key}": value for key, value in quantiles(seconds).items()}
+    if "bare_" in longest:
+        row["ratio"] = float(np.median(longest[""] / longest["bare_"]))
     return row
 
 
@@ -312,20 +294,6 @@ def _iterations(settings: Settings, seconds: float, communicator: Communicator) 
     seconds = float(communicator.broadcast(str(seconds).encode()))
     allowed = max(MIN_ITERATIONS, int(settings.limit_seconds / max(seconds, 1e-9)))
     return min(settings.iterations, allowed)
-
-
-def _slowest(seconds: list[float], communicator: Communicator) -> np.ndarray:
-    """Each iteration's maximum over processes: (iterations,) float64."""
-    gathered = communicator.gather_bytes(np.array(seconds).tobytes())
-    slowest: np.ndarray = np.stack([np.frombuffer(part) for part in gathered]).max(axis=0)
-    return slowest
-
-
-def _quantiles(seconds: np.ndarray) -> Iterator[tuple[str, Any]]:
-    yield "median_seconds", float(np.median(seconds))
-    yield "min_seconds", float(seconds.min())
-    yield "p95_seconds", float(np.quantile(seconds, 0.95))
-    yield "iteration_seconds", [float(f"{value:.6g}") for value in seconds]
 
 
 def _bytes(
@@ -369,14 +337,15 @@ def _bandwidths(
     and the union for split, what is summed over for the allreduces. Times the bus factor, (P-1)/P
     and 2 (P-1)/P, they are the model's bytes.
     """
+    coded_bytes = layout.live_rows * int(row_bytes(codec, layout.widths[:1]))  # of a client
     moved = moved_values(
         num_parts=layout.num_clients,
         world_size=world_size,
-        part_values=layout.live_rows * layout.width,
+        part_values=coded_bytes / VALUE_BYTES,
         union_values=layout.union_rows * layout.width,
         layout_values=layout.num_rows * layout.width,
     )
-    model_bytes = moved[path] * CODECS[codec].value_bytes
+    model_bytes = moved[path] * VALUE_BYTES
     if world_size == 1:
         return {"model_bytes": model_bytes}
     factor = (2 if path in ("allreduce", "dense") else 1) * (world_size - 1) / world_size
@@ -385,56 +354,6 @@ def _bandwidths(
         "algorithm_bytes_per_second": model_bytes / factor / seconds,
         "bus_bytes_per_second": model_bytes / seconds,
     }
-
-
-def _run_id(communicator: Communicator) -> str:
-    """Unique for each launch, by world_rank 0's clock."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-    stamp = communicator.broadcast(stamp.encode()).decode()
-    return f"{BENCHMARK}-{communicator.kind}-p{communicator.world_size}-{stamp}"
-
-
-def _start_record(
-    run_dir: Path, settings: Settings, communicator: Communicator, counter: Counter
-) -> None:
-    """Make the folder with run.json and an empty rows.jsonl. Raises InputError everywhere."""
-    facts = json.dumps(process_facts(communicator.world_rank, torch.device("cpu")))
-    processes = [json.loads(part) for part in communicator.gather_bytes(facts.encode())]
-    library = {f"{communicator.kind}_library": communicator.library} if communicator.library else {}
-    counted = (
-        {"measured_bytes_source": counter.source}
-        if counter.source
-        else {"measured_bytes_missing": counter.reason}
-    )
-    transport = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_TRANSPORT_KEYS)}
-
-    def write() -> None:
-        if communicator.world_rank != 0:
-            return
-        run = {
-            "schema_version": SCHEMA_VERSION,
-            "benchmark": BENCHMARK,
-            "run_id": run_dir.name,
-            "config": asdict(settings),
-            **surroundings(),
-            "comm": communicator.kind,
-            **library,
-            "transport_environment": transport,
-            "world_size": communicator.world_size,
-            "processes": processes,
-            **counted,
-        }
-        try:
-            run_dir.mkdir(parents=True)
-            write_atomically(run_dir / "rows.jsonl", b"")
-            write_json(run_dir / "run.json", run)
-        except OSError as error:
-            raise InputError(
-                f"--results {run_dir.parent}: {error.strerror}; allowed: a folder that can be "
-                "written to"
-            ) from None
-
-    together(communicator, write)
 
 
 def _label(axes: Mapping[str, Any]) -> str:
@@ -451,21 +370,3 @@ def _describe(row: Mapping[str, Any]) -> str:
         return f"{_label(row)} {row['path']}: {median}"
     text = f"{row['payload_bytes']:g} bytes, allgather of packed rows: {median}"
     return text + (f", {row['ratio']:.3f} x {row['bare_call']}" if "ratio" in row else "")
-
-
-def _numbers(option: str, text: str, low: float, high: float) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(low <= number <= high for number in numbers):
-        allowed = f"numbers from {low:g} to {high:g}, separated by commas"
-        raise InputError(f"{option} {text!r}: allowed: {allowed}")
-    return numbers
-
-
-def _names(option: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if not set(names) <= set(allowed):
-        raise InputError(f"{option} {text!r}: allowed: {', '.join(allowed)}, separated by commas")
-    return names

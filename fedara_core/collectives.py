@@ -172,7 +172,7 @@ class RunningMean:
 
 
 def cheapest(
-    *, num_parts: int, world_size: int, part_values: int, union_values: int, layout_values: int
+    *, num_parts: int, world_size: int, part_values: float, union_values: int, layout_values: int
 ) -> str:
     """Of the paths that keep the bits the one that moves the fewest values.
 
@@ -189,7 +189,7 @@ def cheapest(
 
 
 def moved_values(
-    *, num_parts: int, world_size: int, part_values: int, union_values: int, layout_values: int
+    *, num_parts: int, world_size: int, part_values: float, union_values: int, layout_values: int
 ) -> Mapping[str, float]:
     """The cost model at the top of this file: values that one process receives, by path."""
     others = (world_size - 1) / world_size

@@ -1,0 +1,254 @@
+"""`fedara micro roundtrip`: rounds without training, real payloads.
+
+A round is the suite's own: every client downloads the state into the model, trains no step and
+uploads what is in it; uploads meet; the server aggregates. Beside it, in the same run: a bare loop
+that does the same to plain tensors in one process, and the library's bare allgather of as many
+bytes.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bench.config import parse_run
+from bench.meter import PHASES, Meter
+from bench.micro_collectives import bare_allgather
+from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
+from bench.rounds import Job, advance, build, place
+from bench.runner import set_threads
+from fedara_core.codec import CODECS
+from fedara_core.collectives import PATHS
+from fedara_core.comm import Communicator
+from fedara_core.errors import InputError
+from fedara_core.method import load_method, method_names
+from fedara_core.train import Encoded, LocalTraining
+
+BENCHMARK = "micro-roundtrip"
+NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats
+_WARM_UP = 3
+_KEPT_ROUNDS = 1000  # a schedule this long leaves all ranks alive in the rounds that are measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The axes, and how many rounds of each combination are timed."""
+
+    clients: tuple[int, ...]
+    methods: tuple[str, ...]
+    paths: tuple[str, ...]
+    codecs: tuple[str, ...]
+    model: str
+    lora_rank: int
+    rounds: int
+
+
+def parse_settings(
+    *,
+    clients: str,
+    methods: str,
+    paths: str,
+    codecs: str,
+    model: str,
+    lora_rank: int,
+    rounds: int,
+) -> Settings:
+    """The options as settings. Raises InputError with the option, its value and what is allowed."""
+    if not 1 <= rounds <= _KEPT_ROUNDS // 20:
+        raise InputError(f"--rounds {rounds}: allowed: 1 to {_KEPT_ROUNDS // 20}")
+    return Settings(
+        clients=tuple(int(number) for number in numbers("--clients", clients, 1, 1e6)),
+        methods=names("--methods", methods, tuple(method_names())),
+        paths=names("--paths", paths, tuple(path for path in PATHS if path != "dense")),
+        codecs=names("--codecs", codecs, CODECS),
+        model=model,
+        lora_rank=lora_rank,
+        rounds=rounds,
+    )
+
+
+def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> Path:
+    """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
+    set_threads(1, communicator)
+    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+    record = MicroRecord(BENCHMARK, settings, results, communicator, {})
+    for row in _rows(settings, communicator):
+        console.print(_describe(row), soft_wrap=True)
+        record.add(row)
+    record.finish()
+    console.print(f"done, records in {record.run_dir}", soft_wrap=True)
+    return record.run_dir
+
+
+def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
+    """One object per combination, the same on every process."""
+    for method in settings.methods:
+        for num_clients in settings.clients:
+            for path in settings.paths:
+                if load_method(method).needs_factors and path != "allgather":
+                    continue  # no sum will do
+                for codec in settings.codecs:
+                    job = _make_job(method, num_clients, path, codec, settings)
+                    axes = {"method": method, "num_clients": num_clients}
+                    axes |= {"path": path, "codec": codec}
+                    yield {**axes, **_measure(job, settings.rounds, communicator)}
+
+
+def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Settings) -> Job:
+    """A job whose clients have examples by number only, and take no step."""
+    config = parse_run(
+        {
+            "method": {"name": method},
+            "model": {"name": settings.model},
+            "adapter": {"lora_rank": settings.lora_rank, "lora_alpha": float(settings.lora_rank)},
+            "federation": {
+                "num_clients": num_clients,
+                "cohort": num_clients,
+                "num_rounds": _KEPT_ROUNDS,
+                "merge_path": path,
+            },
+            "codec": {"up": codec},
+            "train": {"local_steps": 1},
+        }
+    )
+    device = torch.device("cpu")
+    model, made, state = build(config, num_classes=NUM_CLASSES, device=device)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    empty = Encoded(input_ids=nothing[:, None], lengths=nothing, labels=nothing)
+    return Job(
+        config=config,
+        model=model,
+        method=made,
+        state=state,
+        training=LocalTraining(**config.train.model_dump() | {"local_steps": 0}),
+        train=empty,
+        evaluated=empty,
+        shards=[np.arange(10 + client_id % 7) for client_id in range(num_clients)],
+        label_counts=np.zeros((num_clients, NUM_CLASSES), np.int64),
+        partition_summary=[],
+        dataset_digest="",
+        labels=[],
+        device=device,
+    )
+
+
+def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:
+    """Seconds of the suite's rounds, of the bare loop and of the bare allgather, turn about."""
+    meter = Meter(job.device)
+    state, row = job.state, {}
+    parameters = _parameters(job)
+    packed = _packed_bytes(job, communicator)
+    bare_call = bare_allgather(torch.zeros(packed, dtype=torch.uint8), communicator)
+    own: dict[str, list[float]] = {"": [], "bare_loop_": [], "bare_allgather_": []}
+    phases: list[dict[str, float]] = []
+    for index in range(_WARM_UP + rounds):
+        communicator.barrier()
+        meter.take()
+        start = time.perf_counter()
+        state, row = advance(job, state, communicator, meter)
+        own[""].append(time.perf_counter() - start)
+        phases.append(meter.take())
+        own["bare_loop_"].append(_bare_loop(parameters, job, communicator))
+        if bare_call is not None:
+            own["bare_allgather_"].append(_timed(bare_call, communicator))
+        if index + 1 == _WARM_UP:  # first rounds fault their pages in
+            for seconds in own.values():
+                seconds.clear()
+            phases.clear()
+    return _described(job, row, own, phases, communicator)
+
+
+def _described(
+    job: Job,
+    row: dict[str, Any],
+    own: dict[str, list[float]],
+    phases: Sequence[dict[str, float]],
+    communicator: Communicator,
+) -> dict[str, Any]:
+    """The record's keys, the same on every process."""
+    num_clients = len(job.shards)
+    longest = {prefix: slowest(s, communicator) for prefix, s in own.items() if s}
+    result = quantiles(longest[""])
+    for prefix in ("bare_loop_", "bare_allgather_"):
+        if prefix in longest:
+            result[f"{prefix}median_seconds"] = float(np.median(longest[prefix]))
+    medians = {
+        phase: slowest([statistics.median(p.get(phase, 0.0) for p in phases)], communicator)[0]
+        for phase in PHASES
+    }
+    median = result["median_seconds"]
+    return {
+        **result,
+        "ratio_to_bare_loop": float(np.median(longest[""] / longest["bare_loop_"])),
+        "rounds_per_second": 1 / median,
+        "messages_per_second": num_clients / median,
+        "seconds_per_client": median / num_clients,
+        "uplink_bytes_per_client": row["uplink_bytes"] / num_clients,
+        "downlink_bytes_per_client": _total(row["downlink_bytes"], communicator) / num_clients,
+        "wire_bytes_sent": _total(row["wire_bytes_sent"], communicator),
+        "phase_seconds": {phase: round(s, 6) for phase, s in medians.items() if s},
+    }
+
+
+def _total(number: int, communicator: Communicator) -> int:
+    """Sum over processes."""
+    return sum(int(part) for part in communicator.gather_bytes(str(number).encode()))
+
+
+def _timed(call: Any, communicator: Communicator) -> float:
+    communicator.barrier()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _packed_bytes(job: Job, communicator: Communicator) -> int:
+    """Bytes of the messages of the process with most clients, values alone."""
+    placed = place(job, range(len(job.shards)), communicator.world_size)
+    num_values = len(job.method.reference(job.state))
+    return 4 * num_values * max(map(len, placed))
+
+
+def _parameters(job: Job) -> list[Tensor]:
+    """Tensors of the shapes that a client trains."""
+    job.method.download(job.model, job.state, None)
+    return [p.detach().clone() for p in job.model.parameters() if p.requires_grad]
+
+
+def _bare_loop(parameters: list[Tensor], job: Job, communicator: Communicator) -> float:
+    """Seconds of world_rank 0 for the same without a suite: for every client copy the mean's
+    tensors into a model's, add them to a sum by the client's weight; divide. 0 elsewhere."""
+    communicator.barrier()
+    if communicator.world_rank != 0:
+        return 0.0
+    mean = [parameter.clone() for parameter in parameters]
+    start = time.perf_counter()
+    total = [torch.zeros_like(tensor) for tensor in mean]
+    num_examples = sum(map(len, job.shards))
+    for shard in job.shards:
+        for parameter, tensor in zip(parameters, mean, strict=True):
+            parameter.copy_(tensor)
+        for summed, parameter in zip(total, parameters, strict=True):
+            summed.add_(parameter, alpha=len(shard))
+    for summed in total:
+        summed.div_(num_examples)
+    return time.perf_counter() - start
+
+
+def _describe(row: dict[str, Any]) -> str:
+    """One line of progress."""
+    bare = row.get("bare_allgather_median_seconds")
+    beside = "" if bare is None else f", bare allgather {1e3 * bare:.2f} ms"
+    return (
+        f"{row['method']}, {row['num_clients']} clients, {row['path']}, {row['codec']}: "
+        f"{1e3 * row['median_seconds']:.2f} ms a round, "
+        f"{row['messages_per_second']:.0f} messages/s, bare loop "
+        f"{1e3 * row['bare_loop_median_seconds']:.2f} ms{beside}"
+    )

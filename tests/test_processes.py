@@ -172,6 +172,30 @@ def test_merge_paths_that_sum_on_the_way(
             assert 0 < row["wire_bytes_sent"] < gathered
 
 
+@pytest.mark.parametrize("kind", ["mpi", "mpi-node"])
+def test_one_copy_to_each_host_gives_the_same_bits(
+    kind: str,
+    reference: tuple[Path, Finished],
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four processes on two hosts that one plays: by node, fewer bytes cross between them."""
+    monkeypatch.setenv("FEDARA_HOST_PROCESSES", "2")
+    words = (*CLI, config_file, "--results", tmp_path, *FEDARA, "--comm", kind)
+    job = launch("mpi", 4, *words)
+    assert job.code == 0, job.err
+    (config, _) = load_runs(config_file, ["method.name=fedara"])
+    rows = rounds_of(tmp_path / config.run_id)
+    expected = rounds_of(reference[0] / fedara_config(config_file).run_id)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert {key: row[key] for key in SAME} == {key: wanted[key] for key in SAME}
+        assert row["network_bytes_received"] <= row["wire_bytes_received"]
+        crossed = row["network_bytes_received"] / row["uplink_bytes"]
+        # Each process gets what the other host's two have; or each host does, once.
+        assert 1.9 < crossed < 2.2 if kind == "mpi" else 0.9 < crossed < 1.3
+
+
 def test_serial_under_mpiexec_is_refused(config_file: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     job = launch("mpi", 2, *CLI, config_file, "--results", results, "--comm", "serial")

@@ -38,8 +38,8 @@ from fedara_core.wire import Upload, add_reference, pack, unpack
 
 PATHS = ("allgather", "split", "allreduce", "dense")
 SAME_BITS = ("allgather", "split")  # for any number of processes
-BLOCK_VALUES = 1 << 23  # values of all clients that the allgather path receives at a time
-_SUM_VALUES = 1 << 18  # values summed at a time: their float64 sum stays in the cache
+BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
+_SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=3e-3"),
     ] = None,
+    no_energy: Annotated[
+        bool, typer.Option("--no-energy", help="As --set energy.enabled=false.")
+    ] = False,
     comm: Annotated[
         str, typer.Option("--comm", help="auto, serial, mpi or torch; auto knows the launcher.")
     ] = "auto",
@@ -48,7 +51,8 @@ def run(
     """
     from bench.runner import run_all
 
-    _as_job(comm, lambda communicator: run_all(config, results, overrides or [], communicator))
+    chosen = [*(overrides or []), *(["energy.enabled=false"] if no_energy else [])]
+    _as_job(comm, lambda communicator: run_all(config, results, chosen, communicator))
 
 
 @app.command(name="list")

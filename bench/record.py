@@ -85,16 +85,15 @@ class Recorder:
             {**run, "energy_parts": [*run.get("energy_parts", []), part]},
         )
 
-    def finish(self, energy_missing: str = "") -> None:
+    def finish(self, facts: Mapping[str, Any] | None = None) -> None:
         """Complete run.json, write DONE last. The checkpoint stays: it holds what was trained.
 
-        energy_missing: why nothing is known of the last part's energy.
+        facts: more keys, energy_missing among them if the last part's energy is not known.
         """
         total_seconds = sum(row["seconds"]["total"] for row in self.rounds())
         run = self._run()
-        end = {"end_time": utc_now(), "total_seconds": total_seconds, **_energy(run)}
-        if "energy_source" not in end:
-            end["energy_missing"] = energy_missing or "not known of every part of the run"
+        energy = _energy(run) or {"energy_missing": "not known of every part of the run"}
+        end = {"end_time": utc_now(), "total_seconds": total_seconds, **energy, **(facts or {})}
         write_json(self.run_dir / "run.json", {**run, **end})
         write_atomically(self.run_dir / "DONE", b"")
 

@@ -190,10 +190,10 @@ def run(
         if communicator.world_rank == 0 and energy.num_hosts == 1:
             recorder.end_part(first_round_index, part)
         raise
-    part, missing = _total_energy(energy, communicator)
+    part, facts = _ending(energy, communicator)
     if communicator.world_rank == 0:
         recorder.end_part(first_round_index, part)
-        recorder.finish(missing)
+        recorder.finish(facts)
     communicator.barrier()
     return state
 
@@ -208,18 +208,14 @@ def _rounds(
     energy: HostEnergy,
 ) -> ServerState:
     """The rounds from `state` on. What follows a round counts in the next round's record."""
-    first_round_index = state.round_index
     meter = Meter(job.device, counters=energy.counters, idle_watts=energy.idle_watts)
     while state.round_index < state.num_rounds:
         state, row = one_round(job, state, communicator, meter)
-        with meter.phase("meter"):
-            pss = row["round_index"] in (first_round_index, state.num_rounds - 1)
-            shared = proportional_bytes() if pss else None
         with meter.phase("wait"):
             communicator.barrier()
         measured = meter.take()
         with meter.phase("meter"):
-            row = _reduce(job, row, measured, shared, communicator)
+            row = _reduce(job, row, measured, communicator)
         with meter.phase("checkpoint"):
             kept |= _gather_kept(job, row["cohort"], communicator)
             if communicator.world_rank == 0:
@@ -229,16 +225,23 @@ def _rounds(
     return state
 
 
-def _total_energy(energy: HostEnergy, communicator: Communicator) -> tuple[dict[str, Any], str]:
-    """What codecarbon says of all hosts, or nothing, and why."""
-    mine = json.dumps([energy.run.stop(), energy.run.missing, energy.run.samples])
-    parts = [json.loads(part) for part in communicator.gather_bytes(mine.encode())]
-    hosts = [result for result, _, samples in parts if samples]
+def _ending(
+    energy: HostEnergy, communicator: Communicator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What codecarbon says of all hosts, and the keys of run.json that only the end knows."""
+    run = energy.run
+    mine = json.dumps([run.stop(), run.samples, run.missing, proportional_bytes()]).encode()
+    results, samples, reasons, shares = zip(
+        *(json.loads(part) for part in communicator.gather_bytes(mine)), strict=True
+    )
+    hosts = [result for result, sampled in zip(results, samples, strict=True) if sampled]
     total = add_hosts(hosts) if hosts else {}
-    sources = dict.fromkeys(str(host.get("energy_source")) for host in hosts)
-    reasons = [missing for _, missing, _ in parts if missing]
-    missing = reasons[0] if reasons else f"hosts differ in their source: {', '.join(sources)}"
-    return total, "" if total else missing
+    facts = {} if None in shares else {"pss_bytes_by_process": shares}
+    if not total:
+        sources = dict.fromkeys(str(host.get("energy_source")) for host in hosts)
+        reason = next(filter(None, reasons), "")
+        facts["energy_missing"] = reason or f"hosts differ in their source: {', '.join(sources)}"
+    return total, facts
 
 
 def one_round(
@@ -665,14 +668,11 @@ def _reduce(
     job: Job,
     row: dict[str, Any],
     measured: Measured,
-    shared_bytes: int | None,
     communicator: Communicator,
 ) -> dict[str, Any]:
     """The round's record from every process's part: bytes are sums, seconds and memory maxima."""
     mine = {**row, "clients": [asdict(cost) for cost in row["clients"]]}
     mine["measured"] = asdict(measured)
-    if shared_bytes is not None:
-        mine["measured"]["memory"]["pss_bytes"] = shared_bytes
     parts = [json.loads(part) for part in communicator.gather_bytes(json.dumps(mine).encode())]
     digests = [part["state_digest"] for part in parts]
     if len(set(digests)) > 1:

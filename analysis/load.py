@@ -24,11 +24,11 @@ _REQUIRED_IN_RUN = [
 _REQUIRED_IN_ROUND = ["round_index", "uplink_bytes", "downlink_bytes"]
 
 # Columns that figures and tables name; one that no run measured is there, and empty.
-_RUN_COLUMNS = ["total_seconds", "partition.alpha"]
-_ROUND_COLUMNS = ["accuracy", "macro_f1", "live_triplets", "local_train_seconds"]
+_RUN_COLUMNS = ["total_seconds", "partition.alpha", "energy_source", "energy_joules"]
+_ROUND_COLUMNS = ["accuracy", "macro_f1", "live_triplets", "local_train_seconds", "flops"]
 
 # Nested keys of a round become columns that carry their unit.
-_UNITS = {"seconds": "seconds", "energy_joules": "joules"}
+_UNITS = {"seconds": "seconds", "energy_joules": "joules", "energy_net_joules": "net_joules"}
 
 
 class AnalysisError(ValueError):
@@ -41,10 +41,13 @@ class Campaign:
 
     runs: one row per finished run. Keys of run.json keep their names, nested ones are joined by a
         dot, and those of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
-        method, dataset, partition (labels), device (cpu, cuda), and setting (what tells runs of one
-        method apart within a panel, seeds aside; "" when nothing does).
+        method, dataset, partition (labels), device (cpu, cuda), setting (what tells runs of one
+        method apart within a panel, seeds aside; "" when nothing does), and energy_joules of the
+        whole run with its energy_source: of the rounds' counters where every round has them, else
+        of run.json. Compare energy only after `one_energy_source`.
     rounds: one row per (run_id, round_index) of the finished runs. Scalar keys keep their names;
-        seconds.X is X_seconds and energy_joules.X is X_joules. Added: cumulative_uplink_bytes,
+        seconds.X is X_seconds, energy_joules.X is X_joules, energy_net_joules.X is X_net_joules,
+        and modelled_by_device.D.modelled_X is modelled_X.D. Added: cumulative_uplink_bytes,
         cumulative_downlink_bytes and cumulative_total_bytes (up and down), each up to and including
         this round.
     incomplete: folder names of the runs without DONE; they never enter a figure.
@@ -76,6 +79,7 @@ def load_campaign(path: Path) -> Campaign:
             raise AnalysisError(f"run {run_id} comes twice: {found_in[run_id]} and {folder}")
         runs[run_id], found_in[run_id] = run, folder
         rounds.append(_read_rounds(folder / "rounds.jsonl", run))
+        run |= _energy(run, rounds[-1])
     return Campaign(
         runs=_runs_frame(list(runs.values())),
         rounds=_with_columns(pd.concat(rounds, ignore_index=True), _ROUND_COLUMNS)
@@ -83,6 +87,22 @@ def load_campaign(path: Path) -> Campaign:
         else pd.DataFrame(columns=["run_id", *_REQUIRED_IN_ROUND, *_ROUND_COLUMNS]),
         incomplete=incomplete,
     )
+
+
+def one_energy_source(campaign: Campaign) -> str | None:
+    """The source of all the energy in these records; None where no run has any.
+
+    Raises AnalysisError where runs differ in it: counted and modelled joules, or joules of
+    different counters, are never compared, averaged or put into one column.
+    """
+    found = campaign.runs.dropna(subset=["energy_source"]).groupby("energy_source")["run_id"]
+    examples = [f"{source} ({run_ids.iloc[0]})" for source, run_ids in found]
+    if len(examples) > 1:
+        raise AnalysisError(
+            f"energy of different sources is not compared: {' and '.join(examples)}; "
+            "analyse the runs of each source by themselves"
+        )
+    return str(next(iter(found))[0]) if examples else None
 
 
 def panels(campaign: Campaign) -> list[tuple[str, str]]:
@@ -156,9 +176,22 @@ def _round_columns(record: dict[str, Any]) -> dict[str, Any]:
     for key, value in record.items():
         if key in _UNITS:
             columns |= {f"{part}_{_UNITS[key]}": number for part, number in value.items()}
+        elif key == "modelled_by_device":
+            for device, modelled in value.items():
+                columns |= {f"{name}.{device}": number for name, number in modelled.items()}
         elif not isinstance(value, dict | list):
             columns[key] = value
     return columns
+
+
+def _energy(run: dict[str, Any], rounds: pd.DataFrame) -> dict[str, Any]:
+    """energy_source and energy_joules of a whole run; nothing where they are not known."""
+    counted = rounds.get("energy_source", pd.Series([None]))
+    if counted.notna().all():
+        sources = " then ".join(counted.unique())  # a source was lost, or another part had another
+        return {"energy_source": sources, "energy_joules": rounds["total_joules"].sum()}
+    parts = [value for key, value in run.items() if key.startswith("energy_joules.")]
+    return {"energy_joules": sum(parts)} if parts else {}
 
 
 def _runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:

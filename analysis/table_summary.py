@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis import caption
-from analysis.load import PANEL, SERIES, Campaign, panels
+from analysis.load import PANEL, SERIES, AnalysisError, Campaign, one_energy_source, panels
 
 NAME = "summary"
 _SHOW_COLUMNS = 100
+_ENERGY_HEADING = ["energy\nJ"]
+_ENERGY = {"energy_joules": ("energy_joules", "mean"), "energy_source": ("energy_source", "first")}
 
 # Headings of summary.md (in one line) and of the screen (in two, to fit 100 columns).
 _HEADINGS = [
@@ -35,10 +37,12 @@ def data(campaign: Campaign) -> pd.DataFrame:
     accuracy_percent_{mean,std}, macro_f1_{mean,std} (of the last round with an evaluation; std is
     the sample standard deviation, missing for one run), uplink_bytes, downlink_bytes (sums over all
     rounds), uplink_ratio_to_lora (missing without a comparable lora), total_seconds (of the whole
-    run), first_round_local_train_seconds, last_round_local_train_seconds, and live_triplets
-    of the last round.
+    run), first_round_local_train_seconds, last_round_local_train_seconds, live_triplets of the last
+    round, and, where all runs' energy has one source, energy_joules of the whole run and that
+    energy_source. Columns of energy are not there where sources differ: see `energy_note`.
     """
     groups = _per_run(campaign).groupby(SERIES, as_index=False)
+    measured = {} if _energy_source(campaign) is None else _ENERGY
     frame = groups.agg(
         num_rounds=("num_rounds", "first"),
         cohort=("cohort", "first"),
@@ -53,6 +57,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
         first_round_local_train_seconds=("first_round_local_train_seconds", "mean"),
         last_round_local_train_seconds=("local_train_seconds", "mean"),
         live_triplets=("live_triplets", "mean"),
+        **measured,
     )
     ratios = [_ratio_to_lora(row, frame) for _, row in frame.iterrows()]
     frame.insert(frame.columns.get_loc("total_seconds"), "uplink_ratio_to_lora", ratios)
@@ -63,6 +68,23 @@ def data(campaign: Campaign) -> pd.DataFrame:
         .sort_values(["_place", "method", "setting"], ignore_index=True)
         .drop(columns="_place")
     )
+
+
+def energy_note(campaign: Campaign) -> str:
+    """Whose joules the table has, or why it has none; empty where no run measured energy."""
+    try:
+        source = one_energy_source(campaign)
+    except AnalysisError as error:
+        return f"No energy: {error}."
+    return f"J: energy of the whole run by {source}; -model: modelled." if source else ""
+
+
+def _energy_source(campaign: Campaign) -> str | None:
+    """The one source; None where there is none, or more."""
+    try:
+        return one_energy_source(campaign)
+    except AnalysisError:
+        return None
 
 
 def write(campaign: Campaign, out_dir: Path) -> list[Path]:
@@ -81,17 +103,20 @@ def show(campaign: Campaign) -> None:
     console.width = min(console.width, _SHOW_COLUMNS) if console.is_terminal else _SHOW_COLUMNS
     for panel, rows in _blocks(data(campaign)):
         table = Table(title=", ".join(panel), title_justify="left", padding=(0, 1, 0, 0), box=None)
-        for heading in _HEADINGS:
+        for heading in _headings(rows):
             text = heading == "method"
             table.add_column(heading, justify="left" if text else "right", no_wrap=not text)
         for row in rows:
             table.add_row(*row)
         console.print(table)
         console.print()
+    if note := energy_note(campaign):
+        console.print(note, soft_wrap=True)
 
 
 def _per_run(campaign: Campaign) -> pd.DataFrame:
-    runs = campaign.runs[["run_id", *SERIES, "total_seconds"]].assign(
+    own = ["run_id", *SERIES, "total_seconds", "energy_source", "energy_joules"]
+    runs = campaign.runs[own].assign(
         num_rounds=campaign.runs["federation.num_rounds"],
         cohort=campaign.runs.get("federation.cohort"),
     )
@@ -100,7 +125,9 @@ def _per_run(campaign: Campaign) -> pd.DataFrame:
     first = rounds.groupby("run_id").head(1).set_index("run_id")["local_train_seconds"]
     evaluated = rounds.dropna(subset=["accuracy"]).groupby("run_id").tail(1).set_index("run_id")
     per_run = runs.merge(
-        ends.drop(columns=["accuracy", "macro_f1", "total_seconds"], errors="ignore")
+        ends.drop(
+            columns=["accuracy", "macro_f1", "total_seconds", "energy_source"], errors="ignore"
+        )
     )
     return per_run.assign(
         accuracy_percent=100 * per_run["run_id"].map(evaluated["accuracy"]),
@@ -128,7 +155,7 @@ def _blocks(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], list[list[str]]]
 
 
 def _cells(row: pd.Series) -> list[str]:
-    return [
+    cells = [
         f"{row['method']} ({row['setting']})" if row["setting"] else row["method"],
         str(row["num_runs"]),
         _number(row["accuracy_percent_mean"], 1) + _spread(row["accuracy_percent_std"], 1),
@@ -141,6 +168,11 @@ def _cells(row: pd.Series) -> list[str]:
         _number(row["last_round_local_train_seconds"], 2),
         _number(row["live_triplets"], 0),
     ]
+    return cells + ([_number(row["energy_joules"], 0)] if "energy_joules" in row else [])
+
+
+def _headings(rows: list[list[str]]) -> list[str]:
+    return [*_HEADINGS, *_ENERGY_HEADING][: len(rows[0])]
 
 
 def _number(value: float, digits: int) -> str:
@@ -160,14 +192,15 @@ def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
     lines = ["# Summary", ""]
     for panel, rows in _blocks(frame):
         lines += [f"## {', '.join(panel)}", ""]
-        headings = [heading.replace("\n", " ") for heading in _HEADINGS]
-        lines += [_line(headings), _line(["---", *["--:"] * (len(_HEADINGS) - 1)])]
+        headings = [heading.replace("\n", " ") for heading in _headings(rows)]
+        lines += [_line(headings), _line(["---", *["--:"] * (len(headings) - 1)])]
         lines += [*map(_line, rows), ""]
     lines += [
         "n: runs, which differ in seed. Accuracy, macro F1: last evaluated round, mean (+- sample",
         "standard deviation). MB: 10^6 bytes, sum over all rounds. up / lora: uplink as a part of",
         "lora's. total s: whole run. train s: local training in the first and in the last round,",
         "maximum over processes. live triplets: last round.",
+        *filter(None, [energy_note(campaign)]),
         "",
     ]
     lines += [f"- {line}" for line in caption.conditions(campaign)]

@@ -37,6 +37,9 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=3e-3"),
     ] = None,
+    no_energy: Annotated[
+        bool, typer.Option("--no-energy", help="As --set energy.enabled=false.")
+    ] = False,
     comm: Annotated[str, typer.Option("--comm", help=COMM_HELP)] = "auto",
 ) -> None:
     """Run a config, or every point of its sweep table, and record each round.
@@ -50,7 +53,8 @@ def run(
     """
     from bench.runner import run_all
 
-    _as_job(comm, lambda communicator: run_all(config, results, overrides or [], communicator))
+    chosen = [*(overrides or []), *(["energy.enabled=false"] if no_energy else [])]
+    _as_job(comm, lambda communicator: run_all(config, results, chosen, communicator))
 
 
 @app.command(name="list")

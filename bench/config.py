@@ -142,6 +142,9 @@ def _none(value: Any) -> Any:
 
 
 _Positive = Annotated[float, Field(gt=0)]
+_CountryCode = Annotated[str, Field(pattern="^[A-Z]{3}$")]
+# What changes no result, and so is no part of run_id.
+_OBSERVING = ("system", "energy", "devices")
 
 
 class TrainConfig(_Section):
@@ -211,6 +214,30 @@ class SystemConfig(_Section):
         return self
 
 
+class EnergyConfig(_Section):
+    """How energy is measured; no part of run_id.
+
+    country_iso_code: three letters, whose electricity makes the CO2; "none" records no CO2.
+    idle_seconds: length of the idle window, once a job, where there are counters; 0: none.
+    """
+
+    enabled: bool = True
+    country_iso_code: Annotated[_CountryCode | None, BeforeValidator(_none)] = None
+    idle_seconds: float = Field(3.0, ge=0)
+
+
+class DevicesConfig(_Section):
+    """Edge devices to model each round on; no part of run_id. See bench/devices.py.
+
+    names: each as if all clients had it. shares: a mixed federation, the share of the clients by
+    device. file: TOML with profiles of one's own, as in bench/devices.toml.
+    """
+
+    names: list[str] = ["agx_orin", "orin_nano", "raspberry_pi_5"]
+    shares: dict[str, float] = {}
+    file: str | None = None
+
+
 class RunConfig(_Section):
     """One run: one method, one data set, one seed."""
 
@@ -225,6 +252,8 @@ class RunConfig(_Section):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     system: SystemConfig = SystemConfig()
+    energy: EnergyConfig = EnergyConfig()
+    devices: DevicesConfig = DevicesConfig()
 
     @model_validator(mode="after")
     def _method_exists(self) -> "RunConfig":
@@ -256,12 +285,14 @@ class RunConfig(_Section):
         # Where a folder lies is no setting (the record holds the data's digest); its name is.
         if self.dataset.name.startswith("file:"):
             settings["dataset"]["name"] = f"file:{self.dataset.short_name}"
+        if self.devices.file is not None:  # as above; the record holds the numbers
+            settings["devices"]["file"] = Path(self.devices.file).name
         return settings
 
     @property
     def config_hash(self) -> str:
-        """SHA-256 of the canonical config, in hex; without [system], which changes no result."""
-        canonical = {key: value for key, value in self.canonical().items() if key != "system"}
+        """SHA-256 of the canonical config, in hex; without the sections that change no result."""
+        canonical = {k: value for k, value in self.canonical().items() if k not in _OBSERVING}
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -11,7 +11,7 @@ it on finished records.
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -102,9 +102,8 @@ def deal(
 ) -> list[str]:
     """The name of each client's device, by client_id: shares rounded to whole clients, dealt by the
     seed. Raises InputError for a device that is unknown and for shares that do not add up to 1."""
+    check_names(shares, devices)
     for name, share in shares.items():
-        if name not in devices:
-            raise InputError(f"device {name!r} is unknown; allowed: {', '.join(sorted(devices))}")
         _check_positive(f"the share of device {name}", share)
     total = sum(shares.values())
     if abs(total - 1) > 1e-6:
@@ -112,6 +111,13 @@ def deal(
     ends = np.rint(np.cumsum(list(shares.values())) * num_clients).astype(int)
     names = np.repeat(list(shares), np.diff(ends, prepend=0))
     return [str(name) for name in np.random.default_rng([DEVICES_TAG, seed]).permutation(names)]
+
+
+def check_names(names: Iterable[str], devices: Mapping[str, Device]) -> None:
+    """Raise InputError for a device that is unknown."""
+    for name in names:
+        if name not in devices:
+            raise InputError(f"device {name!r} is unknown; allowed: {', '.join(sorted(devices))}")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,18 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.energy import SourceCheck, check_sources
 from bench.models import minilm_folder
 from fedara_core.comm import detect
 from fedara_core.errors import InputError
 
 _MARKS = {"ok": "[green]ok[/]", "none": "[yellow]-[/]", "bad": "[red]no[/]"}
-_POWERCAP = Path("/sys/class/powercap")
 _HUB = ("huggingface.co", 443)
 
 
@@ -111,26 +112,17 @@ def _gpu() -> Finding:
     return Finding(state="ok", text=", ".join(names), advice="one process a GPU works best")
 
 
-def _rapl() -> Finding:
-    counters = sorted(_POWERCAP.glob("intel-rapl:*/energy_uj"))
-    if not counters:
-        return Finding(
-            state="none", text="no powercap counters", advice="usual in virtual machines"
-        )
-    if not os.access(counters[0], os.R_OK):
-        return Finding(
-            state="bad",
-            text=f"{counters[0]} can not be read",
-            advice="ask the administrator for read permission on energy_uj",
-        )
-    return Finding(state="ok", text=f"{len(counters)} RAPL counters")
+@cache
+def _sources() -> dict[str, SourceCheck]:
+    return {check.source: check for check in check_sources()}
 
 
-def _nvml() -> Finding:
-    found = _run(["nvidia-smi", "--query-gpu=name,power.draw", "--format=csv,noheader"])
-    if found is None:
-        return Finding(state="none", text="no NVIDIA driver")
-    return Finding(state="ok", text=found.replace("\n", "; "))
+def _energy(source: str) -> Finding:
+    check = _sources()[source]
+    # Without counters codecarbon models, so that only its absence leaves a run without energy.
+    missing = "bad" if source == "codecarbon" else "none"
+    state = "ok" if check.works else missing
+    return Finding(state=state, text=check.text, advice=check.advice)
 
 
 def _slurm() -> Finding:
@@ -189,8 +181,9 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "threads": _threads,
     "torch": _torch,
     "GPU": _gpu,
-    "RAPL": _rapl,
-    "NVML": _nvml,
+    "RAPL energy": partial(_energy, "rapl"),
+    "NVML energy": partial(_energy, "nvml"),
+    "codecarbon": partial(_energy, "codecarbon"),
     "Slurm": _slurm,
     "minilm": _minilm,
     "hub": _hub,

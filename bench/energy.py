@@ -1,13 +1,15 @@
 """Energy of a whole run by codecarbon, who samples on a host, and what works here."""
 
+import json
 import logging
 import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter as Tally
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from typing import Any
 from bench.energy_counters import (
     POWERCAP,
     Counter,
+    EnergyCounters,
     NoCounter,
     nvml_indices,
     open_nvml,
     open_rapl,
     scope,
 )
+from fedara_core.comm import Communicator
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _JOULES_PER_KWH = 3.6e6
@@ -43,6 +47,11 @@ def samplers(identities: Sequence[str]) -> list[int]:
 class NullEnergy:
     """In place of EnergyCounters and of RunEnergy on a process that does not sample: no answers."""
 
+    samples = False
+
+    def __init__(self, missing: str = "") -> None:
+        self.missing = missing
+
     def joules(self) -> dict[str, float]:
         return {}
 
@@ -64,14 +73,18 @@ class NullEnergy:
 class RunEnergy:
     """codecarbon in machine mode, without network and files, from `start` to `stop`.
 
-    country_iso_code: three letters; gpus: NVML indices or UUIDs of the GPUs that the job uses.
-    codecarbon starts short child processes (lscpu, cpuinfo, nvidia-smi, under Slurm scontrol) and
-    two timer threads; the first start takes about 2 seconds.
+    country_iso_code: three letters, or None for no CO2; gpus: NVML indices or UUIDs of the GPUs
+    that the job uses. missing: why there was nothing. codecarbon starts short child processes
+    (lscpu, cpuinfo, nvidia-smi, under Slurm scontrol) and two timer threads; the first start takes
+    about 2 seconds.
     """
 
-    def __init__(self, country_iso_code: str, gpus: Sequence[int | str] = ()) -> None:
+    samples = True
+
+    def __init__(self, country_iso_code: str | None, gpus: Sequence[int | str] = ()) -> None:
         self._country_iso_code = country_iso_code
         self._gpus = gpus
+        self.missing = ""
         self._indices: list[int] = []
         self._tracker: Any = None
 
@@ -80,11 +93,12 @@ class RunEnergy:
         with suppress(NoCounter):
             self._indices = nvml_indices(self._gpus) if self._gpus else []
         try:
-            tracker = _offline_tracker(self._country_iso_code, self._indices)
+            # It wants a country even where nobody asks for CO2.
+            tracker = _offline_tracker(self._country_iso_code or "USA", self._indices)
             tracker.get_detected_hardware()  # raises what start() would swallow
             tracker.start()
         except Exception as error:  # whatever ails codecarbon, the run goes on
-            _warn_no_energy(error)
+            self.missing = _warn_no_energy(error)
         else:
             self._tracker = tracker
 
@@ -100,9 +114,9 @@ class RunEnergy:
             return {}
         try:
             tracker.stop()
-            return _result(tracker, len(self._indices))
+            return _result(tracker, len(self._indices), co2=self._country_iso_code is not None)
         except Exception as error:  # as in start
-            _warn_no_energy(error)
+            self.missing = _warn_no_energy(error)
             return {}
 
 
@@ -126,7 +140,7 @@ def _offline_tracker(country_iso_code: str, indices: list[int]) -> Any:
     )
 
 
-def _result(tracker: Any, num_gpus: int) -> dict[str, Any]:
+def _result(tracker: Any, num_gpus: int, *, co2: bool) -> dict[str, Any]:
     """`RunEnergy.stop`'s mapping. Raises where codecarbon gave no data."""
     data = getattr(tracker, "final_emissions_data", None)
     if data is None:
@@ -146,6 +160,8 @@ def _result(tracker: Any, num_gpus: int) -> dict[str, Any]:
         "energy_source": f"codecarbon-{'+'.join(dict.fromkeys(parts.values()))}",
         "energy_scope": f"host:{host}, gpu:{num_gpus}" if "gpu" in parts else f"host:{host}",
     }
+    if not co2:
+        return result
     if data.country_name:
         counted = sum(joules.values()) / (data.energy_consumed * _JOULES_PER_KWH)
         result["co2_grams"] = data.emissions * 1000 * counted  # of the parts above alone
@@ -168,9 +184,84 @@ def _part_source(hardware: Any) -> tuple[str, str]:
     return hardware.chip_part.lower(), kind.lower()  # a board's own sensors
 
 
-def _warn_no_energy(error: Exception) -> None:
+def _warn_no_energy(error: Exception) -> str:
     text = f"no codecarbon energy: {type(error).__name__}: {error}"
     warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostEnergy:
+    """What measures energy on this process: its host's counters and codecarbon, or nothing.
+
+    idle_watts: by source of the counters, of this host. num_hosts: with a sampler each.
+    """
+
+    counters: EnergyCounters | NullEnergy = field(default_factory=NullEnergy)
+    run: RunEnergy | NullEnergy = field(default_factory=NullEnergy)
+    idle_watts: Mapping[str, float] = field(default_factory=dict)
+    num_hosts: int = 0
+
+
+def no_energy(missing: str) -> HostEnergy:
+    """Of a job that measures no energy, and why."""
+    return HostEnergy(run=NullEnergy(missing))
+
+
+def open_energy(
+    *,
+    country_iso_code: str | None,
+    idle_seconds: float,
+    gpu: str | None,
+    communicator: Communicator,
+) -> HostEnergy:
+    """Choose each host's sampler, open its counters and watch the idle host; all call it together.
+
+    gpu: UUID of the GPU that this process uses.
+    """
+    identity = host_identity()
+    facts = json.dumps([identity, gpu]).encode()
+    everyone = [json.loads(part) for part in communicator.gather_bytes(facts)]
+    world_ranks = samplers([host for host, _ in everyone])
+    if communicator.world_rank in world_ranks:
+        gpus = list(dict.fromkeys(uuid for host, uuid in everyone if host == identity and uuid))
+        counters: EnergyCounters | NullEnergy = EnergyCounters(gpus)
+        run: RunEnergy | NullEnergy = RunEnergy(country_iso_code, gpus)
+    else:
+        counters, run = NullEnergy(), NullEnergy()
+    labels = "+".join(counters.labels().values())
+    counted = any(communicator.gather_bytes(labels.encode()))
+    idle = counters.idle_watts(idle_seconds) if counted and idle_seconds else {}
+    return HostEnergy(counters=counters, run=run, idle_watts=idle, num_hosts=len(world_ranks))
+
+
+def add_hosts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`RunEnergy.stop`'s mapping for several hosts; nothing unless all of one kind."""
+    scopes = Tally(str(result.get("energy_scope")) for result in results)
+    text = ", ".join(s if n == 1 else f"{n} x ({s})" for s, n in scopes.items())
+    return _add(results, text)
+
+
+def add_parts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`RunEnergy.stop`'s mapping for a run in several parts; nothing unless all of one kind."""
+    scopes = dict.fromkeys(str(result.get("energy_scope")) for result in results)
+    return _add(results, "; ".join(scopes))
+
+
+def _add(results: Sequence[Mapping[str, Any]], energy_scope: str) -> dict[str, Any]:
+    if not all(results) or len({result["energy_source"] for result in results}) != 1:
+        return {}
+    first = results[0]
+    joules = [result["energy_joules"] for result in results]
+    total: dict[str, Any] = {
+        "energy_joules": {part: sum(by_part[part] for by_part in joules) for part in joules[0]},
+        "energy_part_sources": first["energy_part_sources"],
+        "energy_source": first["energy_source"],
+        "energy_scope": energy_scope,
+    }
+    if all("co2_grams" in result for result in results):
+        total["co2_grams"] = sum(result["co2_grams"] for result in results)
+    return total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,8 @@ class EnergyCounters:
     read gives one warning and is absent, at the start or from when it is lost.
     """
 
+    samples = True
+
     def __init__(self, gpus: Sequence[int | str] = (), *, powercap: Path = POWERCAP) -> None:
         openers = {"rapl": partial(open_rapl, powercap)}
         if gpus:

@@ -190,7 +190,7 @@ def _layer(adapter: Adapter) -> _Layer:
 
 def _on_meta(adapter: Adapter) -> Adapter:
     """A copy that has shapes and no data."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(adapter.layout): None}  # which knows the whole model
     for p in adapter.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
     for tensor in adapter.fixed.values():

@@ -15,12 +15,13 @@ import torch
 
 from bench.checkpoint import write_atomically
 from bench.config import RunConfig
+from bench.energy import add_parts
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "mpi4py", "mpich", "transformers", "tokenizers", "datasets", "numpy", "peft")
 _PART_KEYS = (
     *("start_time", "git_commit", "git_dirty", "package_versions"),
-    *("comm", "world_size", "processes", "slurm"),
+    *("comm", "world_size", "processes", "prepare_seconds", "slurm"),
 )
 _SLURM_KEYS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_NODELIST")
 
@@ -38,8 +39,7 @@ class Recorder:
     @property
     def dataset_digest(self) -> str:
         """The data set's digest in run.json."""
-        run = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
-        return str(run["dataset_digest"])
+        return str(self._run()["dataset_digest"])
 
     def rounds(self) -> list[dict[str, Any]]:
         """The rounds recorded so far; a last line that was cut off is left out."""
@@ -61,7 +61,7 @@ class Recorder:
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if kept_rounds:
-            first = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
+            first = self._run()
             part = {key: run[key] for key in _PART_KEYS if key in run}
             part["first_round_index"] = len(kept_rounds)
             run = {**first, "parts": [*first.get("parts", []), part]}
@@ -74,13 +74,32 @@ class Recorder:
         """Append one round and flush it to disk."""
         append_row(self.run_dir / "rounds.jsonl", row)
 
-    def finish(self) -> None:
-        """Complete run.json, write DONE last. The checkpoint stays: it holds what was trained."""
+    def end_part(self, first_round_index: int, energy: Mapping[str, Any]) -> None:
+        """Note what a part of the run took, if that is known."""
+        if not energy:
+            return
+        run = self._run()
+        part = {"first_round_index": first_round_index, **energy}
+        write_json(
+            self.run_dir / "run.json",
+            {**run, "energy_parts": [*run.get("energy_parts", []), part]},
+        )
+
+    def finish(self, facts: Mapping[str, Any] | None = None) -> None:
+        """Complete run.json, write DONE last. The checkpoint stays: it holds what was trained.
+
+        facts: more keys, energy_missing among them if the last part's energy is not known.
+        """
         total_seconds = sum(row["seconds"]["total"] for row in self.rounds())
-        run = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
-        end = {"end_time": utc_now(), "total_seconds": total_seconds}
+        run = self._run()
+        energy = _energy(run) or {"energy_missing": "not known of every part of the run"}
+        end = {"end_time": utc_now(), "total_seconds": total_seconds, **energy, **(facts or {})}
         write_json(self.run_dir / "run.json", {**run, **end})
         write_atomically(self.run_dir / "DONE", b"")
+
+    def _run(self) -> dict[str, Any]:
+        run: dict[str, Any] = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
+        return run
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -95,6 +114,12 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(_line(row))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _energy(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The sum of the parts' energy; nothing if a part's is not known."""
+    parts = run.get("energy_parts", [])
+    return add_parts(parts) if len(parts) == 1 + len(run.get("parts", [])) else {}
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -3,8 +3,10 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from bench import checkpoint
+from bench.client_cost import ClientCost, ClientCounter, model_devices, profiles, reduce_clients
 from bench.config import DatasetConfig, RunConfig, make_method
 from bench.datasets import TextDataset, holdout, load_dataset
+from bench.devices import Device, check_names, deal, load_devices
+from bench.energy import HostEnergy, add_hosts, no_energy
 from bench.evaluate import Judge
-from bench.meter import PHASES, Meter, peak_memory, reset_peak_memory
+from bench.meter import (
+    Measured,
+    Meter,
+    proportional_bytes,
+    reduce_energy,
+    reduce_memory,
+    reduce_seconds,
+)
 from bench.models import build_model, encode
 from bench.partition import draw_client_lora_ranks, label_counts, partition, summary
 from bench.record import Recorder, process_facts, provenance
@@ -68,6 +80,10 @@ class Job:
     labels: Sequence[str]
     device: torch.device
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of this process's clients
+    counter: ClientCounter | None = None
+    devices: dict[str, Device] = field(default_factory=dict)  # to model each round on
+    dealt_devices: Sequence[str] = ()  # client_id -> the name of its device, or empty
+    prepare_seconds: float = 0.0  # of this process
 
     @property
     def keeps(self) -> bool:
@@ -78,7 +94,9 @@ class Job:
 
 def prepare(config: RunConfig, communicator: Communicator) -> Job:
     """Load, split, tokenise, partition, and build model and first state. Raises InputError."""
+    start = perf_counter()
     device = choose_device(config.system.device, communicator)
+    devices, dealt_devices = _choose_devices(config)
     dataset = _load_texts(config.dataset)
     num_classes = len(dataset.labels)
     train_index, validation_index = holdout(
@@ -103,7 +121,7 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
         evaluated_labels = labels[validation_index]
     model, method, state = build(config, num_classes=num_classes, device=device)
     client_lora_ranks = state.adapter.client_lora_ranks
-    return Job(
+    job = Job(
         config=config,
         model=model,
         method=method,
@@ -117,7 +135,13 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
         partition_summary=summary(labels[train_index], shards, dataset.labels, client_lora_ranks),
         dataset_digest=dataset.digest,
         device=device,
+        counter=ClientCounter(model),
+        devices=devices,
+        dealt_devices=dealt_devices,
     )
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return replace(job, prepare_seconds=perf_counter() - start)
 
 
 def build(
@@ -141,31 +165,83 @@ def build(
 
 
 def run(
-    job: Job, communicator: Communicator, recorder: Recorder, report: Report = lambda row: None
+    job: Job,
+    communicator: Communicator,
+    recorder: Recorder,
+    report: Report = lambda row: None,
+    energy: HostEnergy | None = None,
 ) -> ServerState:
     """Run every round that is not yet on disk; records and checkpoints as it goes.
 
-    Returns the last state. `report` gets each round's record on world_rank 0. Raises Diverged if
-    a loss stops being finite (the run then stays incomplete), and InputError if the rounds on disk
-    are of other data.
+    Returns the last state. `report` gets each round's record on world_rank 0. Without `energy` none
+    is measured. Raises Diverged if a loss stops being finite (the run then stays incomplete), and
+    InputError if the rounds on disk are of other data.
     """
-    reset_peak_memory(job.device)
-    state, kept = _resume_or_start(job, communicator, recorder)
-    meter = Meter(job.device)
-    while state.round_index < state.num_rounds:
-        state, row = one_round(job, state, communicator, meter)
-        row = _reduce(row, meter, communicator)
-        with meter.phase("checkpoint"):  # counted in the next round's record
-            kept |= _gather_kept(job, row["cohort"], communicator)
-        if communicator.world_rank == 0:
-            recorder.add_round(row)
-            with meter.phase("checkpoint"):
-                checkpoint.save_checkpoint(recorder.run_dir, state, kept)
-            report(row)
+    energy = energy or no_energy("not asked for")
+    state, kept = _resume_or_start(job, communicator, recorder, energy)
+    first_round_index = state.round_index
+    energy.run.start()
+    communicator.barrier()  # so that nobody's round 0 waits for a sampler to start
+    try:
+        state = _rounds(job, state, kept, communicator, recorder, report, energy)
+    except BaseException:
+        # The others may be gone, so that only what one process knows can still be recorded.
+        part = energy.run.stop()
+        if communicator.world_rank == 0 and energy.num_hosts == 1:
+            recorder.end_part(first_round_index, part)
+        raise
+    part, facts = _ending(energy, communicator)
     if communicator.world_rank == 0:
-        recorder.finish()
+        recorder.end_part(first_round_index, part)
+        recorder.finish(facts)
     communicator.barrier()
     return state
+
+
+def _rounds(
+    job: Job,
+    state: ServerState,
+    kept: checkpoint.Kept,
+    communicator: Communicator,
+    recorder: Recorder,
+    report: Report,
+    energy: HostEnergy,
+) -> ServerState:
+    """The rounds from `state` on. What follows a round counts in the next round's record."""
+    meter = Meter(job.device, counters=energy.counters, idle_watts=energy.idle_watts)
+    while state.round_index < state.num_rounds:
+        state, row = one_round(job, state, communicator, meter)
+        with meter.phase("wait"):
+            communicator.barrier()
+        measured = meter.take()
+        with meter.phase("meter"):
+            row = _reduce(job, row, measured, communicator)
+        with meter.phase("checkpoint"):
+            kept |= _gather_kept(job, row["cohort"], communicator)
+            if communicator.world_rank == 0:
+                recorder.add_round(row)
+                checkpoint.save_checkpoint(recorder.run_dir, state, kept)
+                report(row)
+    return state
+
+
+def _ending(
+    energy: HostEnergy, communicator: Communicator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What codecarbon says of all hosts, and the keys of run.json that only the end knows."""
+    run = energy.run
+    mine = json.dumps([run.stop(), run.samples, run.missing, proportional_bytes()]).encode()
+    results, samples, reasons, shares = zip(
+        *(json.loads(part) for part in communicator.gather_bytes(mine)), strict=True
+    )
+    hosts = [result for result, sampled in zip(results, samples, strict=True) if sampled]
+    total = add_hosts(hosts) if hosts else {}
+    facts = {} if None in shares else {"pss_bytes_by_process": shares}
+    if not total:
+        sources = dict.fromkeys(str(host.get("energy_source")) for host in hosts)
+        reason = next(filter(None, reasons), "")
+        facts["energy_missing"] = reason or f"hosts differ in their source: {', '.join(sources)}"
+    return total, facts
 
 
 def one_round(
@@ -189,41 +265,46 @@ def advance(
     job: Job, state: ServerState, communicator: Communicator, meter: Meter
 ) -> tuple[ServerState, dict[str, Any]]:
     """Download, local training, upload, exchange, aggregate; without looking at the result."""
-    cohort = draw_cohort(job, state.round_index)
     with meter.phase("download"):
+        cohort = draw_cohort(job, state.round_index)
         sent, saved_bytes, residual = _send_down(job, state)
         reference = job.method.reference(sent) if job.config.codec.up != "fp32" else None
-    path = merge_path(job, communicator)
-    before = {key: getattr(communicator.traffic, name) for key, name in _TRAFFIC.items()}
-    exchange = _Exchange(job, communicator, path, reference)
-    downlink_bytes = 0
-    for go in _goes(job, sent, cohort, communicator.world_size):
+        path = merge_path(job, communicator)
+        before = {key: getattr(communicator.traffic, name) for key, name in _TRAFFIC.items()}
+        exchange = _Exchange(job, communicator, path, reference)
+        goes = [
+            place(job, go, communicator.world_size)[communicator.world_rank]
+            for go in _goes(job, sent, cohort, communicator.world_size)
+        ]
+    costs = []
+    for mine in goes:
         uploads = []
-        for client_id in place(job, go, communicator.world_size)[communicator.world_rank]:
-            upload, num_bytes = train_client(job, sent, client_id, meter, reference)
+        for client_id in mine:
+            upload, cost = train_client(job, sent, client_id, meter, reference)
             uploads.append(upload)
-            downlink_bytes += num_bytes - saved_bytes
+            costs.append(replace(cost, downlink_bytes=cost.downlink_bytes - saved_bytes))
         exchange.add(uploads, meter)
     uploads, uplink_bytes = exchange.result(meter)
-    _check_complete(uploads, cohort, state.round_index)
     with meter.phase("aggregate"):
+        _check_complete(uploads, cohort, state.round_index)
         _check_losses(uploads, state.round_index)
         next_state = job.method.aggregate(sent, uploads)
         if residual is not None:
             next_state = replace(next_state, extra={**next_state.extra, _RESIDUAL: residual})
-    after = {key: getattr(communicator.traffic, name) for key, name in _TRAFFIC.items()}
-    return next_state, {
-        "round_index": state.round_index,
-        "cohort": cohort,
-        "train_loss": _mean_loss(uploads),
-        "merge_path": path,
-        "uplink_bytes": uplink_bytes,
-        "downlink_bytes": downlink_bytes,
-        **{key: after[key] - before[key] for key in _TRAFFIC},
-        "live_triplets": sum(next_state.live_triplets.values()),
-        "live_adapters": sum(count > 0 for count in next_state.live_triplets.values()),
-        "live_triplets_by_adapter": next_state.live_triplets,
-    }
+        after = {key: getattr(communicator.traffic, name) for key, name in _TRAFFIC.items()}
+        return next_state, {
+            "round_index": state.round_index,
+            "cohort": cohort,
+            "train_loss": _mean_loss(uploads),
+            "merge_path": path,
+            "uplink_bytes": uplink_bytes,
+            "downlink_bytes": sum(cost.downlink_bytes for cost in costs),
+            **{key: after[key] - before[key] for key in _TRAFFIC},
+            "live_triplets": sum(next_state.live_triplets.values()),
+            "live_adapters": sum(count > 0 for count in next_state.live_triplets.values()),
+            "live_triplets_by_adapter": next_state.live_triplets,
+            "clients": costs,
+        }
 
 
 def _send_down(job: Job, state: ServerState) -> tuple[ServerState, int, Tensor | None]:
@@ -300,7 +381,9 @@ class _Exchange:
         if self._mean is not None:
             with meter.phase("exchange"):
                 return self._mean.result()
-        return sorted(self._gathered, key=lambda upload: upload.client_id), self._num_bytes
+        with meter.phase("aggregate"):
+            uploads = sorted(self._gathered, key=lambda upload: upload.client_id)
+        return uploads, self._num_bytes
 
 
 def merge_path(job: Job, communicator: Communicator) -> str:
@@ -322,27 +405,37 @@ def merge_path(job: Job, communicator: Communicator) -> str:
 
 def train_client(
     job: Job, state: ServerState, client_id: int, meter: Meter, reference: Tensor | None = None
-) -> tuple[Upload, int]:
-    """One client's download, local training and upload; also the bytes it downloaded.
+) -> tuple[Upload, ClientCost]:
+    """One client's download, local training and upload; also what it cost, before `state`'s codec.
 
     reference: what a lossy codec codes the upload's difference from; None for fp32.
     """
-    client = _client(job, client_id)
     with meter.phase("download"):
+        client = _client(job, client_id)
         downlink_bytes = job.method.download(job.model, state, client)
         start_client(client, job.method, job.training, state)
+    with meter.phase("meter"):
+        step = job.counter.step_cost() if job.counter else None
+    shapes = []
     with meter.phase("local_train"):
         for batch in client_batches(job, state.round_index, client_id):
+            shapes.append(tuple(batch["input_ids"].shape))  # (n, length)
             job.method.local_step(client, batch)
+    with meter.phase("meter"):
+        counts = job.counter.counts(client, step, shapes) if job.counter else {}
+        counts["activation_bytes"] = meter.device_bytes_above_rest()
     with meter.phase("pack"):
         upload = job.method.upload(client, state)
         if not isinstance(upload, Upload) or upload.client_id != client_id:
             raise RuntimeError(f"round {state.round_index}: client {client_id} sent no upload")
         if reference is not None:
             upload = _code_up(job, client, upload, state.round_index, reference)
-    if job.keeps:
-        job.kept[client_id] = client.kept
-    return upload, downlink_bytes
+        if job.keeps:
+            job.kept[client_id] = client.kept
+    num_bytes = upload.num_bytes
+    return upload, ClientCost(
+        client_id=client_id, uplink_bytes=num_bytes, downlink_bytes=downlink_bytes, **counts
+    )
 
 
 def _code_up(
@@ -507,13 +600,16 @@ def _become(job: Job, state: ServerState, client_id: int) -> None:
 
 
 def _resume_or_start(
-    job: Job, communicator: Communicator, recorder: Recorder
+    job: Job, communicator: Communicator, recorder: Recorder, energy: HostEnergy
 ) -> tuple[ServerState, checkpoint.Kept]:
     """The state to go on from and what clients keep, and the run's files on disk.
 
     world_rank 0 reads for all.
     """
     facts = process_facts(communicator.world_rank, job.device)
+    facts["prepare_seconds"] = round(job.prepare_seconds, 6)
+    if energy.idle_watts:
+        facts["idle_watts"] = {k: round(watts, 3) for k, watts in energy.idle_watts.items()}
     processes = [json.loads(part) for part in communicator.gather_bytes(json.dumps(facts).encode())]
     saved = recorded = b""
     if communicator.world_rank == 0:
@@ -547,6 +643,8 @@ def _resume_or_start(
             **{f"{communicator.kind}_library": communicator.library},
             world_size=communicator.world_size,
             processes=processes,
+            prepare_seconds=max(process["prepare_seconds"] for process in processes),
+            device_profiles=profiles(job.devices) or None,
             num_parameters=sum(p.numel() for p in job.model.parameters()),
             num_adapter_parameters=sum(rows.numel() for rows in job.state.rows.values()),
         )
@@ -566,18 +664,41 @@ def _gather_kept(job: Job, cohort: Sequence[int], communicator: Communicator) ->
     return kept
 
 
-def _reduce(row: dict[str, Any], meter: Meter, communicator: Communicator) -> dict[str, Any]:
+def _reduce(
+    job: Job,
+    row: dict[str, Any],
+    measured: Measured,
+    communicator: Communicator,
+) -> dict[str, Any]:
     """The round's record from every process's part: bytes are sums, seconds and memory maxima."""
-    mine = {**row, "seconds": meter.take(), "memory": peak_memory(meter.device)}
+    mine = {**row, "clients": [asdict(cost) for cost in row["clients"]]}
+    mine["measured"] = asdict(measured)
     parts = [json.loads(part) for part in communicator.gather_bytes(json.dumps(mine).encode())]
     digests = [part["state_digest"] for part in parts]
     if len(set(digests)) > 1:
         raise RuntimeError(f"processes disagree on the state after a round: {digests}")
-    phases = [phase for phase in (*PHASES, "total") if any(phase in p["seconds"] for p in parts)]
-    reduced = {phase: max(p["seconds"].get(phase, 0.0) for p in parts) for phase in phases}
-    return {
-        **row,
+    everyone = [Measured(**part["measured"]) for part in parts]
+    reduced = {
+        **{key: value for key, value in row.items() if key != "clients"},
         **{key: sum(part[key] for part in parts) for key in _SUMMED},
-        "seconds": {phase: round(seconds, 6) for phase, seconds in reduced.items()},
-        **{key: max(part["memory"][key] for part in parts) for key in parts[0]["memory"]},
+        **reduce_clients(part["clients"] for part in parts),
+        **reduce_seconds([measured.seconds for measured in everyone]),
+        **reduce_energy(everyone),
+        **reduce_memory([measured.memory for measured in everyone]),
     }
+    settings = job.config.devices
+    precision = job.training.precision
+    modelled = model_devices(reduced, job.devices, settings.names, job.dealt_devices, precision)
+    return reduced | modelled
+
+
+def _choose_devices(config: RunConfig) -> tuple[dict[str, Device], list[str]]:
+    """The devices that the config names, and each client's in a mixed federation."""
+    settings = config.devices
+    known = load_devices(Path(settings.file) if settings.file else None)
+    check_names(settings.names, known)
+    dealt = []
+    if settings.shares:
+        num_clients = config.federation.num_clients
+        dealt = deal(known, settings.shares, num_clients=num_clients, seed=config.seed)
+    return {name: known[name] for name in dict.fromkeys([*settings.names, *settings.shares])}, dealt

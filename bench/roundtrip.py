@@ -155,7 +155,7 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
         start = time.perf_counter()
         state, row = advance(job, state, communicator, meter)
         own[""].append(time.perf_counter() - start)
-        phases.append(meter.take())
+        phases.append(meter.take().seconds)
         own["bare_loop_"].append(_bare_loop(parameters, job, communicator))
         if bare_call is not None:
             own["bare_allgather_"].append(_timed(bare_call, communicator))

@@ -10,7 +10,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.config import RunConfig, load_runs
+from bench.config import EnergyConfig, RunConfig, load_runs
+from bench.cost_table import show_costs
+from bench.energy import HostEnergy, no_energy, open_energy
 from bench.record import Recorder
 from bench.rounds import prepare, run
 from fedara_core.comm import Communicator
@@ -27,6 +29,8 @@ def run_all(path: Path, results: Path, overrides: list[str], communicator: Commu
     pending = _pending(path, results, overrides, communicator)
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     diverged: list[Diverged] = []
+    finished: list[Path] = []
+    energies = _Energies(communicator)
     for title, config, done in pending:
         if done:
             console.print(f"{title}: finished earlier, skipped")
@@ -40,17 +44,50 @@ def run_all(path: Path, results: Path, overrides: list[str], communicator: Commu
                 f"{config.federation.cohort}: some train nobody"
             )
         recorder = Recorder(results, config)
+        energy = energies.of(config.energy, job.device)
         try:
             with _Progress(console, config) as report:
-                run(job, communicator, recorder, report)
+                run(job, communicator, recorder, report, energy)
         except Diverged as error:  # the same on every process; the other points still run
             console.print(f"{title}: {error}", soft_wrap=True)
             diverged.append(error)
         else:
             console.print(f"{title}: done, records in {recorder.run_dir}", soft_wrap=True)
+            finished.append(recorder.run_dir)
         del job  # its model, before the next one is loaded
+    if communicator.world_rank == 0:
+        show_costs(finished, console)
     if diverged:
         raise diverged[0]
+
+
+class _Energies:
+    """Energy meters of a job, opened once for the runs that share their settings."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._opened: dict[tuple[EnergyConfig, str], HostEnergy] = {}
+
+    def of(self, config: EnergyConfig, device: torch.device) -> HostEnergy:
+        """Every process calls it together."""
+        if not config.enabled:
+            return no_energy("energy.enabled = false")
+        key = config, device.type
+        if key not in self._opened:
+            self._opened[key] = open_energy(
+                country_iso_code=config.country_iso_code,
+                idle_seconds=config.idle_seconds,
+                gpu=gpu_uuid(device),
+                communicator=self._communicator,
+            )
+        return self._opened[key]
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """NVML's name of a GPU; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def together(communicator: Communicator, action: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis import figure_accuracy_bytes, figure_accuracy_rounds, style, table_summary
-from analysis.load import AnalysisError, load_campaign
+from analysis.load import AnalysisError, load_campaign, one_energy_source
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -281,3 +281,55 @@ def test_import_needs_neither_torch_nor_mpi() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def add_energy(run: Path, *, counted: bool) -> None:
+    """Give a record codecarbon's energy of the run, and maybe counters' of its rounds."""
+    facts = json.loads((run / "run.json").read_text())
+    modelled = {
+        "energy_joules": {"cpu": 30.0, "ram": 10.0},
+        "energy_source": "codecarbon-load-model",
+    }
+    (run / "run.json").write_text(json.dumps(facts | modelled))
+    if not counted:
+        return
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    joules = {"energy_joules": {"local_train": 5.0, "total": 7.0}, "energy_source": "rapl"}
+    text = "".join(json.dumps(line | joules) + "\n" for line in lines)
+    (run / "rounds.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize(("counted", "joules"), [(True, 21.0), (False, 40.0)])
+def test_energy_of_one_source_is_in_the_summary(
+    counted: bool, joules: float, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        add_energy(write_record(tmp_path, "lora", seed), counted=counted)
+    campaign = load_campaign(tmp_path)
+    source = "rapl" if counted else "codecarbon-load-model"
+    assert one_energy_source(campaign) == source
+    (row,) = table_summary.data(campaign).to_dict("records")
+    assert (row["energy_joules"], row["energy_source"]) == (joules, source)
+    markdown = table_summary.write(campaign, tmp_path / "out")[0].read_text()
+    assert "| energy J |" in markdown
+    assert f"energy of the whole run by {source}" in markdown
+
+
+def test_energy_of_different_sources_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+    add_energy(write_record(tmp_path, "lora", 0), counted=True)
+    add_energy(write_record(tmp_path, "fedara", 0), counted=False)
+    campaign = load_campaign(tmp_path)
+    with pytest.raises(
+        AnalysisError, match=r"codecarbon-load-model \(.*fedara.* and rapl \(.*lora"
+    ):
+        one_energy_source(campaign)
+    frame = table_summary.data(campaign)
+    assert not [column for column in frame if "energy" in column]
+    assert frame["accuracy_percent_mean"].notna().all()
+    result = run_command(tmp_path, "--out", tmp_path / "out")
+    assert result.returncode == 0
+    assert "energy of different sources is not compared" in result.stdout
+    assert "accuracy_rounds.png" in result.stdout
+    markdown = (tmp_path / "out" / "summary.md").read_text()
+    assert "No energy: energy of different sources" in markdown
+    assert "energy J" not in markdown

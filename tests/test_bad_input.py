@@ -38,6 +38,16 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "too large": (["dataset.validation_fraction=1.0"], ["1.0", "less than 1"]),
     "no finite number": (["train.lr=nan"], ["train.lr = nan", "finite"]),
     "no threads": (["system.threads=0"], ["threads = 0", "allowed: auto"]),
+    "a country by its name": (
+        ["energy.country_iso_code=Germany"],
+        ["energy.country_iso_code = 'Germany'", "[A-Z]{3}"],
+    ),
+    "unknown device": (["devices.names=['toaster']"], ["'toaster'", "allowed: agx_orin"]),
+    "shares of devices that are no whole": (
+        ["devices.shares={agx_orin=0.5}"],
+        ["add up to 0.5", "allowed: 1"],
+    ),
+    "no file of devices": (["devices.file=nowhere.toml"], ["devices nowhere.toml", "allowed"]),
     "empty client": (["partition.min_examples=1000"], ["1000", "allowed: at least 8000"]),
     "more clients than examples": (
         ["federation.num_clients=1000"],

@@ -78,4 +78,4 @@ def test_help_shows_the_launchers() -> None:
 def test_overhead_times_both_sides_of_each_pair() -> None:
     pairs = measure(2, "tiny", 16)
     assert len(pairs) == 2
-    assert all(bare > 0 and 0 < suite < 60 for suite, bare in pairs)
+    assert all(pair.bare > 0 and 0 < pair.meter < pair.suite < 60 for pair in pairs)

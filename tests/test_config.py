@@ -201,15 +201,26 @@ def test_where_a_folder_lies_does_not_change_the_id() -> None:
     assert here.run_id != only(TINY, "dataset.name=file:a/other").run_id
 
 
-@pytest.mark.parametrize("text", ["system.threads=2", "system.device=auto"])
-def test_where_it_runs_does_not_change_the_id(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("system.threads=2", "system.device=auto"),
+        *("energy.enabled=true", "energy.country_iso_code=DEU", "energy.idle_seconds=9"),
+        *("devices.names=['agx_orin']", "devices.shares={agx_orin=1.0}", "devices.file=a/b.toml"),
+    ],
+)
+def test_what_changes_no_result_does_not_change_the_id(text: str) -> None:
     config = only(TINY, text)
-    assert config.system != only(TINY).system
+    assert config != only(TINY)
     assert config.run_id == only(TINY).run_id
 
 
+def test_where_a_file_of_devices_lies_is_not_recorded() -> None:
+    assert only(TINY, "devices.file=/a/b.toml").canonical()["devices"]["file"] == "b.toml"
+
+
 def test_there_is_another_value_for_every_key() -> None:
-    keys = leaves(only(TINY).model_dump(exclude={"system"}))
+    keys = leaves(only(TINY).model_dump(exclude={"system", "energy", "devices"}))
     # These two have a test of their own, below and with the methods that use client_lora_ranks.
     assert keys - {"train.local_epochs", "adapter.client_lora_ranks"} == set(OTHER_VALUES)
 

@@ -52,6 +52,6 @@ def _markdown(frame: pd.DataFrame) -> str:
         "",
         "Seconds: median over launches of each one's median over calls of the slowest process.",
         "ratio: median over launches (smallest to largest) of each one's median over calls of ours",
-        "to bare, which ran turn about. ours exchanges sizes and makes its buffers; bare has both.",
+        "to bare, which ran turn about. ours exchanges sizes first; bare knows them.",
     ]
     return "\n".join(lines) + "\n"

@@ -20,6 +20,10 @@ app = typer.Typer(
     help="Benchmark of federated adaptive-rank fine-tuning on MPI and torch.distributed processes.",
 )
 micro = typer.Typer(no_args_is_help=True)
+COMM_HELP = (
+    "auto, serial, mpi, mpi-node (one copy of each message to a host) or torch; auto knows the "
+    "launcher."
+)
 app.add_typer(micro, name="micro")
 
 
@@ -36,9 +40,7 @@ def run(
     no_energy: Annotated[
         bool, typer.Option("--no-energy", help="As --set energy.enabled=false.")
     ] = False,
-    comm: Annotated[
-        str, typer.Option("--comm", help="auto, serial, mpi or torch; auto knows the launcher.")
-    ] = "auto",
+    comm: Annotated[str, typer.Option("--comm", help=COMM_HELP)] = "auto",
 ) -> None:
     """Run a config, or every point of its sweep table, and record each round.
 
@@ -152,9 +154,7 @@ def collectives(
     results: Annotated[
         Path, typer.Option("--results", help="Folder for the records, one folder a launch.")
     ] = Path("results/micro"),
-    comm: Annotated[
-        str, typer.Option("--comm", help="auto, serial, mpi or torch; auto knows the launcher.")
-    ] = "auto",
+    comm: Annotated[str, typer.Option("--comm", help=COMM_HELP)] = "auto",
 ) -> None:
     """Seconds and bytes of every merge path, each timed call checked, beside the bare library call.
 
@@ -200,9 +200,7 @@ def roundtrip(
     results: Annotated[
         Path, typer.Option("--results", help="Folder for the records, one folder a launch.")
     ] = Path("results/micro"),
-    comm: Annotated[
-        str, typer.Option("--comm", help="auto, serial, mpi, mpi-node or torch.")
-    ] = "auto",
+    comm: Annotated[str, typer.Option("--comm", help=COMM_HELP)] = "auto",
 ) -> None:
     """Rounds per second without training: download, upload, exchange, aggregate, real payloads.
 

@@ -502,7 +502,7 @@ def place(job: Job, cohort: Sequence[int], world_size: int) -> list[list[int]]:
     for client_id in sorted(cohort, key=lambda client_id: (-steps[client_id], client_id)):
         least = load.index(min(load))
         placed[least].append(client_id)
-        load[least] += steps[client_id]
+        load[least] += max(1, steps[client_id])  # a client that takes no step is work, too
     return placed
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.config import parse_run
-from bench.meter import PHASES, Meter
+from bench.meter import PHASES, Meter, peak_memory, reset_peak_memory
 from bench.micro_collectives import bare_allgather
 from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
 from bench.rounds import Job, advance, build, place
@@ -141,6 +141,7 @@ def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Se
 
 def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:
     """Seconds of the suite's rounds, of the bare loop and of the bare allgather, turn about."""
+    reset_peak_memory(job.device)
     meter = Meter(job.device)
     state, row = job.state, {}
     parameters = _parameters(job)
@@ -193,6 +194,7 @@ def _described(
         "uplink_bytes_per_client": row["uplink_bytes"] / num_clients,
         "downlink_bytes_per_client": _total(row["downlink_bytes"], communicator) / num_clients,
         "wire_bytes_sent": _total(row["wire_bytes_sent"], communicator),
+        **{key: _largest(size, communicator) for key, size in peak_memory(job.device).items()},
         "phase_seconds": {phase: round(s, 6) for phase, s in medians.items() if s},
     }
 
@@ -200,6 +202,11 @@ def _described(
 def _total(number: int, communicator: Communicator) -> int:
     """Sum over processes."""
     return sum(int(part) for part in communicator.gather_bytes(str(number).encode()))
+
+
+def _largest(number: int, communicator: Communicator) -> int:
+    """Maximum over processes."""
+    return max(int(part) for part in communicator.gather_bytes(str(number).encode()))
 
 
 def _timed(call: Any, communicator: Communicator) -> float:

@@ -198,7 +198,7 @@ def inject(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) 
         setattr(model.get_submodule(parent), child, Adapter(name, linear[name]))
     # Walking the modules costs more than a download; a list of pairs is no submodule.
     model.found_adapters = sorted_adapters(model)  # type: ignore[assignment]
-    model.base_parameters = list(model.named_parameters())  # type: ignore[assignment]
+    model.base_parameters = sorted(model.named_parameters())  # type: ignore[assignment]
 
 
 def sorted_adapters(model: nn.Module) -> list[tuple[str, Adapter]]:

@@ -41,6 +41,8 @@ def row_bytes(codec: str, widths: Tensor) -> Tensor:
 
 def payload_bytes(codec: str, num_values: int) -> int:
     """Bytes of a message's values, in rows of ROW_VALUES and one of what is left."""
+    if codec == "fp32":
+        return 4 * num_values
     full, rest = divmod(num_values, ROW_VALUES)
     of_full, of_rest = map(int, row_bytes(codec, torch.tensor([ROW_VALUES, rest])))
     return full * of_full + (of_rest if rest else 0)

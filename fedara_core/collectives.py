@@ -25,6 +25,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -37,8 +38,8 @@ from fedara_core.wire import Upload, add_reference, pack, unpack
 
 PATHS = ("allgather", "split", "allreduce", "dense")
 SAME_BITS = ("allgather", "split")  # for any number of processes
-BLOCK_VALUES = 1 << 23  # values of all clients that the allgather path receives at a time
-_SUM_VALUES = 1 << 18  # values summed at a time: their float64 sum stays in the cache
+BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
+_SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,7 @@ class RunningMean:
         widths = message_widths(num_values)
         if self._total is None:
             self._total = _RunningSum(widths, self._communicator, self._path, codec)
-        rank_mask = torch.ones(len(widths), dtype=torch.bool)
-        starts = _starts(rank_mask, row_bytes(codec, widths))
+        rank_mask, starts = _all_rows(codec, num_values)
         headers = [
             _Header(
                 world_rank=world_rank,
@@ -137,7 +137,7 @@ class RunningMean:
 
         One whose values are not all finite has a train_loss of NaN.
         """
-        sizes, mine = b"", []
+        sizes, mine = _COUNT.pack(len(uploads)), []
         for upload in uploads:
             sizes += _SIZE.pack(upload.client_id, upload.values.numel())
             # A sum is finite if its terms are, of numbers that are no larger than these.
@@ -145,17 +145,19 @@ class RunningMean:
             loss = upload.train_loss if finite else math.nan
             none = None if upload.payload is None else torch.zeros(0, dtype=torch.uint8)
             mine.append(replace(upload, values=torch.zeros(0), payload=none, train_loss=loss))
-        told = self._communicator.gather_bytes(sizes)
-        self._lengths |= dict(_SIZE.iter_unpack(b"".join(told)))
+        told = torch.frombuffer(bytearray(sizes), dtype=torch.uint8)
+        heads: list[tuple[int, Upload]] = []
+        for world_rank, buffer in enumerate(
+            self._communicator.allgather(torch.cat([told, pack(mine)]))
+        ):
+            data = buffer.numpy().tobytes()
+            end = _COUNT.size + _COUNT.unpack_from(data)[0] * _SIZE.size
+            self._lengths |= dict(_SIZE.iter_unpack(data[_COUNT.size : end]))
+            heads += [(world_rank, head) for head in unpack(buffer[end:])]
         if len(set(self._lengths.values())) > 1:
             raise ValueError(
                 f"uploads differ in length, so they have no mean; by client_id: {self._lengths}"
             )
-        heads = [
-            (world_rank, head)
-            for world_rank, buffer in enumerate(self._communicator.allgather(pack(mine)))
-            for head in unpack(buffer)
-        ]
         return sorted(heads, key=lambda item: item[1].client_id)
 
     def result(self) -> tuple[list[Upload], int]:
@@ -250,16 +252,16 @@ class _RunningSum:
                     self._add_rows(header, payload[start:stop], first, last)
 
     def result(self, divisor: int = 1) -> Sum:
-        """The sum of what was added, or its part by the divisor."""
+        """The sum of what was added, or its part by the divisor; once."""
         first, last = self._rows
         union, widths = self._union, self._widths
         live: slice | Tensor = slice(None)
         if not union[first:last].all():
             live = union[first:last].repeat_interleave(widths[first:last])
         if self._path == "dense":
-            whole = self._communicator.allreduce((self._total / divisor).float())
+            whole = self._communicator.allreduce(self._total.div_(divisor).float())
             return Sum(rank_mask=union, values=whole[live])
-        values = (self._total[live] / divisor).float()
+        values = self._total.div_(divisor)[live].float()
         if self._path == "allreduce":
             values = self._communicator.allreduce(values)
         elif self._path == "split":
@@ -306,7 +308,7 @@ class _RunningSum:
         if not len(payload):
             return
         held, widths = header.rank_mask[first:last], self._widths[first:last]
-        values = decode_rows(self._codec, payload, widths[held])
+        values = decode_rows(self._codec, payload, widths if held.all() else widths[held])
         offset = self._value_starts[self._rows[0]]
         begin, end = (self._value_starts[[first, last]] - offset).tolist()
         total = self._total[begin:end]
@@ -318,6 +320,7 @@ class _RunningSum:
 
 
 _EMPTY = torch.zeros(0, dtype=torch.uint8)
+_COUNT = struct.Struct("<I")
 _SIZE = struct.Struct("<IQ")  # client_id, number of values
 _HEADER = struct.Struct("<IQ")  # client_id, weight; the rank_mask's bits follow
 
@@ -363,6 +366,14 @@ def _misfit(part: Part, widths: Tensor) -> str:
     if part.values.numel() == expected:
         return ""
     return f"client {part.client_id}: {part.values.numel()} values, and a rank_mask for {expected}"
+
+
+@lru_cache(maxsize=4)
+def _all_rows(codec: str, num_values: int) -> tuple[Tensor, Tensor]:
+    """The rank_mask (R,) of a client that has every row of a message, and its rows' starts."""
+    widths = message_widths(num_values)
+    rank_mask = torch.ones(len(widths), dtype=torch.bool)
+    return rank_mask, _starts(rank_mask, row_bytes(codec, widths))
 
 
 def _starts(rank_mask: Tensor, sizes: Tensor) -> Tensor:

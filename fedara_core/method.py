@@ -281,10 +281,10 @@ def next_state(state: ServerState, uploads: Sequence[Upload], **changes: Any) ->
 def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train outside the adapters' rows, by name: the head's, and more where a
     method says so."""
-    named = getattr(model, "base_parameters", None) or [
+    named = getattr(model, "base_parameters", None) or sorted(
         (name, p) for name, p in model.named_parameters() if ".parts." not in name
-    ]
-    return {name: p for name, p in sorted(named) if p.requires_grad}
+    )
+    return {name: p for name, p in named if p.requires_grad}
 
 
 def freeze_head(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from bench import micro_collectives
 from bench.counters import Counter, open_counter
 from bench.micro_collectives import MIN_ITERATIONS, measure, parse_settings
 from bench.micro_layout import WrongResult, check_buffers, check_sum, make_layout
+from fedara_core.codec import CODECS, row_bytes
 from fedara_core.collectives import PATHS, Sum, weighted_sum
 from fedara_core.comm import Communicator
 
@@ -52,6 +53,22 @@ def read_record(results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     run = json.loads((run_dir / "run.json").read_text())
     assert run["run_id"] == run_dir.name
     return run, [json.loads(line) for line in (run_dir / "rows.jsonl").read_text().splitlines()]
+
+
+def test_every_codec_passes_its_check_and_costs_what_it_says(tmp_path: Path) -> None:
+    words = options(codecs=",".join(CODECS), payload_bytes="2e5", densities="0.25")
+    job = launch("mpi", 2, "-m", "bench", "micro", "collectives", *words, "--results", tmp_path)
+    assert job.code == 0, job.err
+    _, rows = read_record(tmp_path)
+    gathered = {row["codec"]: row for row in rows if row.get("path") == "allgather"}
+    assert list(gathered) == list(CODECS)
+    for codec, row in gathered.items():
+        widths = torch.full((row["part_bytes"] // 4 // 769,), 769)
+        assert row["model_bytes"] == int(row_bytes(codec, widths).sum())
+        masks = 2 * (8 + 20 + row["num_rows"] / 8)  # what else travels: sizes, headers, masks
+        assert row["model_bytes"] < row["counted_bytes_sent"] < row["model_bytes"] + masks + 50
+    reduced = {row["codec"]: row["model_bytes"] for row in rows if row.get("path") == "allreduce"}
+    assert len(set(reduced.values())) == 1  # sums travel as float32
 
 
 @pytest.mark.parametrize(("launcher", "world_size"), [("plain", 1), ("mpi", 2), ("torch", 2)])

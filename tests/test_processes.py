@@ -60,14 +60,15 @@ def wire_bytes_by_hand(
 ) -> int:
     """All processes' bytes of one exchange by allgather, of clients that upload equally much.
 
-    messages: whole ones in one call; else client_id and length (12 bytes), headers, then values.
+    messages: whole ones in one call; else a count of 4 bytes, client_id and length (12 bytes) and
+    header of each client in the first call, and values in the second.
     """
-    num_calls = 1 if messages else 3  # each with an 8-byte count of every process
+    per_process = 8 if messages else 2 * 8 + 4  # an 8-byte size for each call
     num_bytes = uplink_bytes + (0 if messages else 12 * cohort)
     if kind == "torch":  # padded to the process with most clients
         longest = num_bytes // cohort * -(-cohort // world_size)
-        return world_size * (world_size - 1) * (longest + 8 * num_calls)
-    return (world_size - 1) * (num_bytes + 8 * world_size * num_calls)
+        return world_size * (world_size - 1) * (longest + per_process)
+    return (world_size - 1) * (num_bytes + world_size * per_process)
 
 
 def test_the_reference_is_worth_comparing_with(
@@ -128,7 +129,7 @@ def test_same_bits_on_any_processes(
                 # Messages, or clients per process, may be uneven; all are padded to the longest,
                 # which no process is below on average.
                 longest = row["wire_bytes_sent"] / (world_size * (world_size - 1)) - 8
-                most = row["uplink_bytes"] + 16 + 12 * cohort
+                most = row["uplink_bytes"] + 12 + 12 * cohort
                 assert row["uplink_bytes"] / world_size <= longest <= most
             else:
                 assert row["wire_bytes_sent"] == wanted
@@ -169,6 +170,30 @@ def test_merge_paths_that_sum_on_the_way(
         gathered = wire_bytes_by_hand(launcher, world_size, row["uplink_bytes"], COHORT, False)
         if world_size > 2:  # of two processes each has half of the cohort: nothing to save
             assert 0 < row["wire_bytes_sent"] < gathered
+
+
+@pytest.mark.parametrize("kind", ["mpi", "mpi-node"])
+def test_one_copy_to_each_host_gives_the_same_bits(
+    kind: str,
+    reference: tuple[Path, Finished],
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four processes on two hosts that one plays: by node, fewer bytes cross between them."""
+    monkeypatch.setenv("FEDARA_HOST_PROCESSES", "2")
+    words = (*CLI, config_file, "--results", tmp_path, *FEDARA, "--comm", kind)
+    job = launch("mpi", 4, *words)
+    assert job.code == 0, job.err
+    (config, _) = load_runs(config_file, ["method.name=fedara"])
+    rows = rounds_of(tmp_path / config.run_id)
+    expected = rounds_of(reference[0] / fedara_config(config_file).run_id)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert {key: row[key] for key in SAME} == {key: wanted[key] for key in SAME}
+        assert row["network_bytes_received"] <= row["wire_bytes_received"]
+        crossed = row["network_bytes_received"] / row["uplink_bytes"]
+        # Each process gets what the other host's two have; or each host does, once.
+        assert 1.9 < crossed < 2.2 if kind == "mpi" else 0.9 < crossed < 1.3
 
 
 def test_serial_under_mpiexec_is_refused(config_file: Path, tmp_path: Path) -> None:

@@ -211,7 +211,10 @@ def _settings(group: pd.DataFrame) -> pd.Series:
     """
     # [system] and evaluate.batch_size do not change results; dotted columns of other sections of
     # run.json (package versions, hosts) are no settings.
-    sections = ("method", "adapter", "model", "dataset", "partition", "federation", "train")
+    sections = (
+        *("method", "adapter", "model", "dataset", "partition", "federation", "train"),
+        "codec",
+    )
     keys = [key for key in group if key.split(".")[0] in sections and "." in key]
     keys += ["evaluate.every", "evaluate.split", "evaluate.eval_examples"]
     differing = [key for key in keys if key in group and group[key].nunique(dropna=False) > 1]

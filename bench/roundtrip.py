@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.config import parse_run
-from bench.meter import PHASES, Meter, peak_memory, reset_peak_memory
+from bench.meter import PHASES, Measured, Meter
 from bench.micro_collectives import bare_allgather
 from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
 from bench.rounds import Job, advance, build, place
@@ -141,36 +141,35 @@ def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Se
 
 def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:
     """Seconds of the suite's rounds, of the bare loop and of the bare allgather, turn about."""
-    reset_peak_memory(job.device)
     meter = Meter(job.device)
     state, row = job.state, {}
     parameters = _parameters(job)
     packed = _packed_bytes(job, communicator)
     bare_call = bare_allgather(torch.zeros(packed, dtype=torch.uint8), communicator)
     own: dict[str, list[float]] = {"": [], "bare_loop_": [], "bare_allgather_": []}
-    phases: list[dict[str, float]] = []
+    measured: list[Measured] = []
     for index in range(_WARM_UP + rounds):
         communicator.barrier()
         meter.take()
         start = time.perf_counter()
         state, row = advance(job, state, communicator, meter)
         own[""].append(time.perf_counter() - start)
-        phases.append(meter.take().seconds)
+        measured.append(meter.take())
         own["bare_loop_"].append(_bare_loop(parameters, job, communicator))
         if bare_call is not None:
             own["bare_allgather_"].append(_timed(bare_call, communicator))
         if index + 1 == _WARM_UP:  # first rounds fault their pages in
             for seconds in own.values():
                 seconds.clear()
-            phases.clear()
-    return _described(job, row, own, phases, communicator)
+            measured.clear()
+    return _described(job, row, own, measured, communicator)
 
 
 def _described(
     job: Job,
     row: dict[str, Any],
     own: dict[str, list[float]],
-    phases: Sequence[dict[str, float]],
+    measured: Sequence[Measured],
     communicator: Communicator,
 ) -> dict[str, Any]:
     """The record's keys, the same on every process."""
@@ -181,7 +180,9 @@ def _described(
         if prefix in longest:
             result[f"{prefix}median_seconds"] = float(np.median(longest[prefix]))
     medians = {
-        phase: slowest([statistics.median(p.get(phase, 0.0) for p in phases)], communicator)[0]
+        phase: slowest(
+            [statistics.median(m.seconds.get(phase, 0.0) for m in measured)], communicator
+        )[0]
         for phase in PHASES
     }
     median = result["median_seconds"]
@@ -194,7 +195,7 @@ def _described(
         "uplink_bytes_per_client": row["uplink_bytes"] / num_clients,
         "downlink_bytes_per_client": _total(row["downlink_bytes"], communicator) / num_clients,
         "wire_bytes_sent": _total(row["wire_bytes_sent"], communicator),
-        **{key: _largest(size, communicator) for key, size in peak_memory(job.device).items()},
+        **_peak_memory(measured[-1], communicator),
         "phase_seconds": {phase: round(s, 6) for phase, s in medians.items() if s},
     }
 
@@ -204,9 +205,11 @@ def _total(number: int, communicator: Communicator) -> int:
     return sum(int(part) for part in communicator.gather_bytes(str(number).encode()))
 
 
-def _largest(number: int, communicator: Communicator) -> int:
-    """Maximum over processes."""
-    return max(int(part) for part in communicator.gather_bytes(str(number).encode()))
+def _peak_memory(measured: Measured, communicator: Communicator) -> dict[str, int]:
+    """Maximum over processes; nothing where the platform does not tell."""
+    own = str(measured.memory.get("peak_memory_bytes", "")).encode()
+    peaks = [int(part) for part in communicator.gather_bytes(own) if part]
+    return {"peak_memory_bytes": max(peaks)} if peaks else {}
 
 
 def _timed(call: Any, communicator: Communicator) -> float:

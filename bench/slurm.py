@@ -1,6 +1,5 @@
 """A plan as Slurm jobs: an array with one task of the array per run, and one that draws figures."""
 
-import os
 import re
 import shlex
 import shutil
@@ -135,7 +134,8 @@ def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: 
         + 'export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"\n\n'
         "# srun does not take --cpus-per-task from sbatch (since Slurm 22.05).\n"
         f'srun -c "$SLURM_CPUS_PER_TASK" --mpi={site.mpi} \\\n'
-        f'  {command} --index "$SLURM_ARRAY_TASK_ID" &\n'
+        f"  {command} \\\n"
+        '  --index "$SLURM_ARRAY_TASK_ID" &\n'
         + _WAIT
         + '# The last line of a failed run\'s log; "fedara status" reads it.\n'
         '[ "$code" -eq 0 ] || echo "fedara: exit code $code"\n'
@@ -203,10 +203,8 @@ def _ranges(numbers: list[int]) -> str:
 
 def _sbatch(script: Path, *options: str) -> str:
     """Submit a script; returns the job id. Raises InputError with what sbatch said."""
-    # An allocation that this shell sits in would fill in what the script leaves open.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
     words = ["sbatch", "--parsable", *options, str(script)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         said = " ".join(done.stderr.split())
         raise InputError(f"sbatch refused {script}: {said}; allowed: what your site file says")

@@ -19,9 +19,10 @@ _Word = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]  # stands in a line of #SB
 _Time = Annotated[str, Field(pattern=r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$")]
 _SIGNAL_SECONDS = 120  # before the time limit: a round and a checkpoint must fit in
 
-# What a job script does after its settings. USR1 goes to the shell alone (B:), which hands it on.
-_WAIT = """\
+_WAIT = f"""\
 step=$!
+
+# Slurm sends USR1 to this shell {_SIGNAL_SECONDS} s before the time limit; the processes need it.
 trap 'kill -USR1 "$step"' USR1
 trap 'kill -TERM "$step"' TERM
 code=0
@@ -137,7 +138,7 @@ def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: 
         f"  {command} \\\n"
         '  --index "$SLURM_ARRAY_TASK_ID" &\n'
         + _WAIT
-        + '# The last line of a failed run\'s log; "fedara status" reads it.\n'
+        + '\n# The last line of a failed run\'s log; "fedara status" reads it.\n'
         '[ "$code" -eq 0 ] || echo "fedara: exit code $code"\n'
         'exit "$code"\n'
     )

@@ -156,14 +156,15 @@ def _progress(rounds: Path) -> tuple[int, float | None]:
 
 def _failure(log: Path) -> tuple[bool, str]:
     """Whether a log says that its run failed, and why."""
-    lines = last_lines(log, 200)
-    code = next((line for line in reversed(lines[-3:]) if line.startswith(_EXIT)), "")
-    killed = bool(lines) and _KILLED.match(lines[-1]) is not None
-    if not (code or killed):
+    *lines, last = last_lines(log, 200) or [""]
+    code = last if last.startswith(_EXIT) else ""
+    if not (code or _KILLED.match(last)):
         return False, ""
-    others = [line for line in lines if not line.startswith(_EXIT)]
-    named = [line for line in others if _REASON.match(line)]
-    said = (named or others or [""])[-1].removeprefix("fedara: ").strip()
+    lines += [] if code else [last]
+    earlier = [number for number, line in enumerate(lines) if line.startswith(_EXIT)]
+    this_try = lines[earlier[-1] + 1 :] if earlier else lines
+    named = [line for line in this_try if _REASON.match(line)]
+    said = (named or this_try or [""])[-1].removeprefix("fedara: ").strip()
     return True, " ".join(
         filter(None, [said, f"({code.removeprefix('fedara: ')})" if code else ""])
     )

@@ -44,8 +44,8 @@ def run_sweep(plan: Plan, processes: int, jobs: int | None, console: Console) ->
     done = len(plan.runs) - len(left)
     jobs = jobs or side_by_side(plan.runs, processes, num_cores())
     console.print(
-        f"{plan.path}: {len(plan.runs)} runs, {done} of them done; {processes} processes a run, "
-        f"up to {jobs} side by side",
+        f"{plan.path}: {len(plan.runs)} runs, {done} of them done; processes of a run: "
+        f"{processes}, runs side by side: {jobs}",
         soft_wrap=True,
     )
     failed = _run_lines(plan, deque(left), launcher, processes, jobs, console)

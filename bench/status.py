@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedara_core.errors import InputError
 
@@ -93,7 +94,7 @@ def show(runs: list[RunStatus], console: Console) -> None:
     console.print(table(sorted(runs, key=lambda run: STATES.index(run.state))))
     for run in runs:
         if run.state == "failed":
-            console.print(f"{run.run_id}: {run.reason}", style="red", soft_wrap=True)
+            console.print(Text(f"{run.run_id}: {run.reason}", "red"), soft_wrap=True)
     counts = [f"{sum(run.state == state for run in runs)} {state}" for state in STATES]
     console.print(f"{len(runs)} runs: {', '.join(counts)}")
 
@@ -107,8 +108,8 @@ def table(runs: list[RunStatus]) -> Table:
         columns.add_column(title, justify="right", no_wrap=True)
     for run in runs:
         columns.add_row(
-            run.run_id,
-            f"[{_STYLES[run.state]}]{run.state}[/]",
+            Text(run.run_id),
+            Text(run.state, _STYLES[run.state]),
             f"{run.rounds_done}/{'?' if run.num_rounds is None else run.num_rounds}",
             "" if run.accuracy is None else f"{100 * run.accuracy:.1f}",
             "" if run.silent_seconds is None else _ago(run.silent_seconds),

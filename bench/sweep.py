@@ -1,6 +1,7 @@
 """Runs a plan on this machine: each run a process group of its own, some side by side."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -113,15 +114,16 @@ def _start(plan: Plan, index: int, launcher: list[str], environment: dict[str, s
 def _finish(plan: Plan, run: _Running, console: Console) -> bool:
     """Say how a run ended; a failure is also the last line of its log."""
     code = run.process.returncode
-    if code:
+    done = code == 0 and (plan.results / plan.runs[run.index].run_id / "DONE").exists()
+    if not done:
         with plan.log(run.index).open("a", encoding="utf-8") as log:
             log.write(exit_line(code))
     found = _look(plan, run.index)
     seconds = time.monotonic() - run.start
     accuracy = "" if found.accuracy is None else f", accuracy {100 * found.accuracy:.1f} %"
-    text = f"failed: {found.reason}" if code else f"done in {seconds:.0f} s{accuracy}"
+    text = f"done in {seconds:.0f} s{accuracy}" if done else f"failed: {found.reason}"
     console.print(f"{_title(plan, run)}: {text}", soft_wrap=True)
-    return not code
+    return done
 
 
 def _look(plan: Plan, index: int) -> RunStatus:
@@ -136,10 +138,12 @@ def _title(plan: Plan, run: _Running) -> str:
 
 @contextmanager
 def _ended(running: list[_Running]) -> Iterator[None]:
-    """Nothing that was started outlives the sweep, however it ends."""
+    """Nothing that was started outlives the sweep, whether it ends by itself, ^C or SIGTERM."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         for run in running:
             run.process.terminate()
         for run in running:

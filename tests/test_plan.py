@@ -1,6 +1,7 @@
 """Plan files, their lines as runs, and sweeps on this machine, one of them with a failing run."""
 
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -169,9 +170,11 @@ def test_each_run_is_started_under_mpiexec(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     plan = make_plan(write(tmp_path, "seed = [0, 1]"), tmp_path, [])
     with (tmp_path / "out").open("w") as out:
-        assert sweep.run_sweep(plan, 3, 2, Console(file=out))
+        assert not sweep.run_sweep(plan, 3, 2, Console(file=out))  # it exits with 0, but no DONE
+    assert "0 runs done, 2 failed" in (tmp_path / "out").read_text()
     for index in (0, 1):
-        (line,) = last_lines(plan.log(index), 9)
+        line, last = last_lines(plan.log(index), 9)
+        assert last == "fedara: exit code 0"
         threads, *words = line.split()
         assert threads == "2"
         assert words[:2] == ["-n", "3"]
@@ -191,8 +194,14 @@ def test_logs_of_earlier_tries_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
 def test_nothing_outlives_an_interrupted_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    raised: type[BaseException],
 ) -> None:
     mpiexec = fake_mpiexec(tmp_path, 0)
     mpiexec.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -201,10 +210,11 @@ def test_nothing_outlives_an_interrupted_sweep(
 
     def interrupt(plan: object, run: object) -> str:
         started.append(run)
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        return ""
 
     monkeypatch.setattr(sweep, "_title", interrupt)
-    with (tmp_path / "out").open("w") as out, pytest.raises(KeyboardInterrupt):
+    with (tmp_path / "out").open("w") as out, pytest.raises(raised):
         sweep.run_sweep(make_plan(TINY, tmp_path, []), 2, 1, Console(file=out))
     (run,) = started
     assert run.process.returncode is not None

@@ -79,7 +79,7 @@ def sweep(
     processes: Annotated[int, typer.Option(min=1, help="MPI processes of each run.")] = 1,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs side by side; as many as the cores hold if not given."),
+        typer.Option(min=1, help="Runs side by side; as many as fit if not given, 1 with energy."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what there is to do.")

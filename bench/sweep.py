@@ -35,15 +35,20 @@ class _Running:
 def run_sweep(plan: Plan, processes: int, jobs: int | None, console: Console) -> bool:
     """Run what is not finished, `processes` each; True if all of it succeeded. Raises InputError.
 
-    jobs: runs side by side; by default as many as the cores hold.
+    jobs: runs side by side; by default as many as `side_by_side` says.
     """
     if detect(os.environ) != "serial":
         raise InputError("fedara sweep starts the processes itself; allowed: without a launcher")
     launcher = [beside(sys.executable, "mpiexec"), "-n", str(processes)] if processes > 1 else []
+    jobs = jobs or side_by_side(plan.runs, processes, num_cores())
+    if jobs > 1 and any(run.energy.enabled for run in plan.runs):
+        raise InputError(
+            f"--jobs {jobs}: the counters that measure energy count a whole host, so all of these "
+            "runs at once; allowed: --jobs 1, or --set energy.enabled=false"
+        )
     plan.write()
     left = plan.left()
     done = len(plan.runs) - len(left)
-    jobs = jobs or side_by_side(plan.runs, processes, num_cores())
     console.print(
         f"{plan.path}: {len(plan.runs)} runs, {done} of them done; processes of a run: "
         f"{processes}, runs side by side: {jobs}",
@@ -64,7 +69,9 @@ def num_cores() -> int:
 
 
 def side_by_side(runs: tuple[RunConfig, ...], processes: int, cores: int) -> int:
-    """How many runs fit: one, unless all say that they use the CPU and how many threads."""
+    """How many runs fit: one, unless all use the CPU, say how many threads, measure no energy."""
+    if any(run.energy.enabled for run in runs):
+        return 1
     threads = [run.system.threads for run in runs if run.system.device == "cpu"]
     numbers = [number for number in threads if isinstance(number, int)]
     if len(numbers) < len(runs):

@@ -229,10 +229,17 @@ def test_nothing_outlives_an_interrupted_sweep(
         (["system.threads=4"], 1, 2),
         (["system.threads=auto"], 1, 1),
         (["system.device=auto"], 1, 1),
+        (["energy.enabled=true"], 1, 1),
     ],
 )
 def test_runs_side_by_side(overrides: list[str], processes: int, expected: int) -> None:
     assert sweep.side_by_side(tuple(load_runs(TINY, overrides)), processes, 8) == expected
+
+
+def test_energy_is_not_measured_side_by_side(tmp_path: Path) -> None:
+    plan = make_plan(TINY, tmp_path, ["energy.enabled=true"])
+    with pytest.raises(InputError, match="allowed: --jobs 1, or --set energy"):
+        sweep.run_sweep(plan, 1, 2, Console())
 
 
 def test_a_sweep_under_a_launcher_is_refused(

@@ -1,4 +1,4 @@
-"""The command line: fedara run | list | export | doctor | micro."""
+"""The command line: fedara run | sweep | submit | status | list | export | doctor | micro."""
 
 import sys
 from collections.abc import Callable
@@ -29,7 +29,9 @@ app.add_typer(micro, name="micro")
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="A TOML file; see bench/configs.")],
+    config: Annotated[
+        Path, typer.Argument(help="A TOML file (see bench/configs), or a plan that sweep wrote.")
+    ],
     results: Annotated[
         Path, typer.Option("--results", help="Folder for the records, one folder a run.")
     ] = Path("results/runs"),
@@ -41,6 +43,9 @@ def run(
         bool, typer.Option("--no-energy", help="As --set energy.enabled=false.")
     ] = False,
     comm: Annotated[str, typer.Option("--comm", help=COMM_HELP)] = "auto",
+    index: Annotated[
+        int | None, typer.Option(help="Only this point of the sweep or plan, counted from 0.")
+    ] = None,
 ) -> None:
     """Run a config, or every point of its sweep table, and record each round.
 
@@ -54,7 +59,95 @@ def run(
     from bench.runner import run_all
 
     chosen = [*(overrides or []), *(["energy.enabled=false"] if no_energy else [])]
-    _as_job(comm, lambda communicator: run_all(config, results, chosen, communicator))
+    _as_job(comm, lambda job: run_all(config, results, chosen, job, index))
+
+
+PlanArgument = Annotated[Path, typer.Argument(help="A TOML file with a [sweep] table.")]
+PlanResults = Annotated[
+    Path | None,
+    typer.Option("--results", help="Folder for plan, logs and records; results/NAME if not given."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
+]
+
+
+@app.command()
+def sweep(
+    config: PlanArgument,
+    results: PlanResults = None,
+    processes: Annotated[int, typer.Option(min=1, help="MPI processes of each run.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs side by side; as many as fit if not given, 1 with energy."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what there is to do.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Run a sweep on this machine, each point a job of its own; a failure stops no other point.
+
+    The expanded sweep is frozen in a plan file. Start it again to run what is not done.
+
+    \b
+      fedara sweep bench/configs/trec6.toml --dry-run
+      fedara sweep my.toml --processes 2 --jobs 4 --set federation.num_rounds=20
+    """
+    from bench.plan import describe, make_plan
+    from bench.sweep import run_sweep
+
+    try:
+        plan = make_plan(config, results, overrides or [])
+        if dry_run:
+            typer.echo("\n".join(describe(plan)))
+            return
+        succeeded = run_sweep(plan, processes, jobs, Console(highlight=False, markup=False))
+    except InputError as error:
+        _refuse(error)
+    if not succeeded:
+        raise typer.Exit(1)
+
+
+@app.command()
+def submit(
+    config: PlanArgument,
+    site: Annotated[Path, typer.Option(help="A TOML file; see slurm/sites.")],
+    results: PlanResults = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job scripts, submit nothing.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Submit a sweep to Slurm: a job array, one run a task, then a job that draws the figures.
+
+    Submit it again to run what is not done.
+
+    \b
+      fedara submit bench/configs/trec6.toml --site slurm/sites/generic_cpu.toml --dry-run
+    """
+    from bench.plan import make_plan
+    from bench.slurm import read_site, submit_plan
+
+    try:
+        plan = make_plan(config, results, overrides or [])
+        for line in submit_plan(plan, read_site(site), dry_run=dry_run):
+            typer.echo(line)
+    except InputError as error:
+        _refuse(error)
+
+
+@app.command()
+def status(
+    results: Annotated[Path, typer.Argument(help="The folder of a sweep: --results.")],
+) -> None:
+    """Say what runs, what is done, what failed and why, and the accuracy so far."""
+    from bench.status import read_status, show
+
+    try:
+        show(read_status(results), Console(highlight=False))
+    except InputError as error:
+        _refuse(error)
 
 
 @app.command(name="list")

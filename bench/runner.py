@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.config import EnergyConfig, RunConfig, load_runs
+from bench.config import EnergyConfig, RunConfig
 from bench.cost_table import show_costs
 from bench.energy import HostEnergy, no_energy, open_energy
+from bench.plan import load_points
 from bench.record import Recorder
 from bench.rounds import prepare, run
 from fedara_core.comm import Communicator
@@ -21,12 +22,18 @@ from fedara_core.errors import Diverged, InputError
 T = TypeVar("T")
 
 
-def run_all(path: Path, results: Path, overrides: list[str], communicator: Communicator) -> None:
-    """Run every point of the config at `path` that has no DONE yet.
+def run_all(
+    path: Path,
+    results: Path,
+    overrides: list[str],
+    communicator: Communicator,
+    index: int | None = None,
+) -> None:
+    """Run every point of the config or plan at `path` that has no DONE yet, or only point `index`.
 
     world_rank 0 reads the config and says what is left. An InputError is raised on all processes.
     """
-    pending = _pending(path, results, overrides, communicator)
+    pending = _pending(path, results, overrides, communicator, index)
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     diverged: list[Diverged] = []
     finished: list[Path] = []
@@ -124,14 +131,18 @@ def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) 
 
 
 def _pending(
-    path: Path, results: Path, overrides: list[str], communicator: Communicator
+    path: Path,
+    results: Path,
+    overrides: list[str],
+    communicator: Communicator,
+    index: int | None,
 ) -> list[tuple[str, RunConfig, bool]]:
     """Title, config and whether it is done, for each point: read by world_rank 0, told to all."""
 
     def read() -> bytes:
         if communicator.world_rank != 0:
             return b""
-        configs = load_runs(path, overrides)
+        configs = load_points(path, overrides, index)
         _make_folder(results)
         done = [Recorder(results, config).done for config in configs]
         return json.dumps([[c.model_dump_json() for c in configs], done]).encode()

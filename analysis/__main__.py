@@ -17,7 +17,10 @@ from analysis import (
     figure_partition,
     figure_phases,
     figure_target,
+    table_accuracy,
     table_collectives,
+    table_cost,
+    table_headline,
     table_summary,
 )
 from analysis.load import AnalysisError, Campaign, NotDrawn, has_rounds, load_campaign
@@ -41,6 +44,7 @@ _FIGURES = [
     figure_client_spread,
     figure_partition,
 ]
+_TABLES = [table_headline, table_accuracy, table_cost]
 
 
 def report(campaign: Campaign, out_dir: Path) -> tuple[list[Path], list[str]]:
@@ -49,11 +53,13 @@ def report(campaign: Campaign, out_dir: Path) -> tuple[list[Path], list[str]]:
     Returns the files written, and for each figure that the records do not allow why not.
     """
     files, gaps = [], []
-    for figure in _FIGURES:
+    makers = [(figure.NAME, figure.draw) for figure in _FIGURES]
+    makers += [(table.NAME, table.write) for table in _TABLES]
+    for name, make in makers:
         try:
-            files += figure.draw(campaign, out_dir)
+            files += make(campaign, out_dir)
         except NotDrawn as reason:
-            gaps.append(f"{figure.NAME}: {reason}")
+            gaps.append(f"{name}: {reason}")
     files += table_summary.write(campaign, out_dir)
     return files, gaps
 

@@ -47,7 +47,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         files = style.save(fig, out_dir / NAME)
     title = (
         "Accuracy on each client's own label mix at the last evaluation: the mean over clients "
-        "(filled marker) and the 10th percentile (open end of the line), mean over runs. A long "
+        "(marker) and the 10th percentile (far end of the line), mean over runs. A long "
         "line means that some clients are served much worse than others."
     )
     return [*files, caption.write(campaign, out_dir / NAME, title=title)]

@@ -58,10 +58,11 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
                 low, high = line["local_train_seconds_low"], line["local_train_seconds_high"]
                 band = line["round_index"] + 1
                 ax.fill_between(band, low, high, color=look.color, alpha=0.2, linewidth=0)
-            ax.set_ylim(bottom=0)
             ax.set_title(", ".join(panel))
             ax.set_xlabel("Round")
             ax.set_ylabel("Local training (s)" if index % num_columns == 0 else "")
+        for ax in axes:  # at the end: panels of one data set share their scale
+            ax.set_ylim(bottom=0)
         add_legend(fig, axes, seeds_text(frame["num_seeds"]))
         files = style.save(fig, out_dir / NAME)
     title = (

@@ -37,7 +37,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     num_rows = -(-len(shown) // num_columns)
     most_labels = frame.groupby("dataset")["label"].nunique().max()
     with style.context():
-        fig = Figure(figsize=(0.6 + 4.2 * num_columns, (1.0 + 0.13 * most_labels) * num_rows))
+        fig = Figure(figsize=(0.6 + 4.2 * num_columns, (1.3 + 0.13 * most_labels) * num_rows))
         grid = fig.subplots(num_rows, num_columns, squeeze=False)
         for ax in grid.flat[len(shown) :]:
             ax.set_visible(False)
@@ -53,7 +53,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
             ax.set_title(", ".join(panel))
             ax.set_xlabel("client_id")
             ax.grid(False)
-        fig.colorbar(image, ax=grid, label="Share of the client's examples", shrink=0.8)
+        fig.colorbar(image, ax=grid, label="Share of examples")
         files = style.save(fig, out_dir / NAME)
     title = (
         "Share of each label in each client's examples (a column sums to 1), of the panel's lowest "

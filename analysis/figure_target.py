@@ -12,7 +12,10 @@ from analysis.load import SERIES, Campaign, NotDrawn, panels
 from analysis.target import COSTS, PART_OF_LORA, costs_to_target
 
 NAME = "target"
-_LABELS = {"uplink_bytes": "Uplink bytes to the target", "seconds": "Seconds to the target"}
+_LABELS = {
+    "uplink_bytes": "Uplink bytes to target / lora's",
+    "seconds": "Seconds to target / lora's",
+}
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
@@ -55,7 +58,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
             rows = frame[is_panel(frame, panel)].sort_values(["method", "setting"])
             for ax, cost in zip(row, COSTS, strict=True):
                 _draw_ratios(ax, rows, cost)
-                ax.set_xlabel(f"{_LABELS[cost]}, relative to lora")
+                ax.set_xlabel(_LABELS[cost])
             row[1].set_yticklabels([])
             target = rows["target_accuracy_percent"].iloc[0]
             row[0].set_title(f"{', '.join(panel)}; target {target:.1f} %", loc="left")
@@ -87,6 +90,7 @@ def _draw_ratios(ax: Any, rows: pd.DataFrame, cost: str) -> None:
         ax.plot(ratio, place, marker=look.marker, color=look.color, markersize=6)
     if ratios.notna().any():
         ax.set_xscale("log")
+        ax.margins(x=0.08)
         if ratios.max() < 10 * ratios.min():  # a short logarithmic axis would have no number
             ax.set_xscale("linear")
             ax.set_xlim(left=0)

@@ -8,11 +8,22 @@ import typer
 from analysis import (
     figure_accuracy_bytes,
     figure_accuracy_rounds,
+    figure_alpha,
+    figure_client_spread,
     figure_collectives,
+    figure_live_triplets,
+    figure_local_train,
+    figure_pareto,
+    figure_partition,
+    figure_phases,
+    figure_target,
+    table_accuracy,
     table_collectives,
+    table_cost,
+    table_headline,
     table_summary,
 )
-from analysis.load import AnalysisError, Campaign, has_rounds, load_campaign
+from analysis.load import AnalysisError, Campaign, NotDrawn, has_rounds, load_campaign
 from analysis.load_micro import MicroCampaign, load_micro
 from bench.scaling import read_costs
 from fedara_core.errors import InputError
@@ -20,13 +31,37 @@ from fedara_core.errors import InputError
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def report(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write all figures, captions and tables to `out_dir`; returns the files written."""
-    return [
-        *figure_accuracy_rounds.draw(campaign, out_dir),
-        *figure_accuracy_bytes.draw(campaign, out_dir),
-        *table_summary.write(campaign, out_dir),
-    ]
+# In the order of a report; each has NAME, data, and draw or write.
+_FIGURES = [
+    figure_accuracy_rounds,
+    figure_accuracy_bytes,
+    figure_pareto,
+    figure_target,
+    figure_alpha,
+    figure_live_triplets,
+    figure_local_train,
+    figure_phases,
+    figure_client_spread,
+    figure_partition,
+]
+_TABLES = [table_headline, table_accuracy, table_cost]
+
+
+def report(campaign: Campaign, out_dir: Path) -> tuple[list[Path], list[str]]:
+    """Write all figures, captions and tables to `out_dir`.
+
+    Returns the files written, and for each figure that the records do not allow why not.
+    """
+    files, gaps = [], []
+    makers = [(figure.NAME, figure.draw) for figure in _FIGURES]
+    makers += [(table.NAME, table.write) for table in _TABLES]
+    for name, make in makers:
+        try:
+            files += make(campaign, out_dir)
+        except NotDrawn as reason:
+            gaps.append(f"{name}: {reason}")
+    files += table_summary.write(campaign, out_dir)
+    return files, gaps
 
 
 def report_micro(micro: MicroCampaign, out_dir: Path, costs: Path | None) -> list[Path]:
@@ -60,22 +95,24 @@ def main(
     A record is a folder with run.json, rounds.jsonl and DONE. A run without DONE has not finished:
     it is named, and left out of everything.
 
-    Writes accuracy_rounds and accuracy_bytes (.pdf, .png and .txt, the caption), summary.md and
-    summary.csv; of records of fedara micro collectives collectives_density_overlap_*,
-    collectives_scaling and collectives_allgather. The same records give the same bytes.
+    Writes each figure as .pdf, .png and .txt (the caption), tables, and report.html; a figure that
+    the records do not allow is named, with the reason. Of records of fedara micro
+    collectives it draws collectives_density_overlap_*, collectives_scaling and
+    collectives_allgather. The same records give the same bytes.
 
     Example:  python -m analysis results/published/first --out /tmp/figures
 
     Exit code 2: the records are missing, corrupt, or come twice; one line says which.
     """
     out_dir = out or directory / "figures"
-    files, incomplete = [], []
+    files, gaps, incomplete = [], [], []
     try:
         micro = load_micro(directory)
         if micro is None or has_rounds(directory):
             campaign = load_campaign(directory)
             _require_finished(directory, campaign.runs.empty, campaign.incomplete)
-            files += report(campaign, out_dir)
+            written, gaps = report(campaign, out_dir)
+            files += written
             incomplete += campaign.incomplete
             table_summary.show(campaign)
         if micro is not None:
@@ -87,6 +124,8 @@ def main(
         raise typer.Exit(2) from None
     for run_id in incomplete:
         typer.echo(f"left out, no DONE: {run_id}")
+    for gap in gaps:
+        typer.echo(f"not drawn, {gap}")
     for file in files:
         typer.echo(f"wrote {file}")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis import spread
 from analysis.load import Campaign, panels
 
 # Label, and the columns of Campaign.runs behind it; a column that no run has is passed over.
@@ -90,5 +91,5 @@ def _seeds(runs: pd.DataFrame) -> str:
 def _seeds_sentence(campaign: Campaign) -> str:
     counts = campaign.runs.groupby(["dataset", "partition", "method", "setting"]).size()
     if counts.max() == 1:
-        return "One seed per line: differences between lines carry no measure of spread."
-    return "Line: mean over seeds. Band: smallest to largest value over seeds, no interval."
+        return "One seed each: differences between methods carry no measure of spread."
+    return f"Mean over seeds. {spread.SENTENCE}"

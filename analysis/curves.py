@@ -10,20 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from pandas.api.types import is_integer_dtype
 
-from analysis import caption, style
+from analysis import caption, spread, style
 from analysis.load import PANEL, SERIES, AnalysisError, Campaign, panels
 
 _MAX_COLUMNS = 3
 _PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
 _LEGEND_LINE_INCHES = 0.18
+_CHARACTER_INCHES = 0.072
+_MAX_ENTRIES_BELOW = 9
 _MAX_MARKERS = 10
 
 
 def accuracy_curves(campaign: Campaign) -> pd.DataFrame:
-    """Mean, minimum and maximum over seeds for each line and each round with an evaluation.
+    """Mean over seeds and its 95 % interval for each line and each round with an evaluation.
 
     Columns: dataset, partition, method, setting, round_index, rounds_completed, num_seeds,
-    accuracy_percent_{mean,min,max}, cumulative_uplink_bytes_mean.
+    accuracy_percent_{mean,low,high} (low and high missing for one seed),
+    cumulative_uplink_bytes_mean.
     """
     evaluated = campaign.rounds.dropna(subset=["accuracy"])
     rows = evaluated.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
@@ -32,8 +35,8 @@ def accuracy_curves(campaign: Campaign) -> pd.DataFrame:
     frame = groups.agg(
         num_seeds=("run_id", "nunique"),
         accuracy_percent_mean=("accuracy_percent", "mean"),
-        accuracy_percent_min=("accuracy_percent", "min"),
-        accuracy_percent_max=("accuracy_percent", "max"),
+        accuracy_percent_low=("accuracy_percent", spread.low),
+        accuracy_percent_high=("accuracy_percent", spread.high),
         cumulative_uplink_bytes_mean=("cumulative_uplink_bytes", "mean"),
     )
     # Accuracy is that of the state after the round.
@@ -52,31 +55,32 @@ def draw_panels(
         raise AnalysisError("no finished run holds an evaluated round: nothing to draw")
     shown = [panel for panel in panels(campaign) if panel in _panels_of(frame)]
     with style.context():
-        num_columns = _num_columns(shown)
-        fig, axes = _grid(shown, num_columns)
+        num_columns = columns_of(shown)
+        fig, axes = grid(shown, num_columns)
         log_x = _spans_decades(frame, x)
         for index, (panel, ax) in enumerate(zip(shown, axes, strict=True)):
-            _draw_lines(ax, frame[_is_panel(frame, panel)], x)
+            _draw_lines(ax, frame[is_panel(frame, panel)], x)
             ax.set_title(", ".join(panel))
             if log_x:
                 ax.set_xscale("log")
+                ax.xaxis.set_major_formatter(style.plain_number)
             elif is_integer_dtype(frame[x]):
                 ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             last_of_column = index + num_columns >= len(shown)
             ax.set_xlabel(x_label if last_of_column else "")
             ax.set_ylabel("Accuracy (%)" if index % num_columns == 0 else "")
-        _add_legend(fig, axes, frame, num_columns)
+        add_legend(fig, axes, seeds_text(frame["num_seeds"]))
         files = style.save(fig, out)
     return [*files, caption.write(campaign, out, title=title)]
 
 
-def _num_columns(shown: list[tuple[str, str]]) -> int:
+def columns_of(shown: list[tuple[str, str]]) -> int:
     """One row per data set where data sets have several partitions, otherwise just filled rows."""
     most_partitions = max(Counter(dataset for dataset, _ in shown).values())
     return min(most_partitions if most_partitions > 1 else len(shown), _MAX_COLUMNS)
 
 
-def _grid(shown: list[tuple[str, str]], num_columns: int) -> tuple[Figure, list[Any]]:
+def grid(shown: list[tuple[str, str]], num_columns: int) -> tuple[Figure, list[Any]]:
     num_rows = math.ceil(len(shown) / num_columns)
     width, height = _PANEL_INCHES
     fig = Figure(figsize=(width * num_columns, height * num_rows))
@@ -102,41 +106,61 @@ def _draw_lines(ax: Any, frame: pd.DataFrame, x: str) -> None:
             markerfacecolor=fill,
             linestyle=look.linestyle,
             markevery=math.ceil(len(line) / _MAX_MARKERS),
-            label=f"{method} ({setting})" if setting else method,
+            label=series_label(method, setting),
         )
         if line["num_seeds"].max() > 1:
-            low, high = line["accuracy_percent_min"], line["accuracy_percent_max"]
+            low, high = line["accuracy_percent_low"], line["accuracy_percent_high"]
             ax.fill_between(line[x], low, high, color=look.color, alpha=0.2, linewidth=0)
 
 
-def _add_legend(fig: Figure, axes: list[Any], frame: pd.DataFrame, num_columns: int) -> None:
-    """One legend for all panels, below them where no line can be; the figure grows to hold it."""
+def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
+    """One legend for all panels, where no line can be; the figure grows to hold it.
+
+    Few entries stand below the panels; many beside them, where the eye finds one by its name.
+    """
     handles: dict[str, Any] = {}
     for ax in axes:
         lines, labels = ax.get_legend_handles_labels()
         handles = dict(zip(labels, lines, strict=True)) | handles
     labels = sorted(handles)
-    inches_per_entry = 0.8 + 0.075 * max(len(label) for label in labels)
-    fitting = int(_PANEL_INCHES[0] * num_columns / inches_per_entry)
-    num_legend_columns = max(1, min(len(labels), fitting))
-    num_lines = 1 + math.ceil(len(labels) / num_legend_columns)
-    fig.set_figheight(fig.get_figheight() + num_lines * _LEGEND_LINE_INCHES)
+    beside = len(labels) > _MAX_ENTRIES_BELOW
+    if beside:
+        num_columns, where = 1, "outside right upper"
+        num_lines = 2 + sum(1 + label.count("\n") for label in labels)
+        # Margins take as much of the width as two characters of each label do.
+        longest = max(len(line) for label in labels for line in label.split("\n"))
+        fig.set_figwidth(fig.get_figwidth() + 0.7 + _CHARACTER_INCHES * longest)
+        fig.set_figheight(max(fig.get_figheight(), num_lines * _LEGEND_LINE_INCHES))
+    else:
+        labels = [label.replace("\n", " ") for label in sorted(handles)]
+        handles = {label.replace("\n", " "): handle for label, handle in handles.items()}
+        inches_per_entry = 0.8 + 0.075 * max(len(label) for label in labels)
+        fitting = int(fig.get_figwidth() / inches_per_entry)
+        num_columns, where = max(1, min(len(labels), fitting)), "outside lower center"
+        num_lines = 1 + math.ceil(len(labels) / num_columns)
+        fig.set_figheight(fig.get_figheight() + num_lines * _LEGEND_LINE_INCHES)
     fig.legend(
         [handles[label] for label in labels],
         labels,
-        title=_seeds_text(frame),
-        loc="outside lower center",
-        ncols=num_legend_columns,
+        title=title.replace(", ", ",\n") if beside else title,
+        loc=where,
+        ncols=num_columns,
         handlelength=3.2,
     )
 
 
-def _seeds_text(frame: pd.DataFrame) -> str:
-    low, high = frame["num_seeds"].min(), frame["num_seeds"].max()
+def series_label(method: str, setting: str) -> str:
+    """A line's name; the setting on a second line, which legends below the panels join again."""
+    return f"{method}\n({setting})" if setting else method
+
+
+def seeds_text(num_seeds: pd.Series) -> str:
+    """What a line and its band are, with the number of seeds."""
+    low, high = num_seeds.min(), num_seeds.max()
     if high == 1:
-        return "one seed per line (n = 1)"
-    count = f"n = {high}" if low == high else f"n = {low} to {high}"
-    return f"mean (line) and min to max (band) over {count} seeds"
+        return "one seed each (n = 1)"
+    count = f"n = {low}" if low == high else f"n = {low} to {high}"
+    return f"mean and 95 % interval, {count} seeds"
 
 
 def _spans_decades(frame: pd.DataFrame, x: str) -> bool:
@@ -148,5 +172,5 @@ def _panels_of(frame: pd.DataFrame) -> set[tuple[str, str]]:
     return set(frame[PANEL].itertuples(index=False, name=None))
 
 
-def _is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
+def is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
     return (frame["dataset"] == panel[0]) & (frame["partition"] == panel[1])

@@ -27,12 +27,19 @@ _REQUIRED_IN_ROUND = ["round_index", "uplink_bytes", "downlink_bytes"]
 _RUN_COLUMNS = ["total_seconds", "partition.alpha", "energy_source", "energy_joules"]
 _ROUND_COLUMNS = ["accuracy", "macro_f1", "live_triplets", "local_train_seconds", "flops"]
 
+_ADAPTER_COLUMNS = ["run_id", "round_index", "adapter", "live_triplets"]
+_CLIENT_COLUMNS = ["run_id", "client_id", "label", "num_examples"]
+
 # Nested keys of a round become columns that carry their unit.
 _UNITS = {"seconds": "seconds", "energy_joules": "joules", "energy_net_joules": "net_joules"}
 
 
 class AnalysisError(ValueError):
     """The records can not be read or compared as they are; the message is one line for the user."""
+
+
+class NotDrawn(ValueError):
+    """The records do not hold what one figure or table needs; the message says what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +55,17 @@ class Campaign:
     rounds: one row per (run_id, round_index) of the finished runs. Scalar keys keep their names;
         seconds.X is X_seconds, energy_joules.X is X_joules, energy_net_joules.X is X_net_joules,
         and modelled_by_device.D.modelled_X is modelled_X.D. Added: cumulative_uplink_bytes,
-        cumulative_downlink_bytes and cumulative_total_bytes (up and down), each up to and including
-        this round.
+        cumulative_downlink_bytes, cumulative_total_bytes (up and down) and cumulative_seconds (of
+        whole rounds), each up to and including this round.
+    adapters: live_triplets by run_id, round_index and adapter; empty where no run recorded it.
+    clients: num_examples by run_id, client_id and label, of partition.json; empty without one.
     incomplete: folder names of the runs without DONE; they never enter a figure.
     """
 
     runs: pd.DataFrame
     rounds: pd.DataFrame
+    adapters: pd.DataFrame
+    clients: pd.DataFrame
     incomplete: list[str]
 
 
@@ -67,6 +78,8 @@ def load_campaign(path: Path) -> Campaign:
     folders = _record_folders(Path(path))
     runs: dict[str, dict[str, Any]] = {}
     rounds: list[pd.DataFrame] = []
+    adapters: list[dict[str, Any]] = []
+    clients: list[dict[str, Any]] = []
     found_in: dict[str, Path] = {}
     incomplete = []
     for folder in folders:
@@ -78,13 +91,18 @@ def load_campaign(path: Path) -> Campaign:
         if run_id in runs:
             raise AnalysisError(f"run {run_id} comes twice: {found_in[run_id]} and {folder}")
         runs[run_id], found_in[run_id] = run, folder
-        rounds.append(_read_rounds(folder / "rounds.jsonl", run))
-        run |= _energy(run, rounds[-1])
+        frame, by_adapter = _read_rounds(folder / "rounds.jsonl", run)
+        run |= _energy(run, frame)
+        rounds.append(frame)
+        adapters += by_adapter
+        clients += _read_clients(folder / "partition.json", run_id)
     return Campaign(
         runs=_runs_frame(list(runs.values())),
         rounds=_with_columns(pd.concat(rounds, ignore_index=True), _ROUND_COLUMNS)
         if rounds
         else pd.DataFrame(columns=["run_id", *_REQUIRED_IN_ROUND, *_ROUND_COLUMNS]),
+        adapters=pd.DataFrame(adapters, columns=_ADAPTER_COLUMNS),
+        clients=pd.DataFrame(clients, columns=_CLIENT_COLUMNS),
         incomplete=incomplete,
     )
 
@@ -150,14 +168,20 @@ def _read_run(file: Path) -> dict[str, Any]:
     return run
 
 
-def _read_rounds(file: Path, run: dict[str, Any]) -> pd.DataFrame:
-    rows = []
+def _read_rounds(file: Path, run: dict[str, Any]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """One row per round, and one per round and adapter."""
+    rows, by_adapter = [], []
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         record = parse_json(line, file, first_line=number)
         missing = [key for key in _REQUIRED_IN_ROUND if key not in record]
         if missing:
             raise AnalysisError(f"{file}:{number}: missing {', '.join(missing)}")
         rows.append({"run_id": run["run_id"], **_round_columns(record)})
+        place = {"run_id": run["run_id"], "round_index": record["round_index"]}
+        by_adapter += [
+            {**place, "adapter": name, "live_triplets": live}
+            for name, live in record.get("live_triplets_by_adapter", {}).items()
+        ]
     # Cumulative bytes are wrong when a round is lost or written twice, so neither may pass.
     if [row["round_index"] for row in rows] != list(range(run["federation.num_rounds"])):
         raise AnalysisError(
@@ -168,7 +192,23 @@ def _read_rounds(file: Path, run: dict[str, Any]) -> pd.DataFrame:
     for direction in ("uplink", "downlink"):
         frame[f"cumulative_{direction}_bytes"] = frame[f"{direction}_bytes"].cumsum()
     both = frame["cumulative_uplink_bytes"] + frame["cumulative_downlink_bytes"]
-    return frame.assign(cumulative_total_bytes=both)
+    if "total_seconds" in frame:
+        frame["cumulative_seconds"] = frame["total_seconds"].cumsum()
+    return frame.assign(cumulative_total_bytes=both), by_adapter
+
+
+def _read_clients(file: Path, run_id: str) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    try:
+        entries = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise AnalysisError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    return [
+        {"run_id": run_id, "client_id": entry["client_id"], "label": label, "num_examples": number}
+        for entry in entries
+        for label, number in entry.get("label_counts", {}).items()
+    ]
 
 
 def _round_columns(record: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,11 @@ def context() -> AbstractContextManager[None]:
     return matplotlib.style.context(["default", _RC])
 
 
+def plain_number(value: float, _: object = None) -> str:
+    """A tick of a logarithmic axis as a number that is read at once: 0.1, 10, 1,000."""
+    return f"{value:,.12g}"
+
+
 def save(fig: Figure, path: Path) -> list[Path]:
     """Write `path`.pdf and `path`.png; the same figure gives the same bytes on any day."""
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("pdf", "png")]

@@ -1,4 +1,4 @@
-"""The command line: fedara run | sweep | submit | status | list | export | doctor | micro."""
+"""The command line: fedara run, sweep, submit, status, report, list, export, doctor, micro."""
 
 import sys
 from collections.abc import Callable
@@ -189,6 +189,34 @@ def export(
         typer.echo(f"{out}: {write(run_dir, out, client)}")
     except InputError as error:
         _refuse(error)
+
+
+@app.command()
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with records, at any depth below it.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write.  [default: DIR/figures]", show_default=False),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(help="TOML with the costs of another machine, for the scaling model."),
+    ] = None,
+) -> None:
+    """Draw all figures and tables from records, without torch; the same as python -m analysis DIR.
+
+    \b
+      fedara report results/published/trec6 --out /tmp/figures
+    """
+    try:
+        from analysis.__main__ import main as analyse
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        _refuse(InputError("report needs matplotlib: pip install 'fedara[analysis]'"))
+    analyse(directory, out, costs)
 
 
 @app.command()

@@ -125,15 +125,15 @@ def test_load_cumulates_bytes_and_leaves_incomplete_runs_out(records: Path) -> N
     assert run["device"] == "cpu"
 
 
-def test_figure_data_is_mean_and_range_over_seeds(records: Path) -> None:
+def test_figure_data_is_mean_and_interval_over_seeds(records: Path) -> None:
     campaign = load_campaign(records)
     frame = figure_accuracy_rounds.data(campaign)
     point = row_of(frame, method="fedara", round_index=2)
     assert point["rounds_completed"] == 3
     assert point["num_seeds"] == 2
     assert point["accuracy_percent_mean"] == pytest.approx(71.0)
-    assert point["accuracy_percent_min"] == pytest.approx(70.0)
-    assert point["accuracy_percent_max"] == pytest.approx(72.0)
+    assert point["accuracy_percent_low"] == pytest.approx(70.0)
+    assert point["accuracy_percent_high"] == pytest.approx(72.0)
     assert 1 not in frame["round_index"].values  # that round was not evaluated
     frame = figure_accuracy_bytes.data(campaign)
     lora, fedara = (frame[frame["method"] == name] for name in ("lora", "fedara"))

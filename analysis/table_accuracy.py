@@ -1,0 +1,96 @@
+"""Table: last accuracy by method, data set and partition, with paired tests against FedARA."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import spread, tables
+from analysis.curves import is_panel
+from analysis.ends import ends
+from analysis.load import SERIES, Campaign, panels
+from analysis.tables import Table, number
+
+NAME = "accuracy"
+_REFERENCE = "fedara"
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """One row per data set, partition, method and setting.
+
+    Columns: those, alpha, num_runs, accuracy_percent_{mean,low,high}, and of runs paired with
+    FedARA's by seed num_pairs, difference_points (FedARA minus this), p_value and p_holm, corrected
+    over all tests of the table. No test below 3 pairs, or where FedARA has several settings.
+    """
+    runs = ends(campaign).dropna(subset=["accuracy_percent"])
+    frame = runs.groupby(SERIES, as_index=False).agg(
+        alpha=("alpha", "first"),
+        num_runs=("run_id", "nunique"),
+        accuracy_percent_mean=("accuracy_percent", "mean"),
+        accuracy_percent_low=("accuracy_percent", spread.low),
+        accuracy_percent_high=("accuracy_percent", spread.high),
+    )
+    tests = pd.DataFrame([_test(row, runs) for _, row in frame.iterrows()], index=frame.index)
+    frame = frame.join(tests.reindex(columns=["num_pairs", "difference_points", "p_value"]))
+    tested = frame["p_value"].notna()
+    frame["p_holm"] = float("nan")
+    frame.loc[tested, "p_holm"] = spread.holm(frame.loc[tested, "p_value"].tolist())
+    parts = [frame[is_panel(frame, panel)] for panel in panels(campaign)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def table(campaign: Campaign) -> Table:
+    """The table and what must be said below it."""
+    frame = data(campaign)
+    cells = pd.DataFrame(
+        {
+            "data": frame["dataset"],
+            "partition": frame["partition"],
+            "method": [_name(row) for _, row in frame.iterrows()],
+            "n": frame["num_runs"].astype(str),
+            "accuracy %": frame["accuracy_percent_mean"].map(lambda value: number(value, 1)),
+            "95 % interval": [
+                ""
+                if pd.isna(row["accuracy_percent_low"])
+                else f"{row['accuracy_percent_low']:.1f} to {row['accuracy_percent_high']:.1f}"
+                for _, row in frame.iterrows()
+            ],
+            "fedara minus this": frame["difference_points"].map(lambda value: number(value, 1)),
+            "p (Holm)": frame["p_holm"].map(lambda value: number(value, 3)),
+        }
+    )
+    num_tests = int(frame["p_holm"].notna().sum())
+    tests = (
+        f"p: two-sided sign-flip test over paired seeds, Holm-corrected over {num_tests} tests; n "
+        "pairs can not give less than 2^(1 - n) before the correction."
+        if num_tests
+        else f"No test: it takes at least {spread.MIN_PAIRS} seeds that fedara and a method share."
+    )
+    notes = ["Accuracy of the last evaluated round, mean over n runs.", spread.SENTENCE, tests]
+    title = "Accuracy by method, data set and partition"
+    return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)
+
+
+def write(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write accuracy.md, .csv and .tex to `out_dir`."""
+    return tables.write(table(campaign), out_dir)
+
+
+def _test(row: pd.Series, runs: pd.DataFrame) -> dict[str, float]:
+    panel = runs[is_panel(runs, (row["dataset"], row["partition"]))]
+    reference = panel[panel["method"] == _REFERENCE]
+    if row["method"] == _REFERENCE or reference["setting"].nunique() != 1:
+        return {}
+    mine = panel[(panel["method"] == row["method"]) & (panel["setting"] == row["setting"])]
+    pairs = reference.merge(mine, on="seed", suffixes=("", "_other"))
+    differences = (pairs["accuracy_percent"] - pairs["accuracy_percent_other"]).to_numpy()
+    if len(pairs) < spread.MIN_PAIRS:
+        return {"num_pairs": len(pairs)}
+    return {
+        "num_pairs": len(pairs),
+        "difference_points": float(differences.mean()),
+        "p_value": spread.paired_p_value(differences),
+    }
+
+
+def _name(row: pd.Series) -> str:
+    return f"{row['method']} ({row['setting']})" if row["setting"] else str(row["method"])

@@ -17,11 +17,13 @@ from analysis import (
     figure_partition,
     figure_phases,
     figure_target,
+    page,
     table_accuracy,
     table_collectives,
     table_cost,
     table_headline,
     table_summary,
+    tables,
 )
 from analysis.load import AnalysisError, Campaign, NotDrawn, has_rounds, load_campaign
 from analysis.load_micro import MicroCampaign, load_micro
@@ -52,16 +54,24 @@ def report(campaign: Campaign, out_dir: Path) -> tuple[list[Path], list[str]]:
 
     Returns the files written, and for each figure that the records do not allow why not.
     """
-    files, gaps = [], []
-    makers = [(figure.NAME, figure.draw) for figure in _FIGURES]
-    makers += [(table.NAME, table.write) for table in _TABLES]
-    for name, make in makers:
+    files: list[Path] = []
+    shown: list[tables.Table] = []
+    gaps: list[str] = []
+    for figure in _FIGURES:
         try:
-            files += make(campaign, out_dir)
+            files += figure.draw(campaign, out_dir)
         except NotDrawn as reason:
-            gaps.append(f"{name}: {reason}")
+            gaps.append(f"{figure.NAME}: {reason}")
+    for maker in _TABLES:
+        try:
+            shown.append(maker.table(campaign))
+        except NotDrawn as reason:
+            gaps.append(f"{maker.NAME}: {reason}")
+    for table in shown:
+        files += tables.write(table, out_dir)
     files += table_summary.write(campaign, out_dir)
-    return files, gaps
+    page_file = page.write(campaign, out_dir, files=files, tables=shown, gaps=gaps)
+    return [*files, page_file], gaps
 
 
 def report_micro(micro: MicroCampaign, out_dir: Path, costs: Path | None) -> list[Path]:

@@ -1,10 +1,8 @@
 """Table: last accuracy by method, data set and partition, with paired tests against FedARA."""
 
-from pathlib import Path
-
 import pandas as pd
 
-from analysis import spread, tables
+from analysis import spread
 from analysis.curves import is_panel
 from analysis.ends import ends
 from analysis.load import SERIES, Campaign, panels
@@ -68,11 +66,6 @@ def table(campaign: Campaign) -> Table:
     notes = ["Accuracy of the last evaluated round, mean over n runs.", spread.SENTENCE, tests]
     title = "Accuracy by method, data set and partition"
     return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)
-
-
-def write(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write accuracy.md, .csv and .tex to `out_dir`."""
-    return tables.write(table(campaign), out_dir)
 
 
 def _test(row: pd.Series, runs: pd.DataFrame) -> dict[str, float]:

@@ -1,10 +1,7 @@
 """Table: bytes, seconds and memory of each method, per data set and partition."""
 
-from pathlib import Path
-
 import pandas as pd
 
-from analysis import tables
 from analysis.curves import is_panel
 from analysis.ends import ends
 from analysis.load import SERIES, Campaign, panels
@@ -67,11 +64,6 @@ def table(campaign: Campaign) -> Table:
         *([gap] if (gap := _energy_gap(campaign)) else []),
     ]
     return Table(name=NAME, title="Cost by method", cells=cells, numbers=frame, notes=notes)
-
-
-def write(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write cost.md, .csv and .tex to `out_dir`."""
-    return tables.write(table(campaign), out_dir)
 
 
 def _energy_gap(campaign: Campaign) -> str | None:

@@ -1,11 +1,9 @@
 """Table: FedARA's headline numbers in its paper (arXiv 2501.14406) beside those of the records."""
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis import tables
 from analysis.ends import ends
 from analysis.load import PANEL, Campaign, NotDrawn
 from analysis.tables import Table
@@ -56,11 +54,6 @@ def table(campaign: Campaign) -> Table:
     ]
     title = "Headline numbers of the paper and of these records"
     return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)
-
-
-def write(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write headline.md, .csv and .tex to `out_dir`; raises NotDrawn."""
-    return tables.write(table(campaign), out_dir)
 
 
 def _readings(group: pd.DataFrame, fedara: pd.DataFrame) -> list[dict[str, Any]]:

@@ -4,7 +4,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_analysis import ROOT, write_record
+import numpy as np
+import pandas as pd
+import pytest
+from test_analysis import ROOT, row_of, write_record
+
+from analysis import (
+    figure_alpha,
+    figure_client_spread,
+    figure_live_triplets,
+    figure_local_train,
+    figure_pareto,
+    figure_partition,
+    figure_phases,
+    figure_target,
+    spread,
+    table_accuracy,
+    table_cost,
+    table_headline,
+)
+from analysis.__main__ import report
+from analysis.load import Campaign, NotDrawn, load_campaign
 
 
 def test_fedara_report_imports_neither_torch_nor_mpi(tmp_path: Path) -> None:
@@ -23,3 +43,91 @@ def test_fedara_report_imports_neither_torch_nor_mpi(tmp_path: Path) -> None:
     )
     assert result.stdout.splitlines()[-1] == "[]"
     assert (tmp_path / "out" / "accuracy_rounds.pdf").exists()
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> Campaign:
+    """LoRA and FedARA at three seeds, accuracies 50 to 74 %, with the linear probe at one."""
+    for seed in range(3):
+        write_record(tmp_path, "lora", seed)
+        write_record(tmp_path, "fedara", seed)
+    write_record(tmp_path, "head_only", 0)
+    return load_campaign(tmp_path)
+
+
+def test_interval_repeats_and_one_seed_has_none() -> None:
+    values = pd.Series([1.0, 2.0, 6.0])
+    low, high = spread.interval(values)
+    assert spread.interval(values) == (low, high)
+    assert 1.0 <= low < 3.0 < high <= 6.0
+    assert all(pd.isna(end) for end in spread.interval(pd.Series([1.0])))
+
+
+def test_sign_flip_and_holm_by_hand() -> None:
+    assert spread.paired_p_value(np.array([1.0, 2.0, 3.0])) == 0.25  # +++ and --- of 8 patterns
+    assert spread.paired_p_value(np.array([0.0, 0.0, 0.0])) == 1.0
+    assert spread.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+
+
+def test_costs_to_target(campaign: Campaign) -> None:
+    # lora ends at 70, 72, 74 %: the target is 0.95 * 72 = 68.4 %, reached in round 2 only.
+    frame = figure_target.data(campaign)
+    fedara = row_of(frame, method="fedara")
+    assert fedara["target_accuracy_percent"] == pytest.approx(68.4)
+    assert (fedara["num_reached"], fedara["num_runs"]) == (3, 3)
+    assert fedara["uplink_bytes_ratio"] == pytest.approx(1800 / 3000)
+    assert fedara["seconds_ratio"] == pytest.approx(1.0)
+
+
+def test_pareto_front(campaign: Campaign) -> None:
+    # fedara is as accurate as lora for fewer bytes; the probe is cheapest.
+    frame = figure_pareto.data(campaign)
+    front = dict(zip(frame["method"], frame["on_front"], strict=True))
+    assert front == {"fedara": True, "head_only": True, "lora": False}
+
+
+def test_local_train_and_phases(campaign: Campaign) -> None:
+    frame = figure_local_train.data(campaign)
+    assert set(frame["method"]) == {"fedara", "lora"}
+    assert row_of(frame, method="lora", round_index=1)["local_train_seconds_mean"] == 1.5
+    assert row_of(figure_phases.data(campaign), method="lora")["seconds"] == 1.5
+
+
+def test_what_the_records_do_not_hold_is_said(campaign: Campaign) -> None:
+    reasons = {
+        figure_alpha: "two Dirichlet concentrations",
+        figure_client_spread: "client_accuracy_mean",
+        figure_partition: "partition.json",
+        figure_live_triplets: "no method pruned",
+    }
+    for figure, reason in reasons.items():
+        with pytest.raises(NotDrawn, match=reason):
+            figure.data(campaign)
+
+
+def test_paired_tests_need_three_seeds(campaign: Campaign) -> None:
+    frame = table_accuracy.data(campaign)
+    lora = row_of(frame, method="lora")
+    assert (lora["num_pairs"], lora["difference_points"], lora["p_holm"]) == (3, 0.0, 1.0)
+    assert pd.isna(row_of(frame, method="head_only")["p_value"])
+
+
+def test_headline_readings(campaign: Campaign) -> None:
+    frame = table_headline.data(campaign)
+    ours = dict(zip(frame["reading"], frame["ours"], strict=True))
+    assert ours["bytes up and down of LoRA to FedARA's, whole run"] == "1.67x"  # 9000 / 5400
+    assert ours["local training seconds against LoRA, whole run"] == "+0.00 %"
+    assert ours["accuracy over weak baselines, points"] == "not in these records"
+    assert "energy" in table_cost.table(campaign).notes[-1].lower()
+
+
+def test_one_method_makes_a_page_with_gaps(tmp_path: Path) -> None:
+    write_record(tmp_path / "records", "fedara", 0)
+    files, gaps = report(load_campaign(tmp_path / "records"), tmp_path)
+    text = files[-1].read_text()
+    assert files[-1].name == "report.html"
+    assert any(gap.startswith("target: no evaluated run of lora") for gap in gaps)
+    assert any(gap.startswith("headline: ") for gap in gaps)
+    assert 'data-method="fedara"' in text
+    assert "0123456789ab" in text
+    assert "http" not in text  # nothing from a network

@@ -115,7 +115,9 @@ def main(
     Exit code 2: the records are missing, corrupt, or come twice; one line says which.
     """
     out_dir = out or directory / "figures"
-    files, gaps, incomplete = [], [], []
+    files: list[Path] = []
+    gaps: list[str] = []
+    incomplete: list[str] = []
     try:
         micro = load_micro(directory)
         if micro is None or has_rounds(directory):

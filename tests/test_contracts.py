@@ -237,7 +237,7 @@ def test_a_run_resumes_with_the_same_bits(
     ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_the_number_of_processes_changes_nothing(
     complete: Complete,
     world_size: int,

@@ -413,8 +413,14 @@ def test_module_pruning_changes_cost_alone(tiny_job: MakeJob, play: Play) -> Non
     common = ("method.final_budget=0.1", "train.max_grad_norm=1e9", *SHORT)
     on, off = tiny_job(*common), tiny_job("method.module_pruning=false", *common)
     rounds = play(on)
+    flops = []
     for ours, theirs in zip(rounds, play(off), strict=True):
+        costs = [round_.row.pop("clients") for round_ in (ours, theirs)]
         assert ours.row == theirs.row
+        flops.append([sum(cost.flops for cost in clients) for clients in costs])
+    pruned, kept = zip(*flops, strict=True)
+    assert pruned[0] == kept[0]  # nothing is dead yet
+    assert pruned[-1] < kept[-1]
     state = rounds[-1].after
     dead = [name for name, n in state.live_triplets.items() if not n]
     assert len(dead) >= 7  # 5 triplets can not be in more than 5 of 12 adapters

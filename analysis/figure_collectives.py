@@ -14,7 +14,6 @@ from matplotlib.ticker import LogLocator, NullLocator
 from analysis import caption, style
 from analysis.load_micro import MicroCampaign
 from bench.scaling import (
-    PATHS,
     Cost,
     Exchange,
     fit,
@@ -22,6 +21,7 @@ from bench.scaling import (
     relative_errors,
     union_bytes,
 )
+from fedara_core.paths import PATHS
 
 NAME = "collectives"
 MAX_PROCESSES = 10**6

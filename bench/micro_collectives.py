@@ -31,9 +31,10 @@ from bench.micro_layout import (
 from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
 from bench.runner import set_threads
 from fedara_core.codec import CODECS, row_bytes
-from fedara_core.collectives import PATHS, moved_values, weighted_sum
+from fedara_core.collectives import weighted_sum
 from fedara_core.comm import Communicator
 from fedara_core.errors import InputError
+from fedara_core.paths import PATHS, moved_values
 
 BENCHMARK = "micro-collectives"
 MIN_ITERATIONS = 5

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedara_core.collectives import SAME_BITS, Part, Sum
+from fedara_core.collectives import Part, Sum
+from fedara_core.paths import SAME_BITS
 from fedara_core.seeds import generator
 
 VALUE_BYTES = 4  # float32

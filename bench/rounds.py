@@ -33,7 +33,7 @@ from bench.partition import draw_client_lora_ranks, label_counts, partition, sum
 from bench.record import Recorder, process_facts, provenance
 from fedara_core.adapters import AdapterConfig, inject
 from fedara_core.codec import decode_rows, encode_rows, message_widths, payload_bytes
-from fedara_core.collectives import RunningMean, cheapest
+from fedara_core.collectives import RunningMean
 from fedara_core.comm import Communicator
 from fedara_core.errors import Diverged, InputError
 from fedara_core.method import (
@@ -45,6 +45,7 @@ from fedara_core.method import (
     num_values,
     split_values,
 )
+from fedara_core.paths import cheapest
 from fedara_core.seeds import generator
 from fedara_core.train import Encoded, LocalTraining, batches, start_client
 from fedara_core.wire import Upload, code, pack, unpack
@@ -552,8 +553,7 @@ def _check_losses(uploads: Sequence[Upload], round_index: int) -> None:
     for upload in uploads:
         finite = bool(np.isfinite(upload.train_loss))
         if finite and upload.values is not checked:
-            # A sum is finite if its terms are, of numbers that are no larger than these.
-            finite, checked = bool(upload.values.sum().isfinite()), upload.values
+            finite, checked = upload.is_finite, upload.values
         if not finite:
             raise Diverged(
                 f"client {upload.client_id}, round {round_index}: training diverged "

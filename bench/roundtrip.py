@@ -25,10 +25,10 @@ from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
 from bench.rounds import Job, advance, build, place
 from bench.runner import set_threads
 from fedara_core.codec import CODECS
-from fedara_core.collectives import PATHS
 from fedara_core.comm import Communicator
 from fedara_core.errors import InputError
 from fedara_core.method import load_method, method_names
+from fedara_core.paths import PATHS
 from fedara_core.train import Encoded, LocalTraining
 
 BENCHMARK = "micro-roundtrip"

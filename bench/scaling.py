@@ -26,8 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from fedara_core.errors import InputError
-
-PATHS = ("allgather", "split", "allreduce", "dense")
+from fedara_core.paths import PATHS, moved_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +60,15 @@ def num_messages(path: str, world_size: int) -> int:
 
 def moved_bytes(path: str, exchange: Exchange) -> float:
     """Bytes that one process receives."""
-    sums = {
-        "allgather": exchange.num_clients * exchange.part_bytes,
-        "split": exchange.num_clients / exchange.world_size * exchange.part_bytes
-        + exchange.union_bytes,
-        "allreduce": 2 * exchange.union_bytes,
-        "dense": 2 * exchange.layout_bytes,
-    }
+    moved = moved_values(
+        num_parts=exchange.num_clients,
+        world_size=exchange.world_size,
+        part_values=exchange.part_bytes,
+        union_values=exchange.union_bytes,
+        layout_values=exchange.layout_bytes,
+    )
     others = (exchange.world_size - 1) / exchange.world_size
-    return others * (sums[path] + exchange.num_clients * exchange.mask_bytes)
+    return moved[path] + others * exchange.num_clients * exchange.mask_bytes
 
 
 def predict(path: str, exchange: Exchange, cost: Cost) -> float:

@@ -10,9 +10,7 @@ split       each process owns a part of the layout; clients' rows go to their ow
 allreduce   each process adds its own clients over the union of all masks; the sums are allreduced.
 dense       the same over the whole layout: what everybody has.
 
-Cost per process in values (P processes, one client each, k live values of a client, U of the union,
-n of the layout; Ok-Topk, arXiv 2201.07598, and SparCML, arXiv 1802.08021, for the sparse paths):
-allgather (P-1) k, split (P-1)/P (k + U), allreduce 2 (P-1)/P U, dense 2 (P-1)/P n.
+What each costs: fedara_core/paths.py.
 
 A sum may take its clients in several goes, lower client_ids first: what a process holds is then one
 sum and the clients of one go, however many there are in all. Weights are whole numbers, such as
@@ -23,7 +21,7 @@ and the sums of split travel as float32.
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -33,11 +31,10 @@ from torch import Tensor
 
 from fedara_core.codec import decode_rows, encode_rows, message_widths, row_bytes
 from fedara_core.comm import Communicator
+from fedara_core.paths import PATHS
 from fedara_core.seeds import generator
 from fedara_core.wire import Upload, add_reference, pack, unpack
 
-PATHS = ("allgather", "split", "allreduce", "dense")
-SAME_BITS = ("allgather", "split")  # for any number of processes
 BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
 _SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
 
@@ -140,9 +137,7 @@ class RunningMean:
         sizes, mine = _COUNT.pack(len(uploads)), []
         for upload in uploads:
             sizes += _SIZE.pack(upload.client_id, upload.values.numel())
-            # A sum is finite if its terms are, of numbers that are no larger than these.
-            finite = math.isfinite(float(upload.values.sum()))
-            loss = upload.train_loss if finite else math.nan
+            loss = upload.train_loss if upload.is_finite else math.nan
             none = None if upload.payload is None else torch.zeros(0, dtype=torch.uint8)
             mine.append(replace(upload, values=torch.zeros(0), payload=none, train_loss=loss))
         told = torch.frombuffer(bytearray(sizes), dtype=torch.uint8)
@@ -171,36 +166,6 @@ class RunningMean:
         uploads = [replace(head, values=mean) for head in self._heads]
         num_bytes = sum(upload.num_bytes for upload in uploads)
         return [replace(u, codec="fp32", payload=None) for u in uploads], num_bytes
-
-
-def cheapest(
-    *, num_parts: int, world_size: int, part_values: float, union_values: int, layout_values: int
-) -> str:
-    """Of the paths that keep the bits the one that moves the fewest values.
-
-    part_values: of one client on average. Parts are spread evenly over the processes.
-    """
-    moved = moved_values(
-        num_parts=num_parts,
-        world_size=world_size,
-        part_values=part_values,
-        union_values=union_values,
-        layout_values=layout_values,
-    )
-    return min(SAME_BITS, key=lambda path: (moved[path], SAME_BITS.index(path)))
-
-
-def moved_values(
-    *, num_parts: int, world_size: int, part_values: float, union_values: int, layout_values: int
-) -> Mapping[str, float]:
-    """The cost model at the top of this file: values that one process receives, by path."""
-    others = (world_size - 1) / world_size
-    return {
-        "allgather": others * num_parts * part_values,
-        "split": others * (num_parts / world_size * part_values + union_values),
-        "allreduce": 2 * others * union_values,
-        "dense": 2 * others * layout_values,
-    }
 
 
 class _RunningSum:

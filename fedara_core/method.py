@@ -451,7 +451,7 @@ def join_values(rows: Rows, whole: Mapping[str, Tensor], state: ServerState, for
     """Inverse of `split_values`: what trains of the state's live rows, then what trains whole."""
     pieces = []
     for name in sorted(rows):
-        trained = columns(form, state.adapter.shapes[name], None)
+        trained = columns(form, state.adapter.shapes[name])
         live = rows[name][state.rank_masks[name]]
         pieces.append((live if len(trained) == live.shape[1] else live[:, trained]).reshape(-1))
     return torch.cat([*pieces, *(whole[name].reshape(-1) for name in sorted(whole))])

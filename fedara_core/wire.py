@@ -47,6 +47,11 @@ class Upload:
         return message_bytes(self.values.numel(), self.bits.numel(), self.codec)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether all values are numbers; a sum tells it fast, unless finite ones add up to inf."""
+        return bool(self.values.sum().isfinite() or self.values.isfinite().all())
+
+    @property
     def coded(self) -> Tensor:
         """The values as they travel: uint8."""
         if self.payload is not None:
@@ -59,7 +64,7 @@ def code(upload: Upload, codec: str, reference: Tensor, draw: torch.Generator) -
     client both have, reference (m,), of values that are at least as many; what lies beyond it is
     coded as it is."""
     widths = message_widths(upload.values.numel())
-    payload = encode_rows(codec, _minus(upload.values, reference), widths, draw)
+    payload = encode_rows(codec, add_reference(upload.values, -reference), widths, draw)
     values = add_reference(decode_rows(codec, payload, widths), reference)
     return replace(upload, values=values, codec=codec, payload=payload)
 
@@ -68,12 +73,6 @@ def add_reference(values: Tensor, reference: Tensor) -> Tensor:
     """values (n,) plus reference (m,), m <= n, at their start; a new tensor."""
     result = values.clone()
     result[: len(reference)] += reference
-    return result
-
-
-def _minus(values: Tensor, reference: Tensor) -> Tensor:
-    result = values.clone()
-    result[: len(reference)] -= reference
     return result
 
 

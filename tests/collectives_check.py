@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fedara_core import collectives
-from fedara_core.collectives import PATHS, SAME_BITS, Part, weighted_sum
+from fedara_core.collectives import Part, weighted_sum
 from fedara_core.comm import Communicator, open_communicator
+from fedara_core.paths import PATHS, SAME_BITS
 
 # Rows of the layout, chance that a client has a row, clients.
 CASES = {

@@ -8,14 +8,12 @@ from collectives_check import make_parts
 from launch import launch
 
 from fedara_core.collectives import (
-    PATHS,
     Part,
     RunningMean,
-    cheapest,
-    moved_values,
     weighted_sum,
 )
 from fedara_core.comm import Communicator
+from fedara_core.paths import PATHS, cheapest, moved_values
 from fedara_core.wire import Upload
 
 CHECK = Path(__file__).with_name("collectives_check.py")

@@ -16,8 +16,9 @@ from bench.counters import Counter, open_counter
 from bench.micro_collectives import MIN_ITERATIONS, measure, parse_settings
 from bench.micro_layout import WrongResult, check_buffers, check_sum, make_layout
 from fedara_core.codec import CODECS, row_bytes
-from fedara_core.collectives import PATHS, Sum, weighted_sum
+from fedara_core.collectives import Sum, weighted_sum
 from fedara_core.comm import Communicator
+from fedara_core.paths import PATHS
 
 SMALL: dict[str, Any] = {
     "payload_bytes": "2e3,2e5",

@@ -16,7 +16,6 @@ from analysis.__main__ import app
 from analysis.load import AnalysisError, has_rounds, load_campaign
 from analysis.load_micro import load_micro
 from bench.scaling import (
-    PATHS,
     Cost,
     Exchange,
     fit,
@@ -29,6 +28,7 @@ from bench.scaling import (
 )
 from fedara_core import collectives
 from fedara_core.errors import InputError
+from fedara_core.paths import PATHS, moved_values
 
 ROOT = Path(__file__).resolve().parents[1]
 COST = Cost(overhead_seconds=3e-4, alpha_seconds=2e-5, beta_seconds_per_byte=1e-9)
@@ -50,7 +50,7 @@ def test_paths_and_bytes_are_those_of_the_collectives() -> None:
     assert PATHS == collectives.PATHS
     sizes = {"num_clients": 12, "world_size": 4}
     exchange = Exchange(**sizes, part_bytes=400, union_bytes=1000, layout_bytes=4000)
-    moved = collectives.moved_values(
+    moved = moved_values(
         num_parts=12, world_size=4, part_values=100, union_values=250, layout_values=1000
     )
     for path in PATHS:

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from bench.toml_file import read_toml
 from fedara_core.errors import InputError
 from fedara_core.method import Method, load_method, method_names
 
@@ -307,7 +308,7 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
     A [sweep] table holds `points` (a list of tables, each with the keys that differ) and any number
     of dotted config keys with a list of values; the runs are points x grid, in the order written.
     """
-    table = _read_toml(path)
+    table = read_toml(path, "config")
     sweep = table.pop("sweep", {})
     if not isinstance(sweep, dict):
         raise InputError("sweep must be a table of lists: [sweep]")
@@ -346,16 +347,6 @@ def _lookup(table: Any, key: str) -> Any:
     for part in key.split("."):
         table = table.get(part) if isinstance(table, dict) else None
     return table
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        reason = f"is not valid TOML ({error})"
-    raise InputError(f"config {path} {reason}; allowed: a readable TOML file")
 
 
 def parse_run(table: dict[str, Any]) -> RunConfig:

@@ -10,7 +10,6 @@ it on finished records.
 """
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bench.toml_file import read_toml
 from fedara_core.errors import InputError
 
 BUILT_IN = Path(__file__).with_name("devices.toml")
@@ -93,7 +93,7 @@ def load_devices(own: Path | None = None) -> dict[str, Device]:
     Raises InputError for a file that can not be read, a key that is unknown or missing, and a
     number that is not above 0.
     """
-    tables = _read(BUILT_IN) | (_read(own) if own else {})
+    tables = read_toml(BUILT_IN, "devices") | (read_toml(own, "devices") if own else {})
     return {name: _device(name, table) for name, table in tables.items()}
 
 
@@ -118,16 +118,6 @@ def check_names(names: Iterable[str], devices: Mapping[str, Device]) -> None:
     for name in names:
         if name not in devices:
             raise InputError(f"device {name!r} is unknown; allowed: {', '.join(sorted(devices))}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        reason = f"is not valid TOML ({error})"
-    raise InputError(f"devices {path} {reason}; allowed: a readable TOML file")
 
 
 def _device(name: str, table: Any) -> Device:

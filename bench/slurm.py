@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench.checkpoint import write_atomically
 from bench.plan import Plan
+from bench.toml_file import read_toml
 from fedara_core.errors import InputError
 
 _Word = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]  # stands in a line of #SBATCH
@@ -64,11 +64,7 @@ class Site(BaseModel):
 def read_site(path: Path) -> Site:
     """A site file. Raises InputError with one line that names key, value and rule."""
     try:
-        return Site.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror}); allowed: a file like slurm/sites/*.toml"
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        reason = f"is not valid TOML ({error})"
+        return Site.model_validate(read_toml(path, "site", "a file like slurm/sites/*.toml"))
     except ValidationError as error:
         reason = "; ".join(_explain(item) for item in error.errors())
     raise InputError(f"site {path}: {reason}")

@@ -1,7 +1,6 @@
 """`python -m analysis DIR`: every figure and table from the records below DIR."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -27,6 +26,7 @@ from analysis import (
 )
 from analysis.load import AnalysisError, Campaign, NotDrawn, has_rounds, load_campaign
 from analysis.load_micro import MicroCampaign, load_micro
+from analysis.options import Costs, Directory, Out
 from bench.scaling import read_costs
 from fedara_core.errors import InputError
 
@@ -84,21 +84,9 @@ def report_micro(micro: MicroCampaign, out_dir: Path, costs: Path | None) -> lis
 
 @app.command()
 def main(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder with records, at any depth below it.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Where to write.  [default: DIR/figures]", show_default=False),
-    ] = None,
-    costs: Annotated[
-        Path | None,
-        typer.Option(
-            help="TOML with alpha_seconds and beta_seconds_per_byte of another machine, for the "
-            "scaling model.  [default: fitted to the records]",
-            show_default=False,
-        ),
-    ] = None,
+    directory: Directory,
+    out: Out = None,
+    costs: Costs = None,
 ) -> None:
     """Draw the figures and the summary table of a campaign from its records.
 

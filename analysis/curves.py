@@ -59,7 +59,7 @@ def draw_panels(
         fig, axes = grid(shown, num_columns)
         log_x = _spans_decades(frame, x)
         for index, (panel, ax) in enumerate(zip(shown, axes, strict=True)):
-            _draw_lines(ax, frame[is_panel(frame, panel)], x)
+            draw_lines(ax, frame[is_panel(frame, panel)], x, "accuracy_percent")
             ax.set_title(", ".join(panel))
             if log_x:
                 ax.set_xscale("log")
@@ -94,13 +94,14 @@ def grid(shown: list[tuple[str, str]], num_columns: int) -> tuple[Figure, list[A
     return fig, axes
 
 
-def _draw_lines(ax: Any, frame: pd.DataFrame, x: str) -> None:
+def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
+    """One line per method and setting: y_mean over column x, with the band y_low to y_high."""
     for (method, setting), line in frame.groupby(["method", "setting"]):
         settings = sorted(frame.loc[frame["method"] == method, "setting"].unique())
         look, fill = style.setting_look(method, settings.index(setting))
         ax.plot(
             line[x],
-            line["accuracy_percent_mean"],
+            line[f"{y}_mean"],
             color=look.color,
             marker=look.marker,
             markerfacecolor=fill,
@@ -109,7 +110,7 @@ def _draw_lines(ax: Any, frame: pd.DataFrame, x: str) -> None:
             label=series_label(method, setting),
         )
         if line["num_seeds"].max() > 1:
-            low, high = line["accuracy_percent_low"], line["accuracy_percent_high"]
+            low, high = line[f"{y}_low"], line[f"{y}_high"]
             ax.fill_between(line[x], low, high, color=look.color, alpha=0.2, linewidth=0)
 
 

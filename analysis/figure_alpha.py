@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import caption, spread, style
-from analysis.curves import add_legend, grid, seeds_text, series_label
+from analysis.curves import add_legend, draw_lines, grid, seeds_text
 from analysis.ends import ends
 from analysis.load import Campaign, NotDrawn
 
@@ -42,20 +42,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         fig, axes = grid([(dataset, "") for dataset in datasets], num_columns)
         for index, (dataset, ax) in enumerate(zip(datasets, axes, strict=True)):
             rows = frame[frame["dataset"] == dataset]
-            for (method, setting), line in rows.groupby(["method", "setting"]):
-                settings = sorted(rows.loc[rows["method"] == method, "setting"].unique())
-                look, fill = style.setting_look(method, settings.index(setting))
-                ax.plot(
-                    line["alpha"],
-                    line["accuracy_percent_mean"],
-                    color=look.color,
-                    marker=look.marker,
-                    markerfacecolor=fill,
-                    linestyle=look.linestyle,
-                    label=series_label(method, setting),
-                )
-                low, high = line["accuracy_percent_low"], line["accuracy_percent_high"]
-                ax.fill_between(line["alpha"], low, high, color=look.color, alpha=0.2, linewidth=0)
+            draw_lines(ax, rows, "alpha", "accuracy_percent")
             ax.set_xscale("log")
             ax.set_xticks(sorted(rows["alpha"].unique()), minor=False)
             ax.set_xticks([], minor=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import caption, spread, style
-from analysis.curves import add_legend, columns_of, grid, is_panel, seeds_text, series_label
+from analysis.curves import add_legend, columns_of, draw_lines, grid, is_panel, seeds_text
 from analysis.load import PANEL, SERIES, Campaign, NotDrawn, panels
 
 NAME = "local_train"
@@ -36,28 +36,13 @@ def data(campaign: Campaign) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write local_train.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
+    frame = frame.assign(rounds_completed=frame["round_index"] + 1)
     shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
     with style.context():
         num_columns = columns_of(shown)
         fig, axes = grid(shown, num_columns)
         for index, (panel, ax) in enumerate(zip(shown, axes, strict=True)):
-            rows = frame[is_panel(frame, panel)]
-            for (method, setting), line in rows.groupby(["method", "setting"]):
-                settings = sorted(rows.loc[rows["method"] == method, "setting"].unique())
-                look, fill = style.setting_look(method, settings.index(setting))
-                ax.plot(
-                    line["round_index"] + 1,
-                    line["local_train_seconds_mean"],
-                    color=look.color,
-                    marker=look.marker,
-                    markerfacecolor=fill,
-                    linestyle=look.linestyle,
-                    markevery=max(1, len(line) // 10),
-                    label=series_label(method, setting),
-                )
-                low, high = line["local_train_seconds_low"], line["local_train_seconds_high"]
-                band = line["round_index"] + 1
-                ax.fill_between(band, low, high, color=look.color, alpha=0.2, linewidth=0)
+            draw_lines(ax, frame[is_panel(frame, panel)], "rounds_completed", "local_train_seconds")
             ax.set_title(", ".join(panel))
             ax.set_xlabel("Round")
             ax.set_ylabel("Local training (s)" if index % num_columns == 0 else "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from analysis.options import Costs, Directory, Out
 from fedara_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ COMM_HELP = (
     "auto, serial, mpi, mpi-node (one copy of each message to a host) or torch; auto knows the "
     "launcher."
 )
+Comm = Annotated[str, typer.Option("--comm", help=COMM_HELP)]
+MicroResults = Annotated[
+    Path, typer.Option("--results", help="Folder for the records, one folder a launch.")
+]
+MICRO_RESULTS = Path("results/micro")
 app.add_typer(micro, name="micro")
 
 
@@ -42,7 +48,7 @@ def run(
     no_energy: Annotated[
         bool, typer.Option("--no-energy", help="As --set energy.enabled=false.")
     ] = False,
-    comm: Annotated[str, typer.Option("--comm", help=COMM_HELP)] = "auto",
+    comm: Comm = "auto",
     index: Annotated[
         int | None, typer.Option(help="Only this point of the sweep or plan, counted from 0.")
     ] = None,
@@ -193,17 +199,9 @@ def export(
 
 @app.command()
 def report(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder with records, at any depth below it.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Where to write.  [default: DIR/figures]", show_default=False),
-    ] = None,
-    costs: Annotated[
-        Path | None,
-        typer.Option(help="TOML with the costs of another machine, for the scaling model."),
-    ] = None,
+    directory: Directory,
+    out: Out = None,
+    costs: Costs = None,
 ) -> None:
     """Draw all figures and tables from records, without torch; the same as python -m analysis DIR.
 
@@ -272,10 +270,8 @@ def collectives(
         float, typer.Option(help="Combinations that sum over more are left out, and named.")
     ] = 256e6,
     seed: Annotated[int, typer.Option(help="Of masks and values.")] = 0,
-    results: Annotated[
-        Path, typer.Option("--results", help="Folder for the records, one folder a launch.")
-    ] = Path("results/micro"),
-    comm: Annotated[str, typer.Option("--comm", help=COMM_HELP)] = "auto",
+    results: MicroResults = MICRO_RESULTS,
+    comm: Comm = "auto",
 ) -> None:
     """Seconds and bytes of every merge path, each timed call checked, beside the bare library call.
 
@@ -318,10 +314,8 @@ def roundtrip(
     model: Annotated[str, typer.Option(help="The model whose adapters travel.")] = "minilm",
     lora_rank: Annotated[int, typer.Option(help="Triplets of each adapter.")] = 12,
     rounds: Annotated[int, typer.Option(help="Timed rounds of a combination.")] = 20,
-    results: Annotated[
-        Path, typer.Option("--results", help="Folder for the records, one folder a launch.")
-    ] = Path("results/micro"),
-    comm: Annotated[str, typer.Option("--comm", help=COMM_HELP)] = "auto",
+    results: MicroResults = MICRO_RESULTS,
+    comm: Comm = "auto",
 ) -> None:
     """Rounds per second without training: download, upload, exchange, aggregate, real payloads.
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 118  # columns, where there is no terminal
+_WIDTH = 126  # columns, where there is no terminal
 _PHASES = ("local_train", "wait", "exchange", "aggregate", "evaluate")
 
 Row = Mapping[str, Any]
@@ -41,7 +41,8 @@ def _measured_table(runs: Sequence[tuple[Row, Sequence[Row]]]) -> Table:
     table = _table()
     shown = ("train", "wait", "exchange", "aggregate", "evaluate")
     for heading in ("run", "prepare s", *(f"{name} s" for name in shown), "total s"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+        first = heading == "run"
+        table.add_column(heading, justify="left" if first else "right", no_wrap=first)
     for heading in ("up MB", "down MB", "TFLOP", "peak MB", "energy J"):
         table.add_column(heading, justify="right")
     for run, rows in runs:
@@ -62,7 +63,7 @@ def _measured_table(runs: Sequence[tuple[Row, Sequence[Row]]]) -> Table:
 
 def _modelled_table(runs: Sequence[tuple[Row, Sequence[Row]]], devices: Sequence[str]) -> Table:
     table = _table()
-    table.add_column("run")
+    table.add_column("run", no_wrap=True)
     for name in devices:
         table.add_column(f"{name} s", justify="right")
         table.add_column("kJ", justify="right")

@@ -15,6 +15,7 @@ MACHINE = ["backend", "world_size"]
 POINT = [*MACHINE, "call", "path", "codec", "payload_bytes", "density", "overlap", "num_clients"]
 _SIZES = ["part_bytes", "union_bytes", "layout_bytes", "num_rows", "model_bytes"]
 _BYTES = ["counted_bytes_received", "measured_bytes"]
+_TIMES = ["median_seconds", "bare_median_seconds", "ratio", "sizes_first_ratio"]
 _REQUIRED = ["call", "payload_bytes", "num_clients", "median_seconds"]
 
 
@@ -24,9 +25,9 @@ class MicroCampaign:
 
     launches: one row per finished launch: run_id, backend (library and what was told to it),
         world_size, cpu, num_cores, num_hosts, commit, measured_bytes_source.
-    points: one row per combination (POINT): medians over launches of median_seconds, ratio and the
-        bytes; min_seconds, max_seconds: the smallest and largest of the launches' median_seconds,
-        min_ratio and max_ratio likewise; num_launches.
+    points: one row per combination (POINT): medians over launches of median_seconds, the ratios
+        and the bytes; min_seconds, max_seconds: the smallest and largest of the launches'
+        median_seconds, min_ratio and max_ratio likewise; num_launches.
     incomplete: folder names of the launches without DONE; they never enter a figure.
     """
 
@@ -104,10 +105,9 @@ def _read_rows(file: Path, launch: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _points(rows: pd.DataFrame) -> pd.DataFrame:
-    needed = [*POINT, *_SIZES, *_BYTES, "median_seconds", "bare_median_seconds", "ratio"]
-    rows = rows.reindex(columns=[*needed, "run_id", "bare_call"])
+    medians = [*_SIZES, *_BYTES, *_TIMES]
+    rows = rows.reindex(columns=[*POINT, *medians, "run_id", "bare_call"])
     groups = rows.groupby(POINT, as_index=False, dropna=False)
-    medians = [*_SIZES, *_BYTES, "median_seconds", "bare_median_seconds", "ratio"]
     return groups.agg(
         num_launches=("run_id", "nunique"),
         **{name: (name, "median") for name in medians},

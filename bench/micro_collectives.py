@@ -186,7 +186,8 @@ def _merge_rows(
 def _bare_row(
     payload_bytes: float, settings: Settings, communicator: Communicator, counter: Counter
 ) -> dict[str, Any]:
-    """communicator.allgather of packed rows, and the library's own call where there is one."""
+    """communicator.allgather of packed rows, as the merge paths call it (headers have told the
+    sizes) and with sizes exchanged first; and the library's own call where there is one."""
     layout = make_layout(
         payload_bytes=payload_bytes,
         density=1.0,
@@ -204,7 +205,11 @@ def _bare_row(
         for world_rank in range(communicator.world_size)
     ]
     mine = packed[communicator.world_rank]
-    calls: dict[str, Callable[[], Any]] = {"": partial(communicator.allgather, mine)}
+    counts = [len(buffer) for buffer in packed]
+    calls: dict[str, Callable[[], Any]] = {
+        "": partial(communicator.allgather, mine, counts),
+        "sizes_first_": partial(communicator.allgather, mine),
+    }
     bare = bare_allgather(mine, communicator)
     if bare is not None:
         calls["bare_"] = bare
@@ -255,8 +260,8 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds and bytes of the calls, turn about; each result goes to its check, untimed.
 
-    Keys of calls are prefixes of the row's keys; the ratio is that of "" to "bare_", the median
-    over iterations. Every process calls it and gets the same.
+    Keys of calls are prefixes of the row's keys; ratios are those to "bare_", the median over
+    iterations. Every process calls it and gets the same.
     """
     row: dict[str, Any] = {}
     warm_seconds = 0.0
@@ -274,8 +279,8 @@ def measure(
     longest = {prefix: slowest(seconds, communicator) for prefix, seconds in own.items()}
     for prefix, seconds in longest.items():
         row |= {f"{prefix}{key}": value for key, value in quantiles(seconds).items()}
-    if "bare_" in longest:
-        row["ratio"] = float(np.median(longest[""] / longest["bare_"]))
+    for prefix in longest.keys() - {"bare_"} if "bare_" in longest else ():
+        row[f"{prefix}ratio"] = float(np.median(longest[prefix] / longest["bare_"]))
     return row
 
 

@@ -415,16 +415,14 @@ def train_client(
         client = _client(job, client_id)
         downlink_bytes = job.method.download(job.model, state, client)
         start_client(client, job.method, job.training, state)
-    with meter.phase("meter"):
-        step = job.counter.step_cost() if job.counter else None
+    step = job.counter.step_cost() if job.counter else None
     shapes = []
     with meter.phase("local_train"):
         for batch in client_batches(job, state.round_index, client_id):
             shapes.append(tuple(batch["input_ids"].shape))  # (n, length)
             job.method.local_step(client, batch)
-    with meter.phase("meter"):
-        counts = job.counter.counts(client, step, shapes) if job.counter else {}
-        counts["activation_bytes"] = meter.device_bytes_above_rest()
+    counts = job.counter.counts(client, step, shapes) if job.counter else {}
+    counts["activation_bytes"] = meter.device_bytes_above_rest()
     with meter.phase("pack"):
         upload = job.method.upload(client, state)
         if not isinstance(upload, Upload) or upload.client_id != client_id:

@@ -24,6 +24,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -192,7 +193,8 @@ class _RunningSum:
                 self._cuts[communicator.world_rank + 1],
             )
         first, last = self._value_starts[list(self._rows)].tolist()
-        self._total = torch.zeros(last - first, dtype=torch.float64)
+        self._memory = _totals.take(8 * (last - first))
+        self._total = self._memory.view(torch.float64).zero_()
 
     def add(self, headers: Sequence[_Header], payloads: Sequence[Tensor]) -> None:
         """headers: of all processes' parts, in client_id order; payloads: uint8 rows of this
@@ -204,11 +206,16 @@ class _RunningSum:
         if self._path == "allgather":
             step = max(1, BLOCK_VALUES // max(1, len(headers)))
             for first, last in self._blocks(self._rows, step):
-                mine = torch.cat([_EMPTY, *_slices(payloads, own, first, last)])
-                received = self._communicator.allgather(mine)
+                mine = _join(_slices(payloads, own, first, last))
+                counts = self._counts(headers, [first, last])[:, 0].tolist()
+                received = self._communicator.allgather(mine, counts)
+                _joined.give_back(mine)
                 self._add_received(headers, received, (first, last))
         elif self._path == "split":
-            received = self._communicator.alltoall(self._for_owners(payloads, own))
+            counts = self._counts(headers, self._cuts).tolist()
+            joined, pieces = self._for_owners(payloads, own)
+            received = self._communicator.alltoall(pieces, counts)
+            _joined.give_back(joined)
             self._add_received(headers, received, self._rows)
         else:
             for header, payload in zip(own, payloads, strict=True):
@@ -216,31 +223,46 @@ class _RunningSum:
                     start, stop = header.starts[[first, last]].tolist()
                     self._add_rows(header, payload[start:stop], first, last)
 
+    def _counts(self, headers: Sequence[_Header], cuts: Sequence[int]) -> Tensor:
+        """Bytes of each process's rows between one cut and the next: (P, len(cuts) - 1) int64."""
+        counts = torch.zeros(self._communicator.world_size, len(cuts) - 1, dtype=torch.int64)
+        for header in headers:
+            counts[header.world_rank] += header.starts[cuts].diff()
+        return counts
+
     def result(self, divisor: int = 1) -> Sum:
         """The sum of what was added, or its part by the divisor; once."""
+        values = self._values(divisor)
+        _totals.give_back(self._memory)
+        return Sum(rank_mask=self._union, values=values)
+
+    def _values(self, divisor: int) -> Tensor:
+        """The whole sum's values over the union, by the divisor."""
         first, last = self._rows
         union, widths = self._union, self._widths
         live: slice | Tensor = slice(None)
         if not union[first:last].all():
             live = union[first:last].repeat_interleave(widths[first:last])
         if self._path == "dense":
-            whole = self._communicator.allreduce(self._total.div_(divisor).float())
-            return Sum(rank_mask=union, values=whole[live])
+            return self._communicator.allreduce(self._total.div_(divisor).float())[live]
         values = self._total.div_(divisor)[live].float()
         if self._path == "allreduce":
             values = self._communicator.allreduce(values)
         elif self._path == "split":
-            gathered = self._communicator.allgather(values.view(torch.uint8))
+            widths = torch.where(union, widths, 0)
+            counts = [4 * int(widths[a:b].sum()) for a, b in pairwise(self._cuts)]
+            gathered = self._communicator.allgather(values.view(torch.uint8), counts)
             values = torch.cat([buffer.view(torch.float32) for buffer in gathered])
-        return Sum(rank_mask=union, values=values)
+        return values
 
-    def _for_owners(self, payloads: Sequence[Tensor], own: Sequence[_Header]) -> list[Tensor]:
-        """What goes to each process, one after another in memory."""
-        cuts = zip(self._cuts, self._cuts[1:], strict=False)
-        slices = [_slices(payloads, own, first, last) for first, last in cuts]
+    def _for_owners(
+        self, payloads: Sequence[Tensor], own: Sequence[_Header]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What goes to all processes, and to each: its parts, one after another."""
+        slices = [_slices(payloads, own, first, last) for first, last in pairwise(self._cuts)]
         sizes = [sum(map(len, pieces)) for pieces in slices]
-        joined = torch.cat([_EMPTY, *(piece for pieces in slices for piece in pieces)])
-        return list(torch.split(joined, sizes))
+        joined = _join([piece for pieces in slices for piece in pieces])
+        return joined, list(torch.split(joined, sizes))
 
     def _blocks(self, rows: tuple[int, int], num_values: int) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of the rows with about num_values values of the layout each."""
@@ -284,9 +306,33 @@ class _RunningSum:
             sums.index_add_(0, rows, own.double(), alpha=header.weight)
 
 
+class _Memory:
+    """Memory that one exchange leaves to the next: touching new pages takes as long as adding a
+    client."""
+
+    def __init__(self) -> None:
+        self._spare = torch.zeros(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """A uint8 vector of that length, nobody else's until it is given back; any contents."""
+        spare, self._spare = self._spare, torch.zeros(0, dtype=torch.uint8)
+        if len(spare) < num_bytes:
+            spare = torch.empty(num_bytes, dtype=torch.uint8)
+        return spare[:num_bytes]
+
+    def give_back(self, memory: Tensor) -> None:
+        """What `take` gave. The larger of this and what is spare is kept, if it is not huge."""
+        whole = memory.untyped_storage().nbytes()
+        if len(self._spare) < whole <= _KEPT_BYTES:
+            self._spare = memory.as_strided((whole,), (1,), 0)
+
+
+_KEPT_BYTES = 1 << 28
+_totals, _joined = _Memory(), _Memory()
 _EMPTY = torch.zeros(0, dtype=torch.uint8)
 _COUNT = struct.Struct("<I")
 _SIZE = struct.Struct("<IQ")  # client_id, number of values
+_FITS, _MISFIT = b"\0", b"\1"  # what precedes a process's headers, or what is wrong
 _HEADER = struct.Struct("<IQ")  # client_id, weight; the rank_mask's bits follow
 
 
@@ -295,18 +341,20 @@ def _gather_headers(
 ) -> list[_Header]:
     """Every process's headers, in client_id order."""
     wrong = [text for part in parts if (text := _misfit(part, widths))]
-    mine = b"".join(
-        _HEADER.pack(part.client_id, part.weight) + np.packbits(part.rank_mask.numpy()).tobytes()
-        for part in parts
-    )
-    told = b"".join(communicator.gather_bytes("".join(wrong[:1]).encode()))
-    if told:  # the same on every process, so that none waits for another that has given up
-        raise ValueError(told.decode())
+    mine = _MISFIT + wrong[0].encode() if wrong else _FITS
+    if not wrong:
+        for part in parts:
+            mine += _HEADER.pack(part.client_id, part.weight)
+            mine += np.packbits(part.rank_mask.numpy()).tobytes()
+    told = communicator.gather_bytes(mine)
+    for data in told:  # the same on every process, so that none waits for one that has given up
+        if data.startswith(_MISFIT):
+            raise ValueError(data.removeprefix(_MISFIT).decode())
     length = _HEADER.size + (len(widths) + 7) // 8
     row_sizes = row_bytes(codec, widths)
     headers = []
-    for world_rank, data in enumerate(communicator.gather_bytes(mine)):
-        for start in range(0, len(data), length):
+    for world_rank, data in enumerate(told):
+        for start in range(len(_FITS), len(data), length):
             client_id, weight = _HEADER.unpack_from(data, start)
             bits = np.frombuffer(data[start + _HEADER.size : start + length], np.uint8)
             rank_mask = torch.from_numpy(np.unpackbits(bits, count=len(widths)).astype(bool))
@@ -359,6 +407,12 @@ def _equal_widths(
         own = values[taken : taken + len(rows) * width].view(-1, width)
         yield rows, total[start : start + count * width].view(count, width), own
         row, start, taken = row + count, start + count * width, taken + len(rows) * width
+
+
+def _join(pieces: Sequence[Tensor]) -> Tensor:
+    """uint8 vectors one after another, in memory to give back."""
+    joined = _joined.take(sum(map(len, pieces)))
+    return torch.cat([_EMPTY, *pieces], out=joined)
 
 
 def _slices(

@@ -6,7 +6,7 @@ A launcher is recognised by what it puts into the environment; nothing is import
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -54,17 +54,21 @@ class Communicator:
     def __init__(self) -> None:
         self.traffic = Traffic()
 
-    def allgather(self, buffer: Tensor) -> list[Tensor]:
+    def allgather(self, buffer: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
         """Every process's uint8 vector (any length, on the CPU), in world_rank order.
 
-        They may lie in memory that the next call of this communicator writes over.
+        counts: their lengths, where every process knows them; otherwise these are exchanged first.
+        The vectors may lie in memory that the next call of this communicator writes over.
         """
         return [buffer]
 
-    def alltoall(self, buffers: list[Tensor]) -> list[Tensor]:
+    def alltoall(
+        self, buffers: list[Tensor], counts: Sequence[Sequence[int]] | None = None
+    ) -> list[Tensor]:
         """One uint8 vector (any length, on the CPU) for each process in, one from each out.
 
-        They may lie in memory that the next call of this communicator writes over.
+        counts: lengths by sender and receiver, where every process knows them; otherwise these are
+        exchanged first. The vectors may lie in memory that the next call writes over.
         """
         return buffers
 
@@ -164,20 +168,23 @@ class MpiCommunicator(Communicator):
             self._kept = torch.empty(num_bytes, dtype=torch.uint8)
         return self._kept[:num_bytes]
 
-    def _gather_counts(self, count: int) -> np.ndarray:
-        """Every process's count (world_size,); the 8 bytes of each travel too."""
+    def _gather_counts(self, count: int, known: Sequence[int] | None) -> np.ndarray:
+        """Every process's count (world_size,); unless known, the 8 bytes of each travel too."""
+        if known is not None:
+            _check_count(count, known[self.world_rank])
+            return np.array(known, np.int64)
         counts = np.zeros(self.world_size, np.int64)
         self._comm.Allgather(np.array([count], np.int64), counts)
         size_bytes = np.full(self.world_size, 8)
         self._count(size_bytes, size_bytes)
         return counts
 
-    def allgather(self, buffer: Tensor) -> list[Tensor]:
-        counts = self._gather_counts(buffer.numel())
-        gathered = self._space(int(counts.sum()))
-        self._allgatherv(self._comm, buffer.contiguous(), gathered, counts)
-        self._count(np.full(self.world_size, buffer.numel()), counts)
-        return list(torch.split(gathered, counts.tolist()))
+    def allgather(self, buffer: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
+        sizes = self._gather_counts(buffer.numel(), counts)
+        gathered = self._space(int(sizes.sum()))
+        self._allgatherv(self._comm, buffer.contiguous(), gathered, sizes)
+        self._count(np.full(self.world_size, buffer.numel()), sizes)
+        return list(torch.split(gathered, sizes.tolist()))
 
     def _allgatherv(self, comm: Any, mine: Tensor, gathered: Tensor, counts: np.ndarray) -> None:
         """Allgatherv of counts (P,) bytes over the P processes of comm."""
@@ -190,24 +197,33 @@ class MpiCommunicator(Communicator):
 
         _in_pieces(call, gathered, counts, int(counts.max()))
 
-    def alltoall(self, buffers: list[Tensor]) -> list[Tensor]:
+    def alltoall(
+        self, buffers: list[Tensor], counts: Sequence[Sequence[int]] | None = None
+    ) -> list[Tensor]:
         sent = np.array([buffer.numel() for buffer in buffers], np.int64)
-        mine = np.stack([sent, np.full_like(sent, sent.max())], axis=1)
-        told = np.zeros_like(mine)  # bytes from each process, and its longest message to anyone
-        self._comm.Alltoall(mine, told)
-        counts = told[:, 0].copy()
-        received = self._space(int(counts.sum()))
+        told = np.zeros((self.world_size, 2), np.int64)  # of each: bytes to here, longest message
+        size_bytes = 0
+        if counts is None:
+            mine = np.stack([sent, np.full_like(sent, sent.max())], axis=1)
+            self._comm.Alltoall(mine, told)
+            size_bytes = 16
+        else:
+            _check_count(sent.tolist(), list(counts[self.world_rank]))
+            told[:, 0] = [row[self.world_rank] for row in counts]
+            told[:, 1] = [max(row) for row in counts]
+        sizes = told[:, 0].copy()
+        received = self._space(int(sizes.sum()))
 
-        def call(first: int, last: int, block: Tensor, sizes: list[int]) -> None:
+        def call(first: int, last: int, block: Tensor, lengths: list[int]) -> None:
             parts = [buffer[first:last] for buffer in buffers]
             self._comm.Alltoallv(
                 [_joined(parts).numpy(), [len(part) for part in parts], None, self._mpi.BYTE],
-                [block.numpy(), sizes, None, self._mpi.BYTE],
+                [block.numpy(), lengths, None, self._mpi.BYTE],
             )
 
-        _in_pieces(call, received, counts, int(told[:, 1].max()))
-        self._count(sent + 16, counts + 16)
-        return list(torch.split(received, counts.tolist()))
+        _in_pieces(call, received, sizes, int(told[:, 1].max()))
+        self._count(sent + size_bytes, sizes + size_bytes)
+        return list(torch.split(received, sizes.tolist()))
 
     def allreduce(self, values: Tensor) -> Tensor:
         result = torch.empty_like(values)
@@ -248,22 +264,23 @@ class NodeCommunicator(MpiCommunicator):
         # Hosts one after another in the window, each one's processes in world_rank order.
         self._order = sorted(range(self.world_size), key=lambda rank: (self.host_of[rank], rank))
 
-    def allgather(self, buffer: Tensor) -> list[Tensor]:
-        # Nobody leaves this call before all are in it, and so have read what the last one gave.
-        counts = self._gather_counts(buffer.numel())
-        shared = self._shared_space(int(counts.sum()))
+    def allgather(self, buffer: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
+        if counts is not None:
+            self._sync()  # all are in this call, and so have read what the last one gave
+        sizes = self._gather_counts(buffer.numel(), counts)
+        shared = self._shared_space(int(sizes.sum()))
         placed = dict(
-            zip(self._order, torch.split(shared, counts[self._order].tolist()), strict=True)
+            zip(self._order, torch.split(shared, sizes[self._order].tolist()), strict=True)
         )
         placed[self.world_rank].copy_(buffer)
         self._sync()
         hosts = sorted(set(self.host_of))
-        by_host = np.array([counts[np.array(self.host_of) == host].sum() for host in hosts])
+        by_host = np.array([sizes[np.array(self.host_of) == host].sum() for host in hosts])
         if self.host_rank == 0:
             own = torch.split(shared, by_host.tolist())[hosts.index(self.world_rank)]
             self._allgatherv(self._leaders, own.clone(), shared, by_host)
         self._sync()
-        self._count_by_host(counts)
+        self._count_by_host(sizes)
         return [placed[world_rank] for world_rank in range(self.world_size)]
 
     def _shared_space(self, num_bytes: int) -> Tensor:
@@ -341,31 +358,46 @@ class TorchCommunicator(Communicator):
         # torchrun numbers the processes host by host.
         self.host_of = tuple(rank - rank % self.host_size for rank in range(self.world_size))
 
-    def allgather(self, buffer: Tensor) -> list[Tensor]:
-        mine = torch.tensor([buffer.numel()], dtype=torch.int64, device=self._device)
-        sizes = [torch.zeros_like(mine) for _ in range(self.world_size)]
-        self._dist.all_gather(sizes, mine)
-        lengths = [int(size) for size in sizes]
+    def allgather(self, buffer: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
+        lengths = self._gather_counts(buffer.numel(), counts)
         longest = max(lengths)
         padded = torch.zeros(longest, dtype=torch.uint8, device=self._device)
         padded[: buffer.numel()] = buffer.to(self._device)
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         if longest:
             self._dist.all_gather(gathered, padded)
-        moved = np.full(self.world_size, longest + 8)
+        moved = np.full(self.world_size, longest)
         self._count(moved, moved)
         return [part[:length].cpu() for part, length in zip(gathered, lengths, strict=True)]
 
-    def alltoall(self, buffers: list[Tensor]) -> list[Tensor]:
-        sent = torch.tensor([buffer.numel() for buffer in buffers])
-        sizes = torch.empty_like(sent, device=self._device)
-        self._dist.all_to_all_single(sizes, sent.to(self._device))
-        counts = sizes.cpu()
-        received = torch.empty(int(counts.sum()), dtype=torch.uint8, device=self._device)
+    def _gather_counts(self, count: int, known: Sequence[int] | None) -> list[int]:
+        """Every process's count; unless known, the 8 bytes of each travel too."""
+        if known is not None:
+            _check_count(count, known[self.world_rank])
+            return list(known)
+        mine = torch.tensor([count], dtype=torch.int64, device=self._device)
+        counts = [torch.zeros_like(mine) for _ in range(self.world_size)]
+        self._dist.all_gather(counts, mine)
+        size_bytes = np.full(self.world_size, 8)
+        self._count(size_bytes, size_bytes)
+        return [int(count) for count in counts]
+
+    def alltoall(
+        self, buffers: list[Tensor], counts: Sequence[Sequence[int]] | None = None
+    ) -> list[Tensor]:
+        sent = np.array([buffer.numel() for buffer in buffers])
+        if counts is None:
+            told = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
+            self._dist.all_to_all_single(told, torch.from_numpy(sent).to(self._device))
+            sizes, size_bytes = told.cpu().numpy(), 8
+        else:
+            _check_count(sent.tolist(), list(counts[self.world_rank]))
+            sizes, size_bytes = np.array([row[self.world_rank] for row in counts]), 0
+        received = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=self._device)
         mine = _joined(buffers).to(self._device)
-        self._dist.all_to_all_single(received, mine, counts.tolist(), sent.tolist())
-        self._count(sent.numpy() + 8, counts.numpy() + 8)
-        return list(torch.split(received.cpu(), counts.tolist()))
+        self._dist.all_to_all_single(received, mine, sizes.tolist(), sent.tolist())
+        self._count(sent + size_bytes, sizes + size_bytes)
+        return list(torch.split(received.cpu(), sizes.tolist()))
 
     def allreduce(self, values: Tensor) -> Tensor:
         result = values.to(self._device, copy=True)
@@ -383,6 +415,12 @@ class TorchCommunicator(Communicator):
 
     def close(self) -> None:
         self._dist.destroy_process_group()
+
+
+def _check_count(found: object, told: object) -> None:
+    """The others receive what they were told of, and wait for ever for what does not come."""
+    if found != told:
+        raise ValueError(f"a message of {found} bytes, where the other processes expect {told}")
 
 
 def _joined(buffers: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,6 +64,11 @@ def check_allgather(communicator: Communicator) -> None:
             assert torch.equal(part, contents(rank, sizes[rank])), (case, rank)
         wanted = expected_traffic(communicator.kind, sizes, communicator.world_rank)
         assert traffic == wanted, (case, traffic, wanted)
+        told, traffic = moved(communicator, partial(communicator.allgather, mine, sizes))
+        for rank, part in enumerate(told):
+            assert torch.equal(part, contents(rank, sizes[rank])), (case, rank)
+        size_bytes = 8 * (communicator.world_size - 1)
+        assert traffic == tuple(moved - size_bytes for moved in wanted), (case, traffic, wanted)
     every_second = contents(communicator.world_rank, 20)[::2]  # not contiguous
     for rank, part in enumerate(communicator.allgather(every_second)):
         assert torch.equal(part, contents(rank, 20)[::2]), rank
@@ -82,6 +88,25 @@ def check_alltoall(communicator: Communicator) -> None:
         sum(3 * q + world_rank + size_bytes for q in others),
     )
     assert traffic == wanted, (traffic, wanted)
+    counts = [[3 * p + q for q in range(world_size)] for p in range(world_size)]
+    received, traffic = moved(communicator, partial(communicator.alltoall, sent, counts))
+    for rank, part in enumerate(received):
+        assert torch.equal(part, contents(rank, 3 * rank + world_rank)), rank
+    size_bytes *= len(others)
+    assert traffic == tuple(moved - size_bytes for moved in wanted), (traffic, wanted)
+
+
+def check_known_counts(communicator: Communicator) -> None:
+    """Who sends other than what all expect says so before anybody waits for the rest."""
+    if communicator.world_size == 1:
+        return
+    wrong = [5] * communicator.world_size
+    for call in (
+        partial(communicator.allgather, contents(0, 4), wrong),
+        partial(communicator.alltoall, [contents(0, 4)] * len(wrong), [wrong] * len(wrong)),
+    ):
+        with pytest.raises(ValueError, match="where the other processes expect"):
+            call()
 
 
 def check_allreduce(communicator: Communicator) -> None:
@@ -180,6 +205,7 @@ def main() -> None:
         check_allgather(communicator)
         check_alltoall(communicator)
         check_allreduce(communicator)
+    check_known_counts(communicator)
     check_network(communicator)
     check_bytes(communicator)
     check_host(communicator)

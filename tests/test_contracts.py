@@ -321,7 +321,7 @@ class _Process(Communicator):
         self.board = board
         self.world_rank, self.world_size = world_rank, len(board.messages)
 
-    def allgather(self, buffer: Tensor) -> list[Tensor]:
+    def allgather(self, buffer: Tensor, counts: object = None) -> list[Tensor]:
         self.board.messages[self.world_rank] = buffer.clone()
         self.board.meet()
         gathered = list(self.board.messages)

@@ -138,6 +138,10 @@ def check_measured_bytes(run: dict[str, Any], rows: list[dict[str, Any]]) -> Non
             assert least_bytes(row) <= row["bare_measured_bytes"] <= most
             assert "bare_counted_bytes_sent" not in row
             assert row["ratio"] > 0
+            assert row["sizes_first_ratio"] > 0
+            size_bytes = 8 * (run["world_size"] - 1)
+            counted = row["sizes_first_counted_bytes_sent"] - row["counted_bytes_sent"]
+            assert counted == size_bytes
 
 
 def test_bytes_past_the_counters_are_not_counted() -> None:
@@ -146,7 +150,7 @@ def test_bytes_past_the_counters_are_not_counted() -> None:
     class Shared(Communicator):
         world_size = 2
 
-        def allgather(self, buffer: Tensor) -> list[Tensor]:
+        def allgather(self, buffer: Tensor, counts: object = None) -> list[Tensor]:
             return [buffer, buffer]
 
     counter = open_counter(Shared())

@@ -61,9 +61,9 @@ def wire_bytes_by_hand(
     """All processes' bytes of one exchange by allgather, of clients that upload equally much.
 
     messages: whole ones in one call; else a count of 4 bytes, client_id and length (12 bytes) and
-    header of each client in the first call, and values in the second.
+    header of each client in the first call, and values in the second, whose size they tell.
     """
-    per_process = 8 if messages else 2 * 8 + 4  # an 8-byte size for each call
+    per_process = 8 if messages else 8 + 4  # the first call's size takes 8 bytes
     num_bytes = uplink_bytes + (0 if messages else 12 * cohort)
     if kind == "torch":  # padded to the process with most clients
         longest = num_bytes // cohort * -(-cohort // world_size)

@@ -9,7 +9,7 @@ BIN := .venv/bin
 # The environment's own mpiexec if it has one, else the machine's.
 MPIEXEC = $(if $(wildcard $(BIN)/mpiexec),$(BIN)/mpiexec,mpiexec)
 
-.PHONY: help run figures test lint format clean
+.PHONY: help run reproduce figures test lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -17,6 +17,12 @@ help:  ## this list
 run: .venv  ## train head_only, LoRA, SLoRA and FedARA on 2 processes, then draw the comparison
 	$(MPIEXEC) -n $(PROCESSES) $(BIN)/fedara run bench/configs/quickstart.toml --results $(RESULTS)
 	$(BIN)/python -m analysis $(RESULTS)
+
+# A record's config again; its data, where they were a folder: make reproduce RECORD=DIR DATA=DIR
+RECORD ?= $(firstword $(wildcard results/published/quickstart/*-fedara-*))
+reproduce: .venv  ## run a committed record again and compare bits and accuracy: RECORD=DIR DATA=DIR
+	$(MPIEXEC) -n $(PROCESSES) $(BIN)/fedara reproduce $(RECORD) \
+	  $(if $(DATA),--set dataset.name=file:$(DATA))
 
 figures: .venv  ## draw figures and table again, from the records in RESULTS
 	$(BIN)/python -m analysis $(RESULTS)

@@ -1,8 +1,18 @@
-"""Checkpoints: the server state after a round and what clients keep, as one safetensors file."""
+"""Checkpoints: the server state after a round and what clients keep, as one safetensors file.
 
+The file's metadata says what it belongs to and holds a checksum over everything in it, so that a
+file that was cut off, damaged, copied from elsewhere or written by another version is never taken
+for the right one. The file before it stays beside it.
+"""
+
+import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -12,43 +22,89 @@ from fedara_core.errors import InputError
 from fedara_core.method import ServerState
 
 FILE = "checkpoint.safetensors"
-_ROUND = "round_index"
+PREVIOUS = "checkpoint.previous.safetensors"
+FORMAT = "1"  # other ones are refused
 _CLIENT = "client-"
 
 Kept = dict[int, dict[str, Tensor]]  # client_id -> name -> tensor
+Identity = Mapping[str, Any]  # what a checkpoint belongs to: JSON values by key
 
 
-def save_checkpoint(run_dir: Path, state: ServerState, kept: Kept) -> None:
-    """Replace the run's checkpoint; the old one stays until the new one is whole on disk."""
-    write_atomically(run_dir / FILE, dump(state, kept))
+class Damaged(Exception):
+    """Bytes that are no whole checkpoint; the text says why."""
 
 
-def dump(state: ServerState, kept: Kept) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The newest whole checkpoint of a run. notice: what is wrong with the one that is newer."""
+
+    data: bytes
+    notice: str = ""
+
+
+def save_checkpoint(run_dir: Path, state: ServerState, kept: Kept, identity: Identity) -> None:
+    """Replace the run's checkpoint, which stays as the previous one. At any moment at least one of
+    them is whole on disk. Raises OSError, and leaves them as they are then."""
+    newest = run_dir / FILE
+
+    def keep_previous() -> None:
+        if newest.exists():
+            newest.replace(run_dir / PREVIOUS)
+
+    write_atomically(newest, dump(state, kept, identity), keep_previous)
+
+
+def dump(state: ServerState, kept: Kept, identity: Identity) -> bytes:
     """A state, and what clients keep between rounds, as the bytes of a safetensors file."""
-    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
-    return save(tensors | _named(kept), metadata={_ROUND: str(state.round_index)})
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()} | _named(kept)
+    facts = {
+        "format": FORMAT,
+        "round_index": str(state.round_index),
+        "identity": json.dumps(identity, sort_keys=True),
+    }
+    return save(tensors, metadata=facts | {"sha256": _checksum(facts, tensors)})
 
 
-def read_checkpoint(run_dir: Path) -> bytes:
-    """The bytes of the run's checkpoint; none if there is none."""
-    path = run_dir / FILE
-    return path.read_bytes() if path.exists() else b""
+def find_checkpoint(run_dir: Path) -> Found | None:
+    """The newest whole checkpoint of the run; None if it has none.
+
+    InputError if all are damaged, or one is of another format.
+    """
+    reasons = {}
+    for name in (FILE, PREVIOUS):
+        with suppress(FileNotFoundError):
+            data = (run_dir / name).read_bytes()
+            try:
+                _load(data)
+            except Damaged as error:
+                reasons[name] = str(error)
+                continue
+            notice = "; ".join(f"{name} is damaged ({reason})" for name, reason in reasons.items())
+            return Found(data=data, notice=notice)
+    if not reasons:
+        return None
+    said = "; ".join(f"{name} is damaged ({reason})" for name, reason in reasons.items())
+    raise InputError(f"{run_dir}: {said}; allowed: a whole one, or none (delete it to start over)")
 
 
-def restore(state: ServerState, data: bytes) -> tuple[ServerState, Kept]:
+def restore(state: ServerState, data: bytes, identity: Identity) -> tuple[ServerState, Kept]:
     """`state` with the tensors and round of a checkpoint's bytes, and what its clients keep.
 
-    InputError if it is damaged.
+    InputError, with the keys that differ, if it belongs to something else than `identity`.
     """
     try:
-        tensors = load(data)
-    except SafetensorError as error:
+        facts, tensors = _load(data)
+    except Damaged as error:
+        raise InputError(f"{FILE} is damaged ({error}); allowed: a whole one") from None
+    differing = _differences(json.loads(facts["identity"]), identity)
+    if differing:
         raise InputError(
-            f"{FILE} is damaged ({error}); allowed: a whole one, or none (delete it to start over)"
-        ) from None
+            f"{FILE} belongs to another run: {'; '.join(differing)}; allowed: the checkpoint of "
+            "this run, or none (delete it to start over)"
+        )
     kept = _unnamed({name: t for name, t in tensors.items() if name.startswith(_CLIENT)})
     server = {name: t for name, t in tensors.items() if not name.startswith(_CLIENT)}
-    return state.with_tensors(server, _round_index(data)), kept
+    return state.with_tensors(server, int(facts["round_index"])), kept
 
 
 def dump_kept(kept: Kept) -> bytes:
@@ -59,6 +115,53 @@ def dump_kept(kept: Kept) -> bytes:
 def load_kept(data: bytes) -> Kept:
     """Inverse of `dump_kept`."""
     return _unnamed(load(data))
+
+
+def _load(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors. Raises Damaged, and InputError for a whole file of another format."""
+    try:
+        tensors = load(data)
+        facts = _metadata(data)
+    except (SafetensorError, ValueError) as error:
+        raise Damaged(str(error)) from None
+    checksum, found = facts.pop("sha256", None), facts.get("format")
+    whole = checksum == _checksum(facts, tensors)
+    if (whole and found != FORMAT) or (checksum is None and found is None):
+        raise InputError(
+            f"{FILE} has format {found}; allowed: {FORMAT} (delete it to start over, or go on with "
+            "the version that wrote it)"
+        )
+    if not whole:
+        raise Damaged("its checksum is not that of its contents")
+    return facts, tensors
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The file's metadata (safetensors: u64 header length, then JSON)."""
+    length = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return found
+
+
+def _checksum(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over metadata, names, types, shapes and values, in hex."""
+    sha = hashlib.sha256(json.dumps(sorted(facts.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Each key that differs, with both values; sections by their keys."""
+    differing = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        old, new = theirs.get(key), ours.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            differing += [f"{key}.{text}" for text in _differences(old, new)]
+        elif old != new:
+            differing.append(f"{key} is {json.dumps(old)} there and {json.dumps(new)} here")
+    return differing
 
 
 def _named(kept: Kept) -> dict[str, Tensor]:
@@ -77,17 +180,20 @@ def _unnamed(tensors: dict[str, Tensor]) -> Kept:
     return kept
 
 
-def _round_index(data: bytes) -> int:
-    """The round in the file's metadata (safetensors: u64 header length, then JSON)."""
-    length = int.from_bytes(data[:8], "little")
-    return int(json.loads(data[8 : 8 + length])["__metadata__"][_ROUND])
+def write_atomically(path: Path, data: bytes, before: Callable[[], None] | None = None) -> None:
+    """Write beside `path`, flush to disk, call `before`, then rename over it.
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, flush to disk, then rename over it."""
+    Where that fails, with OSError, `path` is as it was and nothing is left beside it.
+    """
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    if before is not None:
+        before()
     beside.replace(path)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from analysis.options import Costs, Directory, Out
-from fedara_core.errors import InputError
+from fedara_core.errors import InputError, Interrupted, JobError
 
 if TYPE_CHECKING:
     from fedara_core.comm import Communicator  # torch: only for those who need it
@@ -55,7 +55,9 @@ def run(
 ) -> None:
     """Run a config, or every point of its sweep table, and record each round.
 
-    Finished runs are skipped; a run that was interrupted goes on after its last recorded round.
+    Finished runs are skipped; a run that was interrupted goes on after its last checkpoint. SIGTERM
+    or SIGUSR1 to any process ends the job after its round, with exit code 75; in a Slurm job it is
+    also requeued.
 
     \b
       fedara run bench/configs/quickstart.toml
@@ -106,7 +108,8 @@ def sweep(
     try:
         plan = make_plan(config, results, overrides or [])
         if dry_run:
-            typer.echo("\n".join(describe(plan)))
+            for line in describe(plan):
+                typer.echo(line)
             return
         succeeded = run_sweep(plan, processes, jobs, Console(highlight=False, markup=False))
     except InputError as error:
@@ -154,6 +157,36 @@ def status(
         show(read_status(results), Console(highlight=False))
     except InputError as error:
         _refuse(error)
+
+
+@app.command()
+def reproduce(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    results: Annotated[Path, typer.Option("--results", help="Where the new run goes.")] = Path(
+        "results/reproduced"
+    ),
+    within_points: Annotated[
+        float, typer.Option(min=0.0, help="Points of accuracy that other bits may differ by.")
+    ] = 2.0,
+    overrides: Overrides = None,
+    comm: Comm = "auto",
+) -> None:
+    """Run a record's config again and compare: the same bits, or an accuracy close to it.
+
+    Exit code 1 if it is neither. A data set that was a folder has to be named again.
+
+    \b
+      fedara reproduce results/published/quickstart/RUN_ID
+      mpiexec -n 2 fedara reproduce RUN_DIR --set dataset.name=file:DIR
+    """
+    from bench.reproduce import reproduce as run_again
+
+    def job(communicator: "Communicator") -> None:
+        if not run_again(run_dir, results, overrides or [], within_points, communicator):
+            communicator.close()
+            raise typer.Exit(1)
+
+    _as_job(comm, job)
 
 
 @app.command(name="list")
@@ -354,11 +387,32 @@ def _as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
     except InputError as error:  # raised on every process alike
         communicator.close()
         _refuse(error, quiet=communicator.world_rank != 0)
+    except Interrupted as error:  # likewise
+        _end_for_now(error, communicator)
+    except JobError as error:  # the others wait for this process
+        sys.stderr.write(f"fedara: {error}\n")
+        if communicator.world_size == 1:
+            raise typer.Exit(1) from None
+        sys.stderr.flush()
+        communicator.abort()
+    except typer.Exit:  # likewise
+        raise
     except BaseException as error:
         if communicator.world_size == 1:
             raise
         abort_on_error(communicator, error)
     communicator.close()
+
+
+def _end_for_now(error: Interrupted, communicator: "Communicator") -> NoReturn:
+    """Say what was interrupted, have Slurm start the job again, and leave."""
+    from bench.slurm_job import requeue
+
+    communicator.close()
+    if communicator.world_rank == 0:
+        lines = [str(error), requeue()]
+        sys.stderr.write("".join(f"fedara: {line}\n" for line in lines if line))
+    raise typer.Exit(error.exit_code)
 
 
 def _refuse(error: InputError, *, quiet: bool = False) -> NoReturn:

@@ -203,10 +203,15 @@ class EvaluateConfig(_Section):
 
 
 class SystemConfig(_Section):
-    """Where it runs; no part of run_id. threads: intra-op threads of each process."""
+    """Where it runs; no part of run_id.
+
+    threads: intra-op threads of each process. checkpoint_every: rounds between two checkpoints; a
+    job that is killed goes on after the last one, and runs the rounds after it again.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | Literal["auto"] = "auto"
+    checkpoint_every: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _threads_positive(self) -> "SystemConfig":
@@ -290,11 +295,14 @@ class RunConfig(_Section):
             settings["devices"]["file"] = Path(self.devices.file).name
         return settings
 
+    def deciding(self) -> dict[str, Any]:
+        """The canonical config without the sections that change no result."""
+        return {k: value for k, value in self.canonical().items() if k not in _OBSERVING}
+
     @property
     def config_hash(self) -> str:
-        """SHA-256 of the canonical config, in hex; without the sections that change no result."""
-        canonical = {k: value for k, value in self.canonical().items() if k not in _OBSERVING}
-        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of what decides the result, in hex."""
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
 
     @property
     def run_id(self) -> str:
@@ -332,6 +340,17 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
                 merged = _merge(merged, _nested(key, value))
             runs.append(parse_run(merged))
     return list({run.run_id: run for run in runs}.values())
+
+
+def load_record(path: Path, overrides: list[str]) -> RunConfig:
+    """The config of a record's run.json, with overrides: where data lie is not in it."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no record that can be read ({error!r})") from None
+    for key, value in map(_parse_override, overrides):
+        table = _merge(table, _nested(key, value))
+    return parse_run(table)
 
 
 def _fixed(points: list[dict[str, Any]], key: str, value: Any) -> list[dict[str, Any]]:

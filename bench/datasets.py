@@ -97,6 +97,9 @@ class TextDataset:
         return hasher.hexdigest()
 
 
+BUILT_IN_SETS = ("docstrings", "toy")  # need no file and no network
+
+
 def load_dataset(config: DatasetConfig) -> TextDataset:
     """Load the set that config.name names: docstrings, toy, file:DIR, or a Hugging Face name.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench import checkpoint
 from bench.config import RunConfig, parse_run
 from bench.models import MeanPooled, save_tokenizer
-from bench.rounds import build
+from bench.rounds import build, identity
 from fedara_core.adapters import Adapter, named_adapters
 from fedara_core.errors import InputError
 from fedara_core.method import Client, ServerState, whole_parameters
@@ -76,14 +76,14 @@ def export(run_dir: Path, out: Path, client_id: int | None) -> str:
 
 def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
     """The model of a run as its last checkpoint has it; of one client where clients keep a part."""
-    run_json, data = run_dir / "run.json", checkpoint.read_checkpoint(run_dir)
-    if not run_json.exists() or not data:
+    run_json, found = run_dir / "run.json", checkpoint.find_checkpoint(run_dir)
+    if not run_json.exists() or not found:
         missing = checkpoint.FILE if run_json.exists() else "run.json"
         raise InputError(f"{run_dir} has no {missing}; allowed: the folder of a run with both")
     run = json.loads(run_json.read_text(encoding="utf-8"))
     config = parse_run(run["config"])
     model, method, state = build(config, num_classes=len(run["labels"]), device=torch.device("cpu"))
-    state, kept = checkpoint.restore(state, data)
+    state, kept = checkpoint.restore(state, found.data, identity(config, run["dataset_digest"]))
     allowed = ", ".join(map(str, sorted(kept)))
     if method.stateful and client_id not in kept:
         raise InputError(

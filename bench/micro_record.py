@@ -21,8 +21,7 @@ from bench.record import (
     utc_now,
     write_json,
 )
-from bench.runner import together
-from fedara_core.comm import Communicator
+from fedara_core.comm import Communicator, together
 from fedara_core.errors import InputError
 
 # What chooses the transport, and with it the time: kept with the record.

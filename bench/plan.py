@@ -3,12 +3,13 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.checkpoint import write_atomically
-from bench.config import RunConfig, load_runs, parse_run
+from bench.config import RunConfig, load_record, load_runs, parse_run
 from bench.status import log_file
 from fedara_core.errors import InputError
 
@@ -67,8 +68,11 @@ def make_plan(config: Path, results: Path | None, overrides: list[str]) -> Plan:
 
 
 def load_points(path: Path, overrides: list[str], index: int | None = None) -> list[RunConfig]:
-    """The runs of a config or of a plan file; with `index`, the one run that it counts from 0."""
-    if path.suffix != _SUFFIX:
+    """The runs of a config or of a plan file, or the run of a record's run.json; with `index`, the
+    one run that it counts from 0."""
+    if path.name == "run.json":
+        runs = [load_record(path, overrides)]
+    elif path.suffix != _SUFFIX:
         runs = load_runs(path, overrides)
     elif overrides:
         raise InputError(f"--set {overrides[0]!r}: {path} is a frozen plan; allowed: its config")
@@ -81,27 +85,45 @@ def load_points(path: Path, overrides: list[str], index: int | None = None) -> l
     return [runs[index]]
 
 
-def describe(plan: Plan) -> list[str]:
-    """Lines for --dry-run: each run's share of the work, and the total."""
+def describe(plan: Plan) -> Iterator[str]:
+    """Lines for --dry-run: each run's share of the work, and the total of those that are left.
+
+    Bytes are those of the first round, as often as there are rounds. Raises InputError.
+    """
+    from bench.estimate import round_bytes  # torch: only for those who need it
+
     left = set(plan.left())
-    lines = []
+    total, known = [0, 0], True
     for index, run in enumerate(plan.runs):
-        federation = run.federation
-        lines.append(
-            f"{index:>4}  {run.run_id:<44} {federation.num_rounds} rounds x {federation.cohort} "
-            f"clients{'' if index in left else ', done'}"
-        )
+        federation, sent = run.federation, round_bytes(run)
+        text = f"{index:>4}  {run.run_id:<44} {federation.num_rounds} rounds x {federation.cohort} "
+        if sent is not None:
+            up, down = (federation.num_rounds * num_bytes for num_bytes in sent)
+            text += f"clients, up {_size(up)}, down {_size(down)}"
+        else:
+            text += "clients, bytes unknown"
+        yield text + ("" if index in left else ", done")
+        if index in left and sent is not None:
+            total = [total[0] + up, total[1] + down]
+        known &= sent is not None
     rounds = [plan.runs[index].federation for index in sorted(left)]
-    lines.append(
+    yield (
         f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them done; left: "
         f"{sum(f.num_rounds for f in rounds)} rounds, "
-        f"{sum(f.num_rounds * f.cohort for f in rounds)} times a client trains"
+        f"{sum(f.num_rounds * f.cohort for f in rounds)} times a client trains, "
+        f"up {_size(total[0])}, down {_size(total[1])}"
     )
-    lines.append(
-        "bytes: not estimated, they follow from the model's layers and the live triplets of each "
-        "round; the record of a first run has them"
-    )
-    return lines
+    yield "bytes: as in the first round; methods that prune send less later"
+    if not known:
+        yield "unknown where model or data are not on this machine"
+
+
+def _size(num_bytes: int) -> str:
+    """In the unit that suits."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= length:
+            return f"{num_bytes / length:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"
 
 
 def beside(python: str, name: str) -> str:

@@ -36,11 +36,6 @@ class Recorder:
     def done(self) -> bool:
         return (self.run_dir / "DONE").exists()
 
-    @property
-    def dataset_digest(self) -> str:
-        """The data set's digest in run.json."""
-        return str(self._run()["dataset_digest"])
-
     def rounds(self) -> list[dict[str, Any]]:
         """The rounds recorded so far; a last line that was cut off is left out."""
         path = self.run_dir / "rounds.jsonl"

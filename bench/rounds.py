@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from bench.datasets import TextDataset, holdout, load_dataset
 from bench.devices import Device, check_names, deal, load_devices
 from bench.energy import HostEnergy, add_hosts, no_energy
 from bench.evaluate import Judge
+from bench.interrupt import Asked
 from bench.meter import (
     Measured,
     Meter,
@@ -34,8 +36,8 @@ from bench.record import Recorder, process_facts, provenance
 from fedara_core.adapters import AdapterConfig, inject
 from fedara_core.codec import decode_rows, encode_rows, message_widths, payload_bytes
 from fedara_core.collectives import RunningMean
-from fedara_core.comm import Communicator
-from fedara_core.errors import Diverged, InputError
+from fedara_core.comm import Communicator, together
+from fedara_core.errors import Diverged, InputError, Interrupted, JobError
 from fedara_core.method import (
     Batch,
     Client,
@@ -51,6 +53,7 @@ from fedara_core.train import Encoded, LocalTraining, batches, start_client
 from fedara_core.wire import Upload, code, pack, unpack
 
 Report = Callable[[dict[str, Any]], None]
+Notice = Callable[[str], None]
 
 HELD_VALUES = 1 << 26  # a process trains and sends clients with so many values in all at a time
 _TRAFFIC = {  # record key -> field of the communicator's traffic
@@ -98,7 +101,7 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
     start = perf_counter()
     device = choose_device(config.system.device, communicator)
     devices, dealt_devices = _choose_devices(config)
-    dataset = _load_texts(config.dataset)
+    dataset = load_texts(config.dataset)
     num_classes = len(dataset.labels)
     train_index, validation_index = holdout(
         dataset, config.dataset.validation_fraction, config.seed
@@ -171,31 +174,43 @@ def run(
     recorder: Recorder,
     report: Report = lambda row: None,
     energy: HostEnergy | None = None,
+    asked: Asked | None = None,
+    notice: Notice = lambda text: None,
 ) -> ServerState:
     """Run every round that is not yet on disk; records and checkpoints as it goes.
 
-    Returns the last state. `report` gets each round's record on world_rank 0. Without `energy` none
-    is measured. Raises Diverged if a loss stops being finite (the run then stays incomplete), and
-    InputError if the rounds on disk are of other data.
+    Returns the last state. `report` gets each round's record and `notice` what else there is to
+    say, on world_rank 0. Without `energy` none is measured. Raises Diverged if a loss stops being
+    finite (the run then stays incomplete), Interrupted after the round in which a process was
+    `asked` to end, InputError if the checkpoint on disk is damaged or of another run, and JobError
+    where the disk takes no more.
     """
-    energy = energy or no_energy("not asked for")
-    state, kept = _resume_or_start(job, communicator, recorder, energy)
+    energy, asked = energy or no_energy("not asked for"), asked or Asked()
+    state, kept = _resume_or_start(job, communicator, recorder, energy, notice)
     first_round_index = state.round_index
     energy.run.start()
     communicator.barrier()  # so that nobody's round 0 waits for a sampler to start
+    interrupted = None
     try:
-        state = _rounds(job, state, kept, communicator, recorder, report, energy)
+        state = _rounds(job, state, kept, communicator, recorder, report, energy, asked)
+    except Interrupted as error:
+        interrupted = error
     except BaseException:
         # The others may be gone, so that only what one process knows can still be recorded.
         part = energy.run.stop()
         if communicator.world_rank == 0 and energy.num_hosts == 1:
-            recorder.end_part(first_round_index, part)
+            with suppress(OSError):  # a full disk is said already
+                recorder.end_part(first_round_index, part)
         raise
     part, facts = _ending(energy, communicator)
     if communicator.world_rank == 0:
-        recorder.end_part(first_round_index, part)
-        recorder.finish(facts)
+        with _storing(recorder, state.round_index):
+            recorder.end_part(first_round_index, part)
+            if interrupted is None:
+                recorder.finish(facts)
     communicator.barrier()
+    if interrupted is not None:
+        raise interrupted
     return state
 
 
@@ -207,8 +222,10 @@ def _rounds(
     recorder: Recorder,
     report: Report,
     energy: HostEnergy,
+    asked: Asked,
 ) -> ServerState:
     """The rounds from `state` on. What follows a round counts in the next round's record."""
+    belongs_to = identity(job.config, job.dataset_digest)
     meter = Meter(job.device, counters=energy.counters, idle_watts=energy.idle_watts)
     while state.round_index < state.num_rounds:
         state, row = one_round(job, state, communicator, meter)
@@ -217,13 +234,40 @@ def _rounds(
         measured = meter.take()
         with meter.phase("meter"):
             row = _reduce(job, row, measured, communicator)
+            signal_name = asked.agree(communicator)
         with meter.phase("checkpoint"):
             kept |= _gather_kept(job, row["cohort"], communicator)
+            last = state.round_index == state.num_rounds
+            due = last or signal_name or state.round_index % job.config.system.checkpoint_every == 0
             if communicator.world_rank == 0:
-                recorder.add_round(row)
-                checkpoint.save_checkpoint(recorder.run_dir, state, kept)
+                with _storing(recorder, state.round_index - 1):
+                    recorder.add_round(row)
+                    if due:
+                        checkpoint.save_checkpoint(recorder.run_dir, state, kept, belongs_to)
                 report(row)
+        if signal_name and not last:
+            raise Interrupted(
+                f"interrupted after round {state.round_index} of {state.num_rounds} by "
+                f"{signal_name}; start again to go on"
+            )
     return state
+
+
+def identity(config: RunConfig, dataset_digest: str) -> dict[str, Any]:
+    """What a checkpoint belongs to: another one's would change the result."""
+    return {"config": config.deciding(), "dataset_digest": dataset_digest}
+
+
+@contextmanager
+def _storing(recorder: Recorder, num_rounds: int) -> Iterator[None]:
+    """Say in one line what the disk refused, and how many rounds are safe."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"{recorder.run_dir}: {error.strerror}; rounds 1 to {num_rounds} are on disk; make "
+            "room there and start again to go on"
+        ) from error
 
 
 def _ending(
@@ -268,7 +312,7 @@ def advance(
     """Download, local training, upload, exchange, aggregate; without looking at the result."""
     with meter.phase("download"):
         cohort = draw_cohort(job, state.round_index)
-        sent, saved_bytes, residual = _send_down(job, state)
+        sent, saved_bytes, residual = send_down(job, state)
         reference = job.method.reference(sent) if job.config.codec.up != "fp32" else None
         path = merge_path(job, communicator)
         before = {key: getattr(communicator.traffic, name) for key, name in _TRAFFIC.items()}
@@ -308,7 +352,7 @@ def advance(
         }
 
 
-def _send_down(job: Job, state: ServerState) -> tuple[ServerState, int, Tensor | None]:
+def send_down(job: Job, state: ServerState) -> tuple[ServerState, int, Tensor | None]:
     """The state as clients get it, the bytes that its codec saves for each of them, and what its
     rounding left out, for the next round (None without error feedback)."""
     codec = job.config.codec
@@ -529,7 +573,7 @@ def _same_bits_on_cuda() -> None:
 
 
 @lru_cache(maxsize=1)
-def _load_texts(config: DatasetConfig) -> TextDataset:
+def load_texts(config: DatasetConfig) -> TextDataset:
     """The data set; the points of a sweep mostly share it."""
     return load_dataset(config)
 
@@ -598,35 +642,38 @@ def _become(job: Job, state: ServerState, client_id: int) -> None:
 
 
 def _resume_or_start(
-    job: Job, communicator: Communicator, recorder: Recorder, energy: HostEnergy
+    job: Job,
+    communicator: Communicator,
+    recorder: Recorder,
+    energy: HostEnergy,
+    notice: Notice,
 ) -> tuple[ServerState, checkpoint.Kept]:
     """The state to go on from and what clients keep, and the run's files on disk.
 
-    world_rank 0 reads for all.
+    world_rank 0 reads for all, and what it can not read ends them all.
     """
     facts = process_facts(communicator.world_rank, job.device)
     facts["prepare_seconds"] = round(job.prepare_seconds, 6)
     if energy.idle_watts:
         facts["idle_watts"] = {k: round(watts, 3) for k, watts in energy.idle_watts.items()}
     processes = [json.loads(part) for part in communicator.gather_bytes(json.dumps(facts).encode())]
-    saved = recorded = b""
-    if communicator.world_rank == 0:
-        saved = checkpoint.read_checkpoint(recorder.run_dir)
-        recorded = recorder.dataset_digest.encode() if saved else b""
-    saved, recorded = communicator.broadcast(saved), communicator.broadcast(recorded)
-    if saved and recorded != job.dataset_digest.encode():
-        raise InputError(
-            f"{recorder.run_dir}: its first rounds ran on other data (digest {recorded.decode()}, "
-            f"now {job.dataset_digest}); allowed: the same data, or another --results folder"
-        )
+    belongs_to = identity(job.config, job.dataset_digest)
     # Where nothing is saved, all start from world_rank 0's state: an SVD of the same weights need
     # not give the same bits on another machine.
-    state, kept = job.state, {}
-    if saved:
-        state, kept = checkpoint.restore(job.state, saved)
-    elif communicator.world_size > 1:
-        start = checkpoint.dump(job.state, {}) if communicator.world_rank == 0 else b""
-        state, _ = checkpoint.restore(job.state, communicator.broadcast(start))
+
+    def read() -> bytes:
+        if communicator.world_rank != 0:
+            return b""
+        found = checkpoint.find_checkpoint(recorder.run_dir)
+        if found is None:
+            return checkpoint.dump(job.state, {}, belongs_to)
+        state, _ = checkpoint.restore(job.state, found.data, belongs_to)
+        if found.notice:
+            notice(f"{found.notice}; going on from the one before, after round {state.round_index}")
+        return found.data
+
+    data = communicator.broadcast(together(communicator, read))
+    state, kept = checkpoint.restore(job.state, data, belongs_to)
     job.kept.clear()
     for client_id, tensors in kept.items():
         if _home(client_id, communicator.world_size) == communicator.world_rank:
@@ -646,7 +693,8 @@ def _resume_or_start(
             num_parameters=sum(p.numel() for p in job.model.parameters()),
             num_adapter_parameters=sum(rows.numel() for rows in job.state.rows.values()),
         )
-        recorder.start(run_facts, job.partition_summary, rows)
+        with _storing(recorder, state.round_index):
+            recorder.start(run_facts, job.partition_summary, rows)
     return state, kept
 
 

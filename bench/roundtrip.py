@@ -19,17 +19,17 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.config import parse_run
+from bench.estimate import null_job
 from bench.meter import PHASES, Measured, Meter
 from bench.micro_collectives import bare_allgather
 from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
-from bench.rounds import Job, advance, build, place
+from bench.rounds import Job, advance, place
 from bench.runner import set_threads
 from fedara_core.codec import CODECS
 from fedara_core.comm import Communicator
 from fedara_core.errors import InputError
 from fedara_core.method import load_method, method_names
 from fedara_core.paths import PATHS
-from fedara_core.train import Encoded, LocalTraining
 
 BENCHMARK = "micro-roundtrip"
 NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats
@@ -118,25 +118,7 @@ def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Se
             "train": {"local_steps": 1},
         }
     )
-    device = torch.device("cpu")
-    model, made, state = build(config, num_classes=NUM_CLASSES, device=device)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    empty = Encoded(input_ids=nothing[:, None], lengths=nothing, labels=nothing)
-    return Job(
-        config=config,
-        model=model,
-        method=made,
-        state=state,
-        training=LocalTraining(**config.train.model_dump() | {"local_steps": 0}),
-        train=empty,
-        evaluated=empty,
-        shards=[np.arange(10 + client_id % 7) for client_id in range(num_clients)],
-        label_counts=np.zeros((num_clients, NUM_CLASSES), np.int64),
-        partition_summary=[],
-        dataset_digest="",
-        labels=[],
-        device=device,
-    )
+    return null_job(config, num_classes=NUM_CLASSES)
 
 
 def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:

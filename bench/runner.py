@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,13 +14,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bench.config import EnergyConfig, RunConfig
 from bench.cost_table import show_costs
 from bench.energy import HostEnergy, no_energy, open_energy
+from bench.interrupt import Asked, listening
+from bench.lock import locked
 from bench.plan import load_points
 from bench.record import Recorder
 from bench.rounds import prepare, run
-from fedara_core.comm import Communicator
-from fedara_core.errors import Diverged, InputError
-
-T = TypeVar("T")
+from fedara_core.comm import Communicator, together
+from fedara_core.errors import Diverged, InputError, Interrupted
 
 
 def run_all(
@@ -31,41 +32,83 @@ def run_all(
 ) -> None:
     """Run every point of the config or plan at `path` that has no DONE yet, or only point `index`.
 
-    world_rank 0 reads the config and says what is left. An InputError is raised on all processes.
+    world_rank 0 reads the config and says what is left. An InputError is raised on all processes,
+    and so is Interrupted, after a whole round, where one of them gets SIGUSR1 or SIGTERM.
     """
     pending = _pending(path, results, overrides, communicator, index)
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     diverged: list[Diverged] = []
     finished: list[Path] = []
     energies = _Energies(communicator)
-    for title, config, done in pending:
-        if done:
-            console.print(f"{title}: finished earlier, skipped")
-            continue
-        set_threads(config.system.threads, communicator)
-        console.print(f"{title}: preparing")
-        job = together(communicator, lambda config=config: prepare(config, communicator))
-        if communicator.world_size > config.federation.cohort:
-            console.print(
-                f"{communicator.world_size} processes share a cohort of "
-                f"{config.federation.cohort}: some train nobody"
-            )
-        recorder = Recorder(results, config)
-        energy = energies.of(config.energy, job.device)
-        try:
-            with _Progress(console, config) as report:
-                run(job, communicator, recorder, report, energy)
-        except Diverged as error:  # the same on every process; the other points still run
-            console.print(f"{title}: {error}", soft_wrap=True)
-            diverged.append(error)
-        else:
-            console.print(f"{title}: done, records in {recorder.run_dir}", soft_wrap=True)
-            finished.append(recorder.run_dir)
-        del job  # its model, before the next one is loaded
+    with listening() as asked:
+        for title, config, done in pending:
+            if done:
+                console.print(f"{title}: finished earlier, skipped")
+                continue
+            if signal_name := asked.agree(communicator):
+                raise Interrupted(f"interrupted by {signal_name}; start again to go on")
+            recorder = Recorder(results, config)
+            try:
+                with _alone(recorder, communicator, console):
+                    _run_point(title, config, communicator, recorder, console, energies, asked)
+            except Diverged as error:  # the same on every process; the other points still run
+                console.print(f"{title}: {error}", soft_wrap=True)
+                diverged.append(error)
+            else:
+                console.print(f"{title}: done, records in {recorder.run_dir}", soft_wrap=True)
+                finished.append(recorder.run_dir)
     if communicator.world_rank == 0:
         show_costs(finished, console)
     if diverged:
         raise diverged[0]
+
+
+def _run_point(
+    title: str,
+    config: RunConfig,
+    communicator: Communicator,
+    recorder: Recorder,
+    console: Console,
+    energies: "_Energies",
+    asked: Asked,
+) -> None:
+    """Run one point to its end."""
+    set_threads(config.system.threads, communicator)
+    console.print(f"{title}: preparing")
+    job = together(communicator, lambda: prepare(config, communicator))
+    if communicator.world_size > config.federation.cohort:
+        console.print(
+            f"{communicator.world_size} processes share a cohort of "
+            f"{config.federation.cohort}: some train nobody"
+        )
+    energy = energies.of(config.energy, job.device)
+
+    def notice(text: str) -> None:
+        console.print(f"{title}: {text}", soft_wrap=True)
+
+    with _Progress(console, config) as report:
+        run(job, communicator, recorder, report, energy, asked, notice)
+
+
+@contextmanager
+def _alone(recorder: Recorder, communicator: Communicator, console: Console) -> Iterator[None]:
+    """Hold the run's folder: world_rank 0 for all. InputError where another job does."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            if communicator.world_rank != 0:
+                return
+            try:
+                taken_over = stack.enter_context(locked(recorder.run_dir))
+            except OSError as error:
+                raise InputError(
+                    f"{recorder.run_dir}: {error.strerror}; allowed: a folder with room to write to"
+                ) from None
+            if taken_over:
+                console.print(taken_over, soft_wrap=True)
+
+        together(communicator, lock)
+        yield
 
 
 class _Energies:
@@ -95,20 +138,6 @@ def gpu_uuid(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-
-
-def together(communicator: Communicator, action: Callable[[], T]) -> T:
-    """Run `action` everywhere; if it raises InputError anywhere, raise the first one everywhere."""
-    result, refusal = None, ""
-    try:
-        result = action()
-    except InputError as error:
-        refusal = str(error)
-    refusals = [part.decode() for part in communicator.gather_bytes(refusal.encode())]
-    for text in refusals:
-        if text:
-            raise InputError(text)
-    return result  # type: ignore[return-value]
 
 
 def set_threads(wanted: int | str, communicator: Communicator) -> None:

@@ -16,10 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedara_core.errors import InputError
+from bench import lock
+from fedara_core.errors import InputError, Interrupted
 
-STATES = ("running", "failed", "waiting", "done")  # what to look at first
-_STYLES = {"running": "cyan", "failed": "red", "waiting": "dim", "done": "green"}
+STATES = ("running", "failed", "interrupted", "waiting", "done")  # what to look at first
+_STYLES = {
+    "running": "cyan",
+    "failed": "red",
+    "interrupted": "yellow",
+    "waiting": "dim",
+    "done": "green",
+}
 _TAIL_BYTES = 1 << 20  # of rounds.jsonl: hundreds of rounds, some of a cohort of 10^5
 _LOG_TAIL_BYTES = 1 << 14
 _EXIT = "fedara: exit code "
@@ -71,13 +78,16 @@ def look(run_dir: Path, num_rounds: int | None, logs: list[Path]) -> RunStatus:
     log = max((path for path in logs if path.exists()), key=_modified, default=None)
     rounds_done, accuracy = _progress(run_dir / "rounds.jsonl")
     signs = [p for p in (log, run_dir / "rounds.jsonl", run_dir / "run.json") if p and p.exists()]
-    failed, reason = _failure(log) if log else (False, "")
+    held = (run_dir / lock.FILE).exists()
+    ended, reason = _end(log) if log else ("", "")
     if (run_dir / "DONE").exists():
         state, reason = "done", ""
-    elif failed:
-        state = "failed"
+    elif ended:
+        state = ended
+    elif held or log:
+        state = "running"
     else:
-        state = "running" if signs else "waiting"
+        state = "interrupted" if signs else "waiting"
     return RunStatus(
         run_id=run_dir.name,
         state=state,
@@ -155,18 +165,20 @@ def _progress(rounds: Path) -> tuple[int, float | None]:
     return count, None
 
 
-def _failure(log: Path) -> tuple[bool, str]:
-    """Whether a log says that its run failed, and why."""
+def _end(log: Path) -> tuple[str, str]:
+    """The state in which a log says that its run ended, "" if it does not, and why."""
     *lines, last = last_lines(log, 200) or [""]
     code = last if last.startswith(_EXIT) else ""
     if not (code or _KILLED.match(last)):
-        return False, ""
+        return "", ""
     lines += [] if code else [last]
     earlier = [number for number, line in enumerate(lines) if line.startswith(_EXIT)]
     this_try = lines[earlier[-1] + 1 :] if earlier else lines
     named = [line for line in this_try if _REASON.match(line)]
     said = (named or this_try or [""])[-1].removeprefix("fedara: ").strip()
-    return True, " ".join(
+    if code == exit_line(Interrupted.exit_code).strip():
+        return "interrupted", said
+    return "failed", " ".join(
         filter(None, [said, f"({code.removeprefix('fedara: ')})" if code else ""])
     )
 

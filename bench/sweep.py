@@ -128,7 +128,7 @@ def _finish(plan: Plan, run: _Running, console: Console) -> bool:
     found = _look(plan, run.index)
     seconds = time.monotonic() - run.start
     accuracy = "" if found.accuracy is None else f", accuracy {100 * found.accuracy:.1f} %"
-    text = f"done in {seconds:.0f} s{accuracy}" if done else f"failed: {found.reason}"
+    text = f"done in {seconds:.0f} s{accuracy}" if done else f"{found.state}: {found.reason}"
     console.print(f"{_title(plan, run)}: {text}", soft_wrap=True)
     return done
 

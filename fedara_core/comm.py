@@ -9,13 +9,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedara_core.errors import InputError
+
+T = TypeVar("T")
 
 KINDS = ("auto", "serial", "mpi", "mpi-node", "torch")
 
@@ -503,6 +505,20 @@ def _launched_processes(environ: Mapping[str, str]) -> int:
     # srun sets SLURM_PROCID for its tasks; a batch step's size is 1 and needs no MPI.
     size = environ.get(_SRUN_SIZE, "")
     return int(size) if size.isdigit() and int(size) > 1 else 0
+
+
+def together(communicator: Communicator, action: Callable[[], T]) -> T:
+    """Run `action` everywhere; if it raises InputError anywhere, raise the first one everywhere."""
+    result, refusal = None, ""
+    try:
+        result = action()
+    except InputError as error:
+        refusal = str(error)
+    refusals = [part.decode() for part in communicator.gather_bytes(refusal.encode())]
+    for text in refusals:
+        if text:
+            raise InputError(text)
+    return result  # type: ignore[return-value]
 
 
 def abort_on_error(communicator: Communicator, error: BaseException) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The error that means "the user can fix this", and checks of hyperparameters that raise it."""
+"""Errors that the command line tells in one line, and checks of hyperparameters that raise one."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,19 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2 on every process.
     """
+
+
+class JobError(Exception):
+    """What ends a whole job and is nobody's bug, such as a full disk; its text is one line.
+
+    The command line prints it without a traceback and ends all processes with code 1.
+    """
+
+
+class Interrupted(Exception):
+    """The job was asked to end, and has after a whole round; raised on every process alike."""
+
+    exit_code = 75  # sysexits.h, EX_TEMPFAIL: start it again
 
 
 class Diverged(InputError):

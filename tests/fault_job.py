@@ -1,10 +1,10 @@
 """The real command line with a fault in one process.
 
 fault_job.py KIND WORLD_RANK STAMP RESULTS ARGS: the fault comes in round 1 (counted from 0), and
-STAMP gets the time of it. KIND: raise or sigkill in the first client's training; nan, short,
-nothing in its upload (values that are no numbers, too few of them, none at all); dropped, its
-upload lost on the way; cut, header in the packed messages (the last bytes missing, the first byte
-another).
+STAMP gets the time of it. KIND: raise, or the signal SIGKILL, SIGUSR1 or SIGTERM, in the first
+client's training; nan, short, nothing in its upload (values that are no numbers, too few of them,
+none at all); dropped, its upload lost on the way; cut, header in the packed messages (the last
+bytes missing, the first byte another).
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ def damage(fault: Fault) -> None:
         return one_round(job, state, communicator, meter)
 
     def starting(client: Any, method: Any, training: Any, state: Any) -> None:
-        if fault.due("sigkill"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if fault.due("SIGKILL", "SIGUSR1", "SIGTERM"):
+            os.kill(os.getpid(), signal.Signals[fault.kind])
         if fault.due("raise"):
             raise RuntimeError("injected")
         start_client(client, method, training, state)

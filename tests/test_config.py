@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from launch import TINY
 
-from bench.checkpoint import FILE, read_checkpoint, restore, save_checkpoint, write_atomically
+from bench.checkpoint import FILE, write_atomically
 from bench.config import RunConfig, load_runs, parse_run
 from bench.record import Recorder
-from fedara_core.adapters import AdapterConfig
 from fedara_core.errors import InputError
-from fedara_core.method import ServerState
 
 # One other value for each key of a config but [system]; a new key needs a line here.
 OTHER_VALUES = {
@@ -276,7 +273,7 @@ def test_done_is_written_by_finish_and_the_last_state_stays(tmp_path: Path) -> N
     recorder.start({"schema_version": 1}, [], [])
     recorder.add_round(row(0))
     recorder.add_round(row(1))
-    save_checkpoint(recorder.run_dir, state(2), {})
+    write_atomically(recorder.run_dir / FILE, b"state")
     assert not recorder.done
     recorder.finish()
     assert recorder.done
@@ -285,69 +282,3 @@ def test_done_is_written_by_finish_and_the_last_state_stays(tmp_path: Path) -> N
     }
     facts = json.loads((recorder.run_dir / "run.json").read_text())
     assert (facts["schema_version"], facts["total_seconds"]) == (1, 1.0)
-
-
-def test_write_atomically_leaves_no_part(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    (tmp_path / "file.part").write_bytes(b"what a killed process left, and longer")
-    for data in (b"old", b"new"):
-        write_atomically(path, data)
-        assert path.read_bytes() == data
-        assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_atomically_keeps_the_old_file_until_the_new_one_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    seen = []
-
-    def look(descriptor: int) -> None:
-        seen.append((path.read_bytes(), path.with_name("file.part").read_bytes()))
-
-    monkeypatch.setattr("os.fsync", look)
-    write_atomically(path, b"new")
-    assert seen == [(b"old", b"new")]
-    assert path.read_bytes() == b"new"
-
-
-# ---- checkpoints ----
-
-
-def state(round_index: int, fill: float = 1.0) -> ServerState:
-    adapter = AdapterConfig(
-        lora_rank=2, lora_alpha=2.0, client_lora_ranks=(2, 2), shapes={"layer": (3, 4)}
-    )
-    return ServerState(
-        adapter=adapter,
-        seed=0,
-        num_rounds=5,
-        rows={"layer": torch.full((2, 8), fill)},
-        rank_masks={"layer": torch.tensor([True, False])},
-        whole={"head.weight": torch.arange(6.0).reshape(2, 3)},
-        fixed={"delta": {"layer": torch.full((3, 4), fill)}},
-        extra={"history": torch.tensor([round_index])},
-        last_round=torch.tensor([-1, round_index - 1]),
-        round_index=round_index,
-    )
-
-
-def test_a_checkpoint_gives_back_the_same_bits(tmp_path: Path) -> None:
-    assert read_checkpoint(tmp_path) == b""
-    save_checkpoint(tmp_path, state(1), {})
-    save_checkpoint(tmp_path, state(3, fill=0.1), {7: {"layer": torch.ones(2, 3)}})
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
-    found, kept = restore(state(0), read_checkpoint(tmp_path))
-    assert found.round_index == 3
-    assert list(kept) == [7]
-    assert torch.equal(kept[7]["layer"], torch.ones(2, 3))
-    assert found.digest() == state(3, fill=0.1).digest() != state(0).digest()
-
-
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, state(1), {})
-    data = read_checkpoint(tmp_path)
-    for length in (1, 7, 8, 20, len(data) // 2, len(data) - 1):
-        with pytest.raises(InputError, match=r"checkpoint\.safetensors is damaged .* allowed"):
-            restore(state(0), data[:length])

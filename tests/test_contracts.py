@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bench
 from bench import rounds
-from bench.checkpoint import read_checkpoint, restore, save_checkpoint
+from bench.checkpoint import find_checkpoint, restore, save_checkpoint
 from bench.rounds import Job, draw_cohort, place, train_client
 from fedara_core import methods
 from fedara_core.adapters import named_adapters
@@ -222,9 +222,11 @@ def test_a_run_resumes_with_the_same_bits(
     tiny_job: Callable[..., Job],
     play: Callable[..., list[Any]],
 ) -> None:
-    save_checkpoint(tmp_path, complete.states[3], complete.kept[3])
+    save_checkpoint(tmp_path, complete.states[3], complete.kept[3], {})
     job = tiny_job(f"method.name={complete.name}", *SETTINGS)
-    resumed, kept = restore(job.state, read_checkpoint(tmp_path))
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    resumed, kept = restore(job.state, found.data, {})
     job.kept.update(kept)
     assert resumed.round_index == 3
     assert resumed.digest() == complete.states[3].digest()

@@ -15,7 +15,7 @@ from bench.checkpoint import save_checkpoint
 from bench.config import load_runs
 from bench.export import export, load_trained, lora_pairs
 from bench.models import build_model
-from bench.rounds import Job
+from bench.rounds import Job, identity
 from fedara_core.adapters import Adapter, named_adapters
 from fedara_core.errors import InputError
 from fedara_core.method import load_method, method_names
@@ -36,9 +36,13 @@ def finished_run(
     job = tiny_job(*overrides)
     last = play(job)[-1].after
     (config,) = load_runs(TINY, list(overrides))
-    run = {"config": config.canonical(), "labels": list(job.labels)}
+    run = {
+        "config": config.canonical(),
+        "labels": list(job.labels),
+        "dataset_digest": job.dataset_digest,
+    }
     (folder / "run.json").write_text(json.dumps(run))
-    save_checkpoint(folder, last, job.kept)
+    save_checkpoint(folder, last, job.kept, identity(config, job.dataset_digest))
     return folder
 
 

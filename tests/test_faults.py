@@ -42,10 +42,10 @@ def job_with_fault(
     return job
 
 
-def check_rerun(folder: Path, digests: list[str]) -> None:
-    """The round before the fault is there, and a rerun completes the run with the same bits."""
+def check_rerun(folder: Path, digests: list[str], num_rounds: int = 1) -> None:
+    """So many rounds are there, and a rerun completes the run with the same bits."""
     results = folder / "results"
-    assert digests_in(results) == digests[:1]
+    assert digests_in(results) == digests[:num_rounds]
     assert fedara_here(*CONFIG, "--results", results).code == 0
     assert digests_in(results) == digests
     (run_dir,) = results.iterdir()
@@ -68,10 +68,30 @@ def test_an_exception_ends_the_job(
 def test_a_lost_process_ends_the_job(
     launcher: str, world_size: int, world_rank: int, tmp_path: Path, digests: list[str]
 ) -> None:
-    job = job_with_fault(launcher, world_size, "sigkill", world_rank, tmp_path)
+    job = job_with_fault(launcher, world_size, "SIGKILL", world_rank, tmp_path)
     # MPICH says it on stdout, Open MPI and torchrun on stderr.
     assert re.search(r"signal:? 9|SIGKILL", job.out + job.err, re.IGNORECASE), job.out + job.err
     check_rerun(tmp_path, digests)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "world_size", "world_rank", "signal_name"),
+    [("plain", 1, 0, "SIGTERM"), ("mpi", 3, 1, "SIGUSR1"), ("torch", 2, 0, "SIGTERM")],
+)
+def test_a_signal_to_one_process_ends_the_job_after_its_round(
+    launcher: str,
+    world_size: int,
+    world_rank: int,
+    signal_name: str,
+    tmp_path: Path,
+    digests: list[str],
+) -> None:
+    job = job_with_fault(launcher, world_size, signal_name, world_rank, tmp_path)
+    assert job.code == (1 if launcher == "torch" else 75)  # torchrun's own
+    (line,) = job.refusals
+    assert f"interrupted after round 2 of 3 by {signal_name}; start again to go on" in line
+    assert "Traceback" not in job.err.partition("torch.distributed.elastic")[0]
+    check_rerun(tmp_path, digests, num_rounds=2)
 
 
 EXACT = ("--set", "method.name=fedara_exact")  # every process gets every client's own message

@@ -6,7 +6,7 @@ import pytest
 
 from bench.config import load_runs
 from bench.record import Recorder
-from bench.rounds import _load_texts, prepare, run
+from bench.rounds import load_texts, prepare, run
 from bench.runner import _num_threads, run_all, set_threads
 from fedara_core.comm import Communicator
 from fedara_core.errors import Diverged, InputError
@@ -40,9 +40,9 @@ def test_a_run_does_not_go_on_with_other_data(
     job = prepare(config, Communicator())
     with pytest.raises(KeyboardInterrupt):
         run(job, Communicator(), recorder, stop_after_two)
-    _load_texts.cache_clear()
+    load_texts.cache_clear()
     monkeypatch.setattr("bench.datasets.TextDataset.digest", "0123")
-    with pytest.raises(InputError, match="other data"):
+    with pytest.raises(InputError, match=r'dataset_digest is .* and "0123" here'):
         run(prepare(config, Communicator()), Communicator(), recorder)
     assert len(recorder.rounds()) == 2
 

@@ -1,0 +1,102 @@
+"""`fedara reproduce`: run a record's config again and compare what comes out with the record."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.plan import load_points
+from bench.record import Recorder
+from bench.rounds import load_texts
+from bench.runner import run_all
+from fedara_core.comm import Communicator, together
+from fedara_core.errors import InputError
+
+_MACHINE = ("cpu", "gpu", "python", "package_versions")  # of run.json: what bits may depend on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came out, in lines, and whether that is the record's result."""
+
+    lines: Sequence[str]
+    reproduced: bool
+
+
+def reproduce(
+    run_dir: Path, results: Path, overrides: list[str], within_points: float, job: Communicator
+) -> bool:
+    """Run the config of a finished record again, below `results`, and say how it compares.
+
+    True if every round has the record's bits, or the last accuracy is within so many points of the
+    record's. InputError if there is no finished record or the data are others.
+    """
+    record = run_dir / "run.json"
+
+    def check() -> None:
+        if not (run_dir / "DONE").exists():
+            raise InputError(f"{run_dir}: no finished record (run.json and DONE)")
+        (config,) = load_points(record, overrides)
+        wanted, found = _read(run_dir)["dataset_digest"], load_texts(config.dataset).digest
+        if wanted != found:
+            raise InputError(
+                f"dataset.name = {config.dataset.name!r} has digest {found}; allowed: the record's "
+                f"data, {wanted}"
+            )
+        if Recorder(results, config).run_dir.resolve() == run_dir.resolve():
+            raise InputError(f"--results {results}: the record's own folder; allowed: another one")
+
+    together(job, check)
+    run_all(record, results, overrides, job)
+    (config,) = load_points(record, overrides)
+    verdict = compare(run_dir, Recorder(results, config).run_dir, within_points)
+    console = Console(quiet=job.world_rank != 0, highlight=False, markup=False)
+    for line in verdict.lines:
+        console.print(line, soft_wrap=True)
+    return verdict.reproduced
+
+
+def compare(record: Path, again: Path, within_points: float) -> Verdict:
+    """Two finished runs of one config: their bits round by round, and their last accuracy."""
+    theirs, ours = _rounds(record), _rounds(again)
+    pairs = list(zip(theirs, ours, strict=True))
+    same = [one["state_digest"] == other["state_digest"] for one, other in pairs]
+    if all(same):
+        return Verdict(lines=[f"same bits as {record} in all {len(same)} rounds"], reproduced=True)
+    lines = [f"other bits than {record} from round {same.index(False) + 1} of {len(same)} on"]
+    lines += _unlike(_read(record), _read(again))
+    old, new = (100 * rows[-1]["accuracy"] for rows in (theirs, ours))
+    reproduced = abs(new - old) <= within_points
+    lines.append(
+        f"last accuracy {new:.2f} %, the record's {old:.2f} %: {new - old:+.2f} points, "
+        f"{'within' if reproduced else 'outside'} the {within_points:g} that are allowed"
+    )
+    return Verdict(lines=lines, reproduced=reproduced)
+
+
+def _unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What bits may depend on and is not as it was."""
+    found = []
+    for key in _MACHINE:
+        old, new = theirs.get(key), ours.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts = [
+                f"{k} {old[k]} then, {new[k]} now" for k in old if new.get(k, old[k]) != old[k]
+            ]
+            found += parts
+        elif old != new:
+            found.append(f"{key} {old} then, {new} now")
+    return found
+
+
+def _read(run_dir: Path) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    return run
+
+
+def _rounds(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,43 @@
+"""kill -9 of any process at 20 random moments: nothing that was finished is lost or doubled."""
+
+import json
+from pathlib import Path
+
+from launch import TINY, fedara_here, launch, rounds_of
+
+KILL_JOB = Path(__file__).with_name("kill_job.py")
+KILLS = 20
+SEED = 7
+NUM_ROUNDS = 12
+CONFIG = (
+    *("run", TINY, "--set", f"federation.num_rounds={NUM_ROUNDS}"),
+    *("--set", "train.local_steps=1", "--set", "method.name=fedsa_lora"),  # clients keep tensors
+)
+
+
+def test_a_job_killed_at_any_moment_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    assert fedara_here(*CONFIG, "--results", tmp_path / "whole").code == 0
+    expected = digests_in(tmp_path / "whole")
+    job = launch("plain", 1, KILL_JOB, tmp_path / "killed", SEED, KILLS, *CONFIG)
+    assert job.code == 0, job.out + job.err
+    kills = [json.loads(line) for line in job.out.splitlines() if line.startswith("{")]
+    assert len(kills) == KILLS
+    assert {kill["world_rank"] for kill in kills} == {0, 1}
+    assert {"local_train", "exchange", "checkpoint"} <= {kill["phase"] for kill in kills}
+    finished: dict[str, int] = {}  # folder -> rounds on disk
+    for kill in kills:
+        digests = kill["digests"]
+        assert digests == expected[: len(digests)]
+        # A round of which the record was written and the checkpoint not yet runs again.
+        assert len(digests) >= finished.get(kill["folder"], 0) - 1
+        finished[kill["folder"]] = len(digests)
+    for folder in (tmp_path / "killed").iterdir():
+        assert fedara_here(*CONFIG, "--results", folder).code == 0
+        assert digests_in(folder) == expected
+
+
+def digests_in(results: Path) -> list[str]:
+    (run_dir,) = results.glob("toy-*")
+    rows = rounds_of(run_dir)
+    assert [row["round_index"] for row in rows] == list(range(len(rows)))
+    return [row["state_digest"] for row in rows]

@@ -1,10 +1,11 @@
 """kill -9 at random moments, and the job started again each time.
 
-kill_job.py RESULTS SEED KILLS ARGS: runs `fedara ARGS` as two processes of torch.distributed,
-forked from this one so that nothing is imported anew, and kills one of them. Every second moment is
-any time of the job; the others are moments of one phase of a round after another, which the
-processes tell in shared memory. Prints one JSON object a kill. A run that gets through is followed
-by another one, in RESULTS/0, RESULTS/1 and so on.
+kill_job.py RESULTS SEED KILLS run CONFIG --set KEY=VALUE ...: runs that as two processes of
+torch.distributed, forked from this one so that nothing is imported anew, and kills one of them;
+the other gets SIGTERM, as torchrun sends it. Every second moment is any time of the job; the others
+are moments of one phase of a round after another, which the processes tell in shared memory. Prints
+one JSON object a kill. A run that gets through is followed by another one, in RESULTS/0, RESULTS/1
+and so on.
 """
 
 import json
@@ -23,8 +24,10 @@ from typing import NoReturn
 import torch
 
 from bench import cli
-from bench import rounds as _  # noqa: F401  # all that a job imports
+from bench.config import load_runs
 from bench.meter import PHASES, Meter
+from bench.rounds import prepare
+from fedara_core.comm import Communicator
 
 WORLD_SIZE = 2
 END_SECONDS = 20  # for the process that is left
@@ -87,7 +90,7 @@ def wait_for_moment(
 ) -> bool:
     """Return after a random number of starts of the phase, or at any time; False if too late."""
     left = draw.randint(1, 6)
-    end = time.monotonic() + draw.uniform(0.0, 1.5)
+    end = time.monotonic() + draw.uniform(0.0, 1.0)
     before = 0
     while not ended(pids[victim]):
         now = shared[victim]
@@ -114,6 +117,7 @@ def one_try(results: Path, target: str | None, draw: random.Random, words: list[
     phase = shared[victim]
     if killed:
         os.kill(pids[victim], signal.SIGKILL)
+        os.kill(pids[1 - victim], signal.SIGTERM)
     start_time = time.monotonic()
     for pid in filter(None, pids):
         while not ended(pid):
@@ -136,6 +140,8 @@ def one_try(results: Path, target: str | None, draw: random.Random, words: list[
 def main() -> None:
     results, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    (config,) = load_runs(Path(sys.argv[5]), sys.argv[7::2])
+    prepare(config, Communicator())  # imports what a job imports, once for all of them
     draw = random.Random(seed)
     killed = folder = 0
     while killed < kills:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launch import TINY, fedara_here, launch, rounds_of
+from launch import TINY, Launched, fedara_here, rounds_of
 
 KILL_JOB = Path(__file__).with_name("kill_job.py")
 KILLS = 20
@@ -18,7 +18,8 @@ CONFIG = (
 def test_a_job_killed_at_any_moment_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert fedara_here(*CONFIG, "--results", tmp_path / "whole").code == 0
     expected = digests_in(tmp_path / "whole")
-    job = launch("plain", 1, KILL_JOB, tmp_path / "killed", SEED, KILLS, *CONFIG)
+    words = (KILL_JOB, tmp_path / "killed", SEED, KILLS, *CONFIG)
+    job = Launched("plain", 1, *words).wait(limit_seconds=400)
     assert job.code == 0, job.out + job.err
     kills = [json.loads(line) for line in job.out.splitlines() if line.startswith("{")]
     assert len(kills) == KILLS

@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from bench.slurm_job import JobId, own_job
 from fedara_core.errors import InputError
 
 FILE = "LOCK"
+PATIENCE_SECONDS = 5.0  # processes of a job that was killed may take a moment to go
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # a file system's answer
 
 
@@ -52,6 +54,7 @@ def locked(run_dir: Path) -> Iterator[str]:
 def _open_locked(path: Path) -> tuple[int, bool]:
     """A descriptor of the file at `path` that no process of this host holds, and whether the
     kernel is sure of that."""
+    end = time.monotonic() + PATIENCE_SECONDS
     while True:
         sure = True
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -60,7 +63,10 @@ def _open_locked(path: Path) -> tuple[int, bool]:
         except BlockingIOError:
             holder = _read(descriptor)
             os.close(descriptor)
-            raise _held(path, holder) from None
+            if time.monotonic() > end:
+                raise _held(path, holder) from None
+            time.sleep(0.1)
+            continue
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(descriptor)

@@ -21,6 +21,7 @@ ELSEWHERE = {"host": "node7", "pid": 4711, "job_id": "31", "restarts": 0}
 
 @pytest.fixture(autouse=True)
 def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.0)
     for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(key, raising=False)
 

@@ -18,9 +18,6 @@ class Asked:
     def __init__(self) -> None:
         self.signal_name = ""
 
-    def __bool__(self) -> bool:
-        return bool(self.signal_name)
-
     def note(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         self.signal_name = self.signal_name or signal.Signals(number).name

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class JobId:
-    """A job's number (each task of an array has one) and how often it was requeued."""
+    """What Slurm's commands call a job, 5 or, for a task of an array, 5_1, and how often it was
+    requeued."""
 
     number: str
     restarts: int = 0
@@ -20,6 +21,8 @@ def own_job(environ: Mapping[str, str] = os.environ) -> JobId | None:
     number = environ.get("SLURM_JOB_ID")
     if not number:
         return None
+    if "SLURM_ARRAY_TASK_ID" in environ:  # one task's SLURM_JOB_ID is also the whole array's
+        number = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     restarts = environ.get("SLURM_RESTART_COUNT", "")
     return JobId(number, int(restarts) if restarts.isdigit() else 0)
 

@@ -24,11 +24,12 @@ from bench.plan import make_plan
 
 CLUSTER = "fedara-test"  # the name in start_slurm.sh: no test submits to anybody's real cluster
 LIMIT_SECONDS = 300  # for what two free cores do in 40
-NUM_ROUNDS = 60  # seconds of training, so that signals arrive in the middle
+NUM_ROUNDS = 30  # seconds of training, so that signals arrive in the middle
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 SITE = 'time = "00:10:00"\nnodes = 2\nmpi = "pmi2"\n'
 SAME = ("round_index", "cohort", "train_loss", "accuracy", "uplink_bytes", "state_digest")
-BY_HAND, WHOLE, TERMINATED, CANCELLED = 0, 1, 2, 3  # the runs, by seed; the last three: an array
+# The runs, by seed; the last three are an array. Its last task's job id is also the array's.
+BY_HAND, WHOLE, CANCELLED, TERMINATED = range(4)
 
 
 def slurm(*words: object) -> str:
@@ -64,6 +65,10 @@ class Story:
     @property
     def results(self) -> Path:
         return self.folder / "results"
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference"
 
     def id_of(self, name: str) -> str:
         return next(job_id for job_id, known in self.jobs.items() if known == name)
@@ -119,7 +124,7 @@ class Story:
 
     def disturb(self, words_of: dict[int, tuple[str, ...]]) -> None:
         """scancel the jobs of these runs with their options, each after two rounds or more."""
-        names = {BY_HAND: "by hand", TERMINATED: "line 1", CANCELLED: "line 2"}
+        names = {BY_HAND: "by hand", CANCELLED: "line 1", TERMINATED: "line 2"}
 
         def all_done() -> bool:
             for seed in words_of.keys() - self.before.keys():
@@ -134,11 +139,19 @@ class Story:
         self.until(all_done, "two rounds of each run")
 
 
+def run_reference(story: Story) -> None:
+    """The same four runs in this process, without an interruption."""
+    for words in (("one.toml", "--set", f"seed={BY_HAND}"), ("three.toml",)):
+        config = story.folder / words[0]
+        job = fedara_here("run", config, "--results", story.reference, *words[1:])
+        assert job.code == 0, job.err
+
+
 def play(story: Story) -> None:
     """Submit an array of three runs and one run by hand, disturb three of them, submit again."""
     text = TINY.read_text().replace("num_rounds = 6", f"num_rounds = {NUM_ROUNDS}")
     (story.folder / "one.toml").write_text(text)
-    seeds = f"[sweep]\nseed = [{WHOLE}, {TERMINATED}, {CANCELLED}]\n"
+    seeds = f"[sweep]\nseed = [{WHOLE}, {CANCELLED}, {TERMINATED}]\n"
     (story.folder / "three.toml").write_text(f"{text}\n{seeds}")
     (story.folder / "site.toml").write_text(SITE)
     program = story.folder / ".venv" / "bin" / "fedara"  # where the script looks for it
@@ -157,9 +170,12 @@ def play(story: Story) -> None:
     story.disturb(
         {BY_HAND: ("--batch", "--signal=USR1"), TERMINATED: ("--signal=TERM",), CANCELLED: ()}
     )
+    run_reference(story)
+    story.say("the same runs, in one process: done")
     story.until(lambda: story.ended(*story.jobs.values()), "the end of all jobs")
     story.statuses.append(fedara("status", story.results))
-    story.submit({2: "line 2 again"}, "figures again")
+    story.submit({1: "line 1 again"}, "figures again")
+    slurm("scancel", story.id_of("figures again"))
     story.until(lambda: story.ended(*story.jobs.values()), "the end of the second array")
     story.statuses.append(fedara("status", story.results))
     story.say(story.statuses[-1].splitlines()[-1])
@@ -198,26 +214,16 @@ def story(
             story.until(lambda: story.ended(*story.jobs.values()), "the end of cancelled jobs")
 
 
-@pytest.fixture(scope="module")
-def reference(story: Story) -> Path:
-    """The same four runs in this process, without an interruption."""
-    results = story.folder / "reference"
-    for words in (("one.toml", "--set", f"seed={BY_HAND}"), ("three.toml",)):
-        job = fedara_here("run", story.folder / words[0], "--results", results, *words[1:])
-        assert job.code == 0, job.err
-    return results
-
-
 def run_facts(run_dir: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
     return facts
 
 
-def check_rounds(story: Story, reference: Path, seed: int) -> None:
+def check_rounds(story: Story, seed: int) -> None:
     """A run has every round once, each equal to the reference's."""
     run_dir = story.run_dir(seed)
     assert (run_dir / "DONE").exists()
-    rows, expected = rounds_of(run_dir), rounds_of(story.run_dir(seed, reference))
+    rows, expected = rounds_of(run_dir), rounds_of(story.run_dir(seed, story.reference))
     assert [row["round_index"] for row in rows] == list(range(NUM_ROUNDS))
     for row, wanted in zip(rows, expected, strict=True):
         assert {key: row[key] for key in SAME} == {key: wanted[key] for key in SAME}
@@ -229,8 +235,8 @@ def times_reported(story: Story, seed: int) -> list[int]:
     return [said.count(str(number)) for number in range(1, NUM_ROUNDS + 1)]
 
 
-def test_an_undisturbed_line_of_the_array(story: Story, reference: Path) -> None:
-    check_rounds(story, reference, WHOLE)
+def test_an_undisturbed_line_of_the_array(story: Story) -> None:
+    check_rounds(story, WHOLE)
     facts = run_facts(story.run_dir(WHOLE))
     assert (facts["comm"], facts["world_size"]) == ("mpi", 2)
     assert facts["slurm"]["SLURM_ARRAY_TASK_ID"] == "0"
@@ -241,12 +247,12 @@ def test_an_undisturbed_line_of_the_array(story: Story, reference: Path) -> None
 
 @pytest.mark.parametrize(
     ("seed", "name", "world_size", "signal_name"),
-    [(BY_HAND, "by hand", 4, "USR1"), (TERMINATED, "line 1", 2, "TERM")],
+    [(BY_HAND, "by hand", 4, "USR1"), (TERMINATED, "line 2", 2, "TERM")],
 )
 def test_a_signal_requeues_the_job_which_goes_on_with_the_same_bits(
-    seed: int, name: str, world_size: int, signal_name: str, story: Story, reference: Path
+    seed: int, name: str, world_size: int, signal_name: str, story: Story
 ) -> None:
-    check_rounds(story, reference, seed)
+    check_rounds(story, seed)
     facts = run_facts(story.run_dir(seed))
     (part,) = facts["parts"]
     assert facts["world_size"] == part["world_size"] == world_size
@@ -264,12 +270,10 @@ def test_a_signal_requeues_the_job_which_goes_on_with_the_same_bits(
     assert times_reported(story, seed) == [1] * NUM_ROUNDS
 
 
-def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(
-    story: Story, reference: Path
-) -> None:
-    job = facts_of(story.id_of("line 2"))
+def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(story: Story) -> None:
+    job = facts_of(story.id_of("line 1"))
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
-    check_rounds(story, reference, CANCELLED)
+    check_rounds(story, CANCELLED)
     (part,) = run_facts(story.run_dir(CANCELLED))["parts"]
     assert 2 <= part["first_round_index"] < NUM_ROUNDS
     text = (story.run_dir(CANCELLED) / "rounds.jsonl").read_text()
@@ -278,19 +282,17 @@ def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(
 
 def test_status_says_what_happened(story: Story) -> None:
     first, last = story.statuses
-    assert "4 runs: 0 running, 1 failed, 0 waiting, 3 done" in first
+    assert "4 runs: 0 running, 1 failed, 0 interrupted, 0 waiting, 3 done" in first
     cancelled = story.run_dir(CANCELLED).name
     assert re.search(rf"^{cancelled}: .*CANCELLED", first, re.MULTILINE)
-    assert "4 runs: 0 running, 0 failed, 0 waiting, 4 done" in last
+    assert "4 runs: 0 running, 0 failed, 0 interrupted, 0 waiting, 4 done" in last
 
 
 def test_figures_are_drawn_when_all_lines_have_ended(story: Story) -> None:
-    arrays = [(["line 0", "line 1", "line 2"], "figures"), (["line 2 again"], "figures again")]
-    for lines, name in arrays:
-        figures = facts_of(story.id_of(name))
-        assert figures["JobState"] == "COMPLETED"
-        for line in lines:
-            assert facts_of(story.id_of(line))["EndTime"] <= figures["StartTime"]
+    figures = facts_of(story.id_of("figures"))
+    assert figures["JobState"] == "COMPLETED"
+    for line in ("line 0", "line 1", "line 2"):
+        assert facts_of(story.id_of(line))["EndTime"] <= figures["StartTime"]
     assert (story.results / "figures" / "accuracy_rounds.png").exists()
 
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -108,13 +109,19 @@ class Communicator:
 
     def _count(self, sent: np.ndarray, received: np.ndarray) -> None:
         """Count (world_size,) bytes to and from each process; what stays here does not count."""
-        hosts = np.array(self.host_of)
+        own, network = (self._elsewhere @ sent).tolist()
+        self.traffic.sent += own
+        self.traffic.network_sent += network
+        own, network = (self._elsewhere @ received).tolist()
+        self.traffic.received += own
+        self.traffic.network_received += network
+
+    @cached_property
+    def _elsewhere(self) -> np.ndarray:
+        """(2, world_size) of 0 and 1: other processes, and processes of other hosts."""
         other = np.arange(self.world_size) != self.world_rank
-        far = hosts != hosts[self.world_rank]
-        self.traffic.sent += int(sent[other].sum())
-        self.traffic.received += int(received[other].sum())
-        self.traffic.network_sent += int(sent[far].sum())
-        self.traffic.network_received += int(received[far].sum())
+        far = np.array(self.host_of) != self.host_of[self.world_rank]
+        return np.stack([other, far]).astype(np.int64)
 
     def _count_allreduce(self, num_bytes: int) -> None:
         """2 (P-1)/P n bytes each way: a ring's, which no allreduce undercuts."""

@@ -6,13 +6,18 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import spread
-from analysis.load import Campaign, panels
+from analysis.load import USUAL_SETTINGS, Campaign, panels
 
-# Label, and the columns of Campaign.runs behind it; a column that no run has is passed over.
+# Label, and the columns of Campaign.runs behind it; a column that no run has is passed over, and
+# so are usual settings.
 _CONDITIONS = {
     "model": ["model.name"],
     "clients": ["federation.num_clients"],
     "cohort": ["federation.cohort"],
+    "dropout": ["clients.dropout"],
+    "over-selection": ["clients.over_selection"],
+    "deadline in modelled s": ["clients.deadline_seconds"],
+    "speed spread": ["clients.speed_spread"],
     "rounds": ["federation.num_rounds"],
     "local steps": ["train.local_steps"],
     "local epochs": ["train.local_epochs"],
@@ -64,7 +69,9 @@ def conditions(campaign: Campaign) -> list[str]:
 def _values(runs: pd.DataFrame, label: str) -> str:
     columns = [column for column in _CONDITIONS[label] if column in runs]
     rows = runs[columns].dropna(how="all").drop_duplicates().itertuples(index=False)
-    texts = {_join(label, [value for value in row if not pd.isna(value)]) for row in rows}
+    usual = tuple(USUAL_SETTINGS.get(column) for column in columns)
+    found = [row for row in rows if tuple(row) != usual]
+    texts = {_join(label, [value for value in row if not pd.isna(value)]) for row in found}
     return " or ".join(sorted(texts - {""}))
 
 

@@ -23,6 +23,13 @@ _REQUIRED_IN_RUN = [
 ]
 _REQUIRED_IN_ROUND = ["round_index", "uplink_bytes", "downlink_bytes"]
 
+# Settings that older records lack, since they ran at these values, as most runs do.
+USUAL_SETTINGS = {
+    "clients.dropout": 0.0,
+    "clients.over_selection": 1.0,
+    "clients.speed_spread": 0.0,
+}
+
 # Columns that figures and tables name; one that no run measured is there, and empty.
 _RUN_COLUMNS = ["total_seconds", "partition.alpha", "energy_source", "energy_joules"]
 _ROUND_COLUMNS = ["accuracy", "macro_f1", "live_triplets", "local_train_seconds", "flops"]
@@ -253,10 +260,15 @@ def _settings(group: pd.DataFrame) -> pd.Series:
     # run.json (package versions, hosts) are no settings.
     sections = (
         *("method", "adapter", "model", "dataset", "partition", "federation", "train"),
-        "codec",
+        *("codec", "clients"),
     )
+    for key, usual in USUAL_SETTINGS.items():
+        group = group.assign(**{key: group[key].fillna(usual) if key in group else usual})
     keys = [key for key in group if key.split(".")[0] in sections and "." in key]
     keys += ["evaluate.every", "evaluate.split", "evaluate.eval_examples"]
+    if "clients.deadline_seconds" in group or (group["clients.over_selection"] > 1).any():
+        # Devices decide who is late.
+        keys += [key for key in group if key.startswith("devices.shares.")]
     differing = [key for key in keys if key in group and group[key].nunique(dropna=False) > 1]
     texts = [
         ", ".join(f"{key.split('.')[-1]}={_text(row[key])}" for key in differing)

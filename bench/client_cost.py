@@ -23,6 +23,7 @@ class ClientCost:
     adapter_bytes: of the client's live rows. optimizer_bytes: of the optimiser's tensors after the
     last step. activation_bytes: on a GPU, the peak of the local steps above what lies there after
     them: activations, gradients and temporaries. lowest, num_backward_layers: see StepCost.
+    modelled_seconds: until the upload is sent, where modelled time decides whose upload counts.
     """
 
     client_id: int
@@ -35,6 +36,7 @@ class ClientCost:
     lowest: str | None = None
     num_layers: int | None = None
     num_backward_layers: int | None = None
+    modelled_seconds: float | None = None
 
 
 class ClientCounter:
@@ -48,6 +50,10 @@ class ClientCounter:
             self._flops = StepFlops(model)
         except Exception as error:  # whatever ails an observer, the run goes on
             _warn_no_flops(error)
+
+    @property
+    def counts_flops(self) -> bool:
+        return self._flops is not None
 
     def step_cost(self) -> StepCost | None:
         """The cost of a local step on the model as it is now, after a download."""
@@ -78,18 +84,24 @@ class ClientCounter:
 
 
 def reduce_clients(parts: Iterable[Iterable[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The record's keys from every process's clients; by-client lists are in order of client_id."""
+    """The record's keys from every process's clients; by-client lists are in order of client_id.
+
+    Clients that did not train count where something is known of them.
+    """
     clients = sorted((c for part in parts for c in part), key=lambda c: c["client_id"])
     reduced: dict[str, Any] = {}
-    for key in ("flops", "uplink_bytes", "downlink_bytes"):
+    for key in ("flops", "uplink_bytes", "downlink_bytes", "modelled_seconds"):
         if all(client[key] is not None for client in clients):
             reduced[f"{key}_by_client"] = [client[key] for client in clients]
     for key in ("adapter_bytes", "optimizer_bytes", "activation_bytes"):
-        if all(client[key] is not None for client in clients):
-            reduced[key] = max(client[key] for client in clients)
+        known = [client[key] for client in clients if client[key] is not None]
+        if known:
+            reduced[key] = max(known)
     if "flops_by_client" in reduced:
-        deepest = max(clients, key=lambda client: client["num_backward_layers"])
         reduced["flops"] = sum(reduced["flops_by_client"])
+    traced = [client for client in clients if client["num_layers"] is not None]
+    if "flops_by_client" in reduced and traced:
+        deepest = max(traced, key=lambda client: client["num_backward_layers"])
         reduced["num_layers"] = deepest["num_layers"]
         reduced["num_backward_layers"] = deepest["num_backward_layers"]
         if deepest["lowest"] is not None:
@@ -102,12 +114,13 @@ def model_devices(
     devices: Mapping[str, Device],
     names: Iterable[str],
     dealt: Sequence[str],
+    speeds: Sequence[float],
     precision: Precision,
 ) -> dict[str, Any]:
     """modelled_by_device of a round's record; nothing without its FLOPs.
 
     names: of each of these devices, as if all clients had it. dealt: client_id -> the name of its
-    device, or empty; modelled under the name MIX.
+    device, or empty; modelled under the name MIX. speeds: client_id -> factor on its device's.
     """
     if "flops_by_client" not in row:
         return {}
@@ -121,6 +134,7 @@ def model_devices(
                 uplink_bytes=up,
                 downlink_bytes=down,
                 precision=precision,
+                speed=speeds[client_id],
                 peak_memory_bytes=peak,
             )
             for client_id, flops, up, down in zip(row["cohort"], *by_client, strict=True)

@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import tomllib
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -148,6 +150,25 @@ _CountryCode = Annotated[str, Field(pattern="^[A-Z]{3}$")]
 _OBSERVING = ("system", "energy", "devices")
 
 
+class ClientsConfig(_Section):
+    """Clients that fail a round: see bench/clients.py. By default none does.
+
+    dropout: probability that a client vanishes in a round; speed_spread: standard deviation of the
+    logarithm of clients' speeds; over_selection: clients drawn, as a multiple of the cohort;
+    deadline_seconds: of a round, in modelled time; "none": no deadline.
+    """
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    speed_spread: float = Field(0.0, ge=0, le=3)
+    over_selection: float = Field(1.0, ge=1)
+    deadline_seconds: Annotated[_Positive | None, BeforeValidator(_none)] = None
+
+    @property
+    def timed(self) -> bool:
+        """Whether modelled time decides whose upload counts."""
+        return self.over_selection > 1 or self.deadline_seconds is not None
+
+
 class TrainConfig(_Section):
     """One client's local training. Set local_steps or local_epochs, not both.
 
@@ -254,6 +275,7 @@ class RunConfig(_Section):
     dataset: DatasetConfig = DatasetConfig()
     partition: PartitionConfig = PartitionConfig()
     federation: FederationConfig = FederationConfig()
+    clients: ClientsConfig = ClientsConfig()
     codec: CodecConfig = CodecConfig()
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -283,6 +305,29 @@ class RunConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _clients_fit(self) -> "RunConfig":
+        num_clients, cohort = self.federation.num_clients, self.federation.cohort
+        if self.num_drawn > num_clients:
+            raise ValueError(
+                f"clients.over_selection = {self.clients.over_selection:g} draws {self.num_drawn} "
+                f"clients, and federation.num_clients = {num_clients}; allowed: 1 to "
+                f"{num_clients / cohort:g}"
+            )
+        if self.clients.timed and not self.devices.shares:
+            raise ValueError(
+                "clients.deadline_seconds and clients.over_selection go by modelled time, and "
+                "devices.shares is empty; allowed: the clients' devices, such as "
+                "devices.shares = { orin_nano = 1.0 }"
+            )
+        return self
+
+    @property
+    def num_drawn(self) -> int:
+        """Clients that a round draws: the cohort, and more where some may fail."""
+        # Of the decimal as written: 10 x 1.1 is 11, and a little more in binary.
+        return math.ceil(self.federation.cohort * Fraction(str(self.clients.over_selection)))
+
     def canonical(self) -> dict[str, Any]:
         """Every setting with its default filled in, the method's hyperparameters included."""
         hyperparameters = dataclasses.asdict(make_method(self.method))
@@ -296,8 +341,18 @@ class RunConfig(_Section):
         return settings
 
     def deciding(self) -> dict[str, Any]:
-        """The canonical config without the sections that change no result."""
-        return {k: value for k, value in self.canonical().items() if k not in _OBSERVING}
+        """The canonical config without what changes no result."""
+        canonical = self.canonical()
+        deciding = {k: value for k, value in canonical.items() if k not in _OBSERVING}
+        if self.clients == ClientsConfig():  # as in runs from before there was this section
+            del deciding["clients"]
+        if self.clients.timed:  # the devices' order decides who has which
+            devices = canonical["devices"]
+            deciding["devices"] = [
+                [list(pair) for pair in devices["shares"].items()],
+                devices["file"],
+            ]
+        return deciding
 
     @property
     def config_hash(self) -> str:

@@ -46,12 +46,14 @@ class Device:
         uplink_bytes: int,
         downlink_bytes: int,
         precision: Precision = "fp32",
+        speed: float = 1.0,
         peak_memory_bytes: int | None = None,
     ) -> Modelled:
         """One client's round: seconds of its parts and in all, joules, and the share of the memory
-        that it takes, if that is known (above 1 it does not fit)."""
+        that it takes, if that is known (above 1 it does not fit). speed: factor on FLOPs a second
+        of this client's device."""
         rate = self.fp32_flops_per_second if precision == "fp32" else self.fp16_flops_per_second
-        compute = flops / rate
+        compute = flops / (rate * speed)
         download = 8 * downlink_bytes / (1e6 * self.downlink_mbits_per_second)
         upload = 8 * uplink_bytes / (1e6 * self.uplink_mbits_per_second)
         modelled = {

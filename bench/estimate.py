@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.clients import make_fleet
 from bench.config import DatasetConfig, RunConfig, parse_run
 from bench.datasets import BUILT_IN_SETS, load_dataset
 from bench.meter import Meter
@@ -28,6 +29,7 @@ def null_job(config: RunConfig, *, num_classes: int) -> Job:
         model=model,
         method=method,
         state=state,
+        fleet=make_fleet(config, {}, []),
         training=LocalTraining(**{**config.train.model_dump(), "local_steps": 0}),
         train=empty,
         evaluated=empty,
@@ -52,6 +54,7 @@ def round_bytes(config: RunConfig) -> tuple[int, int] | None:
         return None
     settings = config.model_dump(mode="json")
     decides = ("method", "adapter", "model", "dataset", "federation", "codec")
+    decides += ("clients", "devices")  # how many are drawn
     kept = {key: settings[key] for key in decides}
     return _round_bytes(json.dumps(kept | {"train": {"local_steps": 1}}, sort_keys=True))
 

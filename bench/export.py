@@ -83,7 +83,9 @@ def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
     run = json.loads(run_json.read_text(encoding="utf-8"))
     config = parse_run(run["config"])
     model, method, state = build(config, num_classes=len(run["labels"]), device=torch.device("cpu"))
-    state, kept = checkpoint.restore(state, found.data, identity(config, run["dataset_digest"]))
+    state, kept = checkpoint.restore(
+        state, found.data, identity(config, run["dataset_digest"], run.get("device_profiles", {}))
+    )
     allowed = ", ".join(map(str, sorted(kept)))
     if method.stateful and client_id not in kept:
         raise InputError(

@@ -95,10 +95,10 @@ def describe(plan: Plan) -> Iterator[str]:
     left = set(plan.left())
     total, known = [0, 0], True
     for index, run in enumerate(plan.runs):
-        federation, sent = run.federation, round_bytes(run)
-        text = f"{index:>4}  {run.run_id:<44} {federation.num_rounds} rounds x {federation.cohort} "
+        num_rounds, sent = run.federation.num_rounds, round_bytes(run)
+        text = f"{index:>4}  {run.run_id:<44} {num_rounds} rounds x {run.num_drawn} "
         if sent is not None:
-            up, down = (federation.num_rounds * num_bytes for num_bytes in sent)
+            up, down = (num_rounds * num_bytes for num_bytes in sent)
             text += f"clients, up {_size(up)}, down {_size(down)}"
         else:
             text += "clients, bytes unknown"
@@ -106,11 +106,11 @@ def describe(plan: Plan) -> Iterator[str]:
         if index in left and sent is not None:
             total = [total[0] + up, total[1] + down]
         known &= sent is not None
-    rounds = [plan.runs[index].federation for index in sorted(left)]
+    runs = [plan.runs[index] for index in sorted(left)]
     yield (
         f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them done; left: "
-        f"{sum(f.num_rounds for f in rounds)} rounds, "
-        f"{sum(f.num_rounds * f.cohort for f in rounds)} times a client trains, "
+        f"{sum(run.federation.num_rounds for run in runs)} rounds, "
+        f"{sum(run.federation.num_rounds * run.num_drawn for run in runs)} times a client trains, "
         f"up {_size(total[0])}, down {_size(total[1])}"
     )
     yield "bytes: as in the first round; methods that prune send less later"

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench import checkpoint
 from bench.client_cost import ClientCost, ClientCounter, model_devices, profiles, reduce_clients
+from bench.clients import Arrivals, Fleet, make_fleet
 from bench.config import DatasetConfig, RunConfig, make_method
 from bench.datasets import TextDataset, holdout, load_dataset
 from bench.devices import Device, check_names, deal, load_devices
@@ -62,7 +63,7 @@ _TRAFFIC = {  # record key -> field of the communicator's traffic
     "network_bytes_sent": "network_sent",
     "network_bytes_received": "network_received",
 }
-_SUMMED = ("downlink_bytes", *_TRAFFIC)
+_SUMMED = ("downlink_bytes", "late_uplink_bytes", *_TRAFFIC)
 _RESIDUAL = "codec_residual"  # what a codec's rounding has left out so far
 
 
@@ -74,6 +75,7 @@ class Job:
     model: nn.Module
     method: Method
     state: ServerState
+    fleet: Fleet
     training: LocalTraining
     train: Encoded
     evaluated: Encoded
@@ -86,7 +88,6 @@ class Job:
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of this process's clients
     counter: ClientCounter | None = None
     devices: dict[str, Device] = field(default_factory=dict)  # to model each round on
-    dealt_devices: Sequence[str] = ()  # client_id -> the name of its device, or empty
     prepare_seconds: float = 0.0  # of this process
 
     @property
@@ -101,6 +102,7 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
     start = perf_counter()
     device = choose_device(config.system.device, communicator)
     devices, dealt_devices = _choose_devices(config)
+    fleet = make_fleet(config, devices, dealt_devices)
     dataset = load_texts(config.dataset)
     num_classes = len(dataset.labels)
     train_index, validation_index = holdout(
@@ -125,23 +127,30 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
         evaluated_labels = labels[validation_index]
     model, method, state = build(config, num_classes=num_classes, device=device)
     client_lora_ranks = state.adapter.client_lora_ranks
+    counter = ClientCounter(model)
+    if config.clients.timed and not counter.counts_flops:
+        raise InputError(
+            f"model.name = {config.model.name!r}: its FLOPs can not be counted, and modelled time "
+            "needs them; allowed: clients.deadline_seconds = 'none', clients.over_selection = 1.0"
+        )
+    partition_summary = summary(labels[train_index], shards, dataset.labels, client_lora_ranks)
     job = Job(
         config=config,
         model=model,
         method=method,
         state=state,
+        fleet=fleet,
         labels=dataset.labels,
         training=LocalTraining(**config.train.model_dump()),
         train=encode(config.model, [texts[i] for i in train_index], labels[train_index]),
         evaluated=encode(config.model, evaluated_texts, evaluated_labels),
         shards=shards,
         label_counts=label_counts(labels[train_index], shards, num_classes),
-        partition_summary=summary(labels[train_index], shards, dataset.labels, client_lora_ranks),
+        partition_summary=[entry | fleet.facts(entry["client_id"]) for entry in partition_summary],
         dataset_digest=dataset.digest,
         device=device,
-        counter=ClientCounter(model),
+        counter=counter,
         devices=devices,
-        dealt_devices=dealt_devices,
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -225,7 +234,7 @@ def _rounds(
     asked: Asked,
 ) -> ServerState:
     """The rounds from `state` on. What follows a round counts in the next round's record."""
-    belongs_to = identity(job.config, job.dataset_digest)
+    belongs_to = identity(job.config, job.dataset_digest, profiles(job.devices))
     meter = Meter(job.device, counters=energy.counters, idle_watts=energy.idle_watts)
     while state.round_index < state.num_rounds:
         state, row = one_round(job, state, communicator, meter)
@@ -253,9 +262,14 @@ def _rounds(
     return state
 
 
-def identity(config: RunConfig, dataset_digest: str) -> dict[str, Any]:
+def identity(
+    config: RunConfig, dataset_digest: str, device_profiles: Mapping[str, Any]
+) -> dict[str, Any]:
     """What a checkpoint belongs to: another one's would change the result."""
-    return {"config": config.deciding(), "dataset_digest": dataset_digest}
+    found = {"config": config.deciding(), "dataset_digest": dataset_digest}
+    if config.clients.timed:
+        found |= {f"device {name}": device_profiles[name] for name in config.devices.shares}
+    return found
 
 
 @contextmanager
@@ -312,6 +326,7 @@ def advance(
     """Download, local training, upload, exchange, aggregate; without looking at the result."""
     with meter.phase("download"):
         cohort = draw_cohort(job, state.round_index)
+        arrivals = Arrivals(job.fleet, cohort, state.round_index)
         sent, saved_bytes, residual = send_down(job, state)
         reference = job.method.reference(sent) if job.config.codec.up != "fp32" else None
         path = merge_path(job, communicator)
@@ -319,28 +334,38 @@ def advance(
         exchange = _Exchange(job, communicator, path, reference)
         goes = [
             place(job, go, communicator.world_size)[communicator.world_rank]
-            for go in _goes(job, sent, cohort, communicator.world_size)
+            for go in _goes(job, sent, arrivals.sending, communicator.world_size)
         ]
-    costs = []
+        dropped = place(job, arrivals.dropped, communicator.world_size)[communicator.world_rank]
+        costs = [_as_sent(job, _drop_client(job, sent, c), saved_bytes) for c in dropped]
     for mine in goes:
-        uploads = []
+        uploads, own_costs, kept = [], [], dict(job.kept)
         for client_id in mine:
             upload, cost = train_client(job, sent, client_id, meter, reference)
             uploads.append(upload)
-            costs.append(replace(cost, downlink_bytes=cost.downlink_bytes - saved_bytes))
+            own_costs.append(_as_sent(job, cost, saved_bytes))
+        costs += own_costs
+        if job.config.clients.timed:
+            with meter.phase("wait"):
+                communicator.barrier()
+            with meter.phase("exchange"):
+                arrivals.agree(own_costs, communicator)
+            uploads = _in_time(job, uploads, arrivals.arrived, kept)
         exchange.add(uploads, meter)
     uploads, uplink_bytes = exchange.result(meter)
     with meter.phase("aggregate"):
-        _check_complete(uploads, cohort, state.round_index)
+        _check_complete(uploads, arrivals.arrived, state.round_index)
         _check_losses(uploads, state.round_index)
-        next_state = job.method.aggregate(sent, uploads)
-        if residual is not None:
+        next_state = replace(state, round_index=state.round_index + 1)  # where nobody arrives
+        if uploads:
+            next_state = job.method.aggregate(sent, uploads)
+        if uploads and residual is not None:
             next_state = replace(next_state, extra={**next_state.extra, _RESIDUAL: residual})
         after = {key: getattr(communicator.traffic, name) for key, name in _TRAFFIC.items()}
         return next_state, {
             "round_index": state.round_index,
             "cohort": cohort,
-            "train_loss": _mean_loss(uploads),
+            **({"train_loss": _mean_loss(uploads)} if uploads else {}),
             "merge_path": path,
             "uplink_bytes": uplink_bytes,
             "downlink_bytes": sum(cost.downlink_bytes for cost in costs),
@@ -348,6 +373,7 @@ def advance(
             "live_triplets": sum(next_state.live_triplets.values()),
             "live_adapters": sum(count > 0 for count in next_state.live_triplets.values()),
             "live_triplets_by_adapter": next_state.live_triplets,
+            **arrivals.record(costs),
             "clients": costs,
         }
 
@@ -377,14 +403,33 @@ def _goes(
 ) -> Iterator[Sequence[int]]:
     """The cohort in stretches of client_ids, so that a process holds few clients' values.
 
-    Sums come in the same order however it is cut. All of it where every client's values are needed.
+    Sums come in the same order however it is cut. All of it where every client's values are needed,
+    and where only the fastest ones count.
     """
-    size = len(cohort)
-    if not job.method.needs_factors:
+    size = max(1, len(cohort))
+    if not job.method.needs_factors and job.config.clients.over_selection == 1:
         held = HELD_VALUES // max(1, num_values(state, job.method.form(state)))
         size = max(1, held) * world_size
     for first in range(0, len(cohort), size):
         yield cohort[first : first + size]
+
+
+def _as_sent(job: Job, cost: ClientCost, saved_bytes: int) -> ClientCost:
+    """A client's cost under the server's codec, and its modelled time where that decides."""
+    cost = replace(cost, downlink_bytes=cost.downlink_bytes - saved_bytes)
+    return replace(cost, modelled_seconds=job.fleet.seconds(cost))
+
+
+def _in_time(
+    job: Job, uploads: Sequence[Upload], arrived: Sequence[int], kept: checkpoint.Kept
+) -> list[Upload]:
+    """The uploads that have arrived. A late client keeps what it has kept before the round."""
+    in_time = set(arrived)
+    late = [upload.client_id for upload in uploads if upload.client_id not in in_time]
+    for client_id in late:
+        job.kept.pop(client_id, None)
+    job.kept.update({client_id: kept[client_id] for client_id in late if client_id in kept})
+    return [upload for upload in uploads if upload.client_id in in_time]
 
 
 class _Exchange:
@@ -481,6 +526,12 @@ def train_client(
     )
 
 
+def _drop_client(job: Job, state: ServerState, client_id: int) -> ClientCost:
+    """What a client costs that vanishes after its download."""
+    downlink_bytes = job.method.download(job.model, state, _client(job, client_id))
+    return ClientCost(client_id=client_id, uplink_bytes=0, downlink_bytes=downlink_bytes, flops=0)
+
+
 def _code_up(
     job: Job, client: Client, upload: Upload, round_index: int, reference: Tensor
 ) -> Upload:
@@ -525,7 +576,7 @@ def draw_cohort(job: Job, round_index: int) -> list[int]:
     drawn = torch.randperm(
         len(job.shards), generator=generator(job.config.seed, "cohort", round_index)
     )
-    return sorted(drawn[: job.config.federation.cohort].tolist())
+    return sorted(drawn[: job.config.num_drawn].tolist())
 
 
 def place(job: Job, cohort: Sequence[int], world_size: int) -> list[list[int]]:
@@ -657,7 +708,7 @@ def _resume_or_start(
     if energy.idle_watts:
         facts["idle_watts"] = {k: round(watts, 3) for k, watts in energy.idle_watts.items()}
     processes = [json.loads(part) for part in communicator.gather_bytes(json.dumps(facts).encode())]
-    belongs_to = identity(job.config, job.dataset_digest)
+    belongs_to = identity(job.config, job.dataset_digest, profiles(job.devices))
     # Where nothing is saved, all start from world_rank 0's state: an SVD of the same weights need
     # not give the same bits on another machine.
 
@@ -726,16 +777,16 @@ def _reduce(
     everyone = [Measured(**part["measured"]) for part in parts]
     reduced = {
         **{key: value for key, value in row.items() if key != "clients"},
-        **{key: sum(part[key] for part in parts) for key in _SUMMED},
+        **{key: sum(part[key] for part in parts) for key in _SUMMED if key in row},
         **reduce_clients(part["clients"] for part in parts),
         **reduce_seconds([measured.seconds for measured in everyone]),
         **reduce_energy(everyone),
         **reduce_memory([measured.memory for measured in everyone]),
     }
-    settings = job.config.devices
-    precision = job.training.precision
-    modelled = model_devices(reduced, job.devices, settings.names, job.dealt_devices, precision)
-    return reduced | modelled
+    names, fleet = job.config.devices.names, job.fleet
+    return reduced | model_devices(
+        reduced, job.devices, names, fleet.dealt, fleet.speeds, fleet.precision
+    )
 
 
 def _choose_devices(config: RunConfig) -> tuple[dict[str, Device], list[str]]:

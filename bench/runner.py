@@ -76,10 +76,10 @@ def _run_point(
     set_threads(config.system.threads, communicator)
     console.print(f"{title}: preparing")
     job = together(communicator, lambda: prepare(config, communicator))
-    if communicator.world_size > config.federation.cohort:
+    if communicator.world_size > config.num_drawn:
         console.print(
-            f"{communicator.world_size} processes share a cohort of "
-            f"{config.federation.cohort}: some train nobody"
+            f"{communicator.world_size} processes share a cohort of {config.num_drawn}: "
+            "some train nobody"
         )
     energy = energies.of(config.energy, job.device)
 
@@ -216,7 +216,11 @@ class _Progress:
         self._bar.stop()
 
     def _report(self, row: dict[str, Any]) -> None:
-        text = f"round {row['round_index'] + 1}/{self._num_rounds}  loss {row['train_loss']:.3f}"
+        text = f"round {row['round_index'] + 1}/{self._num_rounds}"
+        if "num_arrived" in row:
+            text += f"  arrived {row['num_arrived']} of {len(row['cohort'])}"
+        if "train_loss" in row:
+            text += f"  loss {row['train_loss']:.3f}"
         if "accuracy" in row:
             text += f"  accuracy {100 * row['accuracy']:5.1f} %"
         self._bar.update(self._task, completed=row["round_index"] + 1, description=text)

@@ -10,7 +10,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis import figure_accuracy_bytes, figure_accuracy_rounds, style, table_summary
+from analysis import (
+    caption,
+    figure_accuracy_bytes,
+    figure_accuracy_rounds,
+    style,
+    table_summary,
+)
 from analysis.load import AnalysisError, load_campaign, one_energy_source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,9 +33,11 @@ def write_record(
     alpha: float = 0.1,
     lr: float = 0.001,
     done: bool = True,
+    **sections: Any,
 ) -> Path:
-    """Write one synthetic record of three rounds, evaluated in rounds 0 and 2."""
-    run_id = f"synthetic-{method}-seed{seed}-{alpha}-{lr}"
+    """Write one synthetic record of three rounds, evaluated in rounds 0 and 2; sections: more of
+    its config."""
+    run_id = "-".join(["synthetic", method, f"seed{seed}", str(alpha), str(lr), *sections])
     run = folder / run_id
     run.mkdir(parents=True)
     config = {
@@ -43,6 +51,7 @@ def write_record(
         "train": {"lr": lr, "local_steps": 5, "local_epochs": None},
         "evaluate": {"every": 2, "split": "test", "eval_examples": None},
         "system": {"device": "cpu", "threads": 1},
+        **sections,
     }
     (run / "run.json").write_text(
         json.dumps(
@@ -175,6 +184,38 @@ def test_settings_are_never_averaged_as_seeds(tmp_path: Path) -> None:
     assert frame["setting"].tolist() == ["lr=0.001", "lr=0.01"] * 2
     assert frame["num_runs"].tolist() == [1] * 4
     assert frame["partition"].unique().tolist() == ["dirichlet, alpha 0.1", "dirichlet, alpha 10"]
+
+
+def test_clients_that_fail_are_a_setting_and_a_condition(tmp_path: Path) -> None:
+    """Records from before clients could fail are as those in which none did."""
+    usual = {"dropout": 0.0, "over_selection": 1.0, "speed_spread": 0.0, "deadline_seconds": None}
+    shares = {"orin_nano": 1.0}
+    write_record(tmp_path, "lora", 0)
+    write_record(tmp_path, "lora", 1, clients=usual)
+    campaign = load_campaign(tmp_path)
+    assert table_summary.data(campaign)["num_runs"].tolist() == [2]
+    assert "dropout" not in caption.conditions(campaign)[0]
+    write_record(tmp_path, "lora", 2, clients=usual | {"dropout": 0.25}, devices={"shares": {}})
+    write_record(
+        *(tmp_path, "lora", 3),
+        alpha=1.0,
+        clients=usual | {"deadline_seconds": 9.0},
+        devices={"shares": shares},
+    )
+    write_record(
+        *(tmp_path, "lora", 4),
+        alpha=1.0,
+        clients=usual | {"deadline_seconds": 9.0},
+        devices={"shares": {"agx_orin": 1.0}},
+    )
+    campaign = load_campaign(tmp_path)
+    assert campaign.runs.sort_values("seed")["setting"].tolist() == [
+        *("dropout=0", "dropout=0", "dropout=0.25"),
+        *("orin_nano=1, agx_orin=unset", "orin_nano=unset, agx_orin=1"),
+    ]
+    first, second = caption.conditions(campaign)
+    assert "dropout 0.25; rounds" in first
+    assert "deadline in modelled s 9; rounds" in second
 
 
 def test_summary_fits_100_columns(records: Path, capsys: pytest.CaptureFixture[str]) -> None:

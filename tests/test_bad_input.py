@@ -58,6 +58,19 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["labels_per_client = 5", "allowed: 1 to 4"],
     ),
     "cohort above num_clients": (["federation.cohort=9"], ["cohort = 9", "allowed: 1 to 8"]),
+    "clients that always vanish": (["clients.dropout=1.0"], ["clients.dropout = 1.0", "than 1"]),
+    "a negative dropout": (["clients.dropout=-0.1"], ["clients.dropout = -0.1", "or equal to 0"]),
+    "no time for a round": (["clients.deadline_seconds=0"], ["deadline_seconds = 0", "than 0"]),
+    "a deadline without devices": (
+        ["clients.deadline_seconds=1.0"],
+        ["clients.deadline_seconds", "devices.shares is empty; allowed: the clients' devices"],
+    ),
+    "under-selection": (["clients.over_selection=0.5"], ["over_selection = 0.5", "equal to 1"]),
+    "more drawn than there are": (
+        ["clients.over_selection=2.0"],
+        ["clients.over_selection = 2 draws 10", "num_clients = 8; allowed: 1 to 1.6"],
+    ),
+    "speeds that spread too far": (["clients.speed_spread=4.0"], ["speed_spread = 4.0", "to 3"]),
     "lora_rank above a layer": (["adapter.lora_rank=33"], ["lora_rank = 33", "allowed: 1 to 32"]),
     "client_lora_ranks for a method without a use for them": (
         ["adapter.client_lora_ranks=[{lora_rank=2, share=1.0}]"],

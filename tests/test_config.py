@@ -1,5 +1,6 @@
 """Configs (overrides, sweeps, run ids), the files of a record, and checkpoints that are damaged."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ OTHER_VALUES = {
     "partition.alpha": "0.6",
     "partition.labels_per_client": "3",
     "partition.min_examples": "2",
+    "clients.dropout": "0.2",
+    "clients.speed_spread": "0.5",
+    "clients.over_selection": "1.6",
+    "clients.deadline_seconds": "9.0",
     "federation.num_clients": "9",
     "federation.cohort": "4",
     "federation.num_rounds": "7",
@@ -50,6 +55,12 @@ OTHER_VALUES = {
     "evaluate.split": "validation",
     "evaluate.eval_examples": "50",
     "evaluate.batch_size": "32",
+}
+SHARES = "devices.shares={orin_nano=0.5, agx_orin=0.5}"
+NEEDED = {  # what some keys only go with
+    "codec.error_feedback": ("codec.up=int4",),
+    "clients.over_selection": (SHARES,),
+    "clients.deadline_seconds": (SHARES,),
 }
 
 
@@ -224,10 +235,40 @@ def test_there_is_another_value_for_every_key() -> None:
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_any_other_key_changes_the_id(key: str) -> None:
-    same = ("codec.up=int4",) if key == "codec.error_feedback" else ()  # only for a lossy codec
+    same = NEEDED.get(key, ())
     config = only(TINY, *same, f"{key}={OTHER_VALUES[key]}")
     assert config.config_hash != only(TINY, *same).config_hash
     assert config.run_id != only(TINY, *same).run_id
+
+
+def test_clients_that_do_not_fail_are_no_part_of_the_id() -> None:
+    config = only(TINY)
+    settings = {k: v for k, v in config.canonical().items() if k != "clients"}
+    for section in ("system", "energy", "devices"):
+        del settings[section]
+    text = json.dumps(settings, sort_keys=True)
+    assert config.config_hash == hashlib.sha256(text.encode()).hexdigest()
+    assert only(TINY, "clients.dropout=0", "clients.deadline_seconds=none").run_id == config.run_id
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [
+        ["devices.shares={orin_nano=0.4, agx_orin=0.6}"],
+        ["devices.shares={agx_orin=0.5, orin_nano=0.5}"],  # the other half of the clients has which
+        [SHARES, "devices.file=a/b.toml"],
+    ],
+)
+def test_devices_that_decide_who_is_late_change_the_id(devices: list[str]) -> None:
+    for clients, same in (("clients.deadline_seconds=9.0", False), ("clients.dropout=0.1", True)):
+        found = only(TINY, clients, *devices).run_id
+        assert (found == only(TINY, clients, SHARES).run_id) == same
+
+
+def test_over_selection_rounds_up_the_number_as_written() -> None:
+    common = ("federation.num_clients=20", "federation.cohort=10", SHARES)
+    for factor, drawn in (("1.0", 10), ("1.1", 11), ("1.11", 12), ("2", 20)):
+        assert only(TINY, *common, f"clients.over_selection={factor}").num_drawn == drawn
 
 
 def test_local_epochs_changes_the_id(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def finished_run(
         "dataset_digest": job.dataset_digest,
     }
     (folder / "run.json").write_text(json.dumps(run))
-    save_checkpoint(folder, last, job.kept, identity(config, job.dataset_digest))
+    save_checkpoint(folder, last, job.kept, identity(config, job.dataset_digest, {}))
     return folder
 
 

@@ -372,7 +372,7 @@ def test_devices_are_modelled_from_the_record(record: tuple[Path, Finished]) -> 
 
 
 def test_nothing_is_modelled_without_flops() -> None:
-    assert model_devices({"cohort": [0]}, load_devices(), ["agx_orin"], [], "fp32") == {}
+    assert model_devices({"cohort": [0]}, load_devices(), ["agx_orin"], [], [1.0], "fp32") == {}
 
 
 def test_a_model_whose_flops_can_not_be_counted(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from launch import CLI, TINY, Finished, Launched, fedara_here, launch, rounds_of, wait_for
 
-from bench.config import RunConfig, load_runs
+from bench.config import ClientsConfig, RunConfig, load_runs
 from fedara_core.method import load_method, method_names
 
 # What may not depend on where the clients ran.
@@ -17,15 +17,26 @@ SAME = (
     *("uplink_bytes", "downlink_bytes", "live_triplets", "state_digest"),
     *("client_accuracy_mean", "client_accuracy_std", "client_accuracy_p10"),
 )
+WHERE_CLIENTS_FAIL = (
+    *("arrived", "dropped", "late", "late_uplink_bytes"),
+    *("modelled_round_seconds", "modelled_seconds_by_client"),
+)
+FAILING = (
+    '{ method.name = "lora", clients.dropout = 0.1, clients.speed_spread = 3.0, '
+    "clients.over_selection = 1.6, clients.deadline_seconds = 0.05, "
+    "devices.shares.raspberry_pi_5 = 1.0 }"
+)
 COHORT, SMALL_COHORT, NUM_ROUNDS = 5, 2, 6
 FEDARA = ("--set", "method.name=fedara")  # leaves fedara with both cohorts of the points
 
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny.toml with a point for each method, and one with a cohort of 2: one start-up for all."""
+    """tiny.toml with a point for each method, one with a cohort of 2, and one whose clients fail:
+    one start-up for all."""
     points = [f'{{ method.name = "{name}" }}' for name in method_names()]
     points.append(f'{{ method.name = "fedara", federation.cohort = {SMALL_COHORT} }}')
+    points.append(FAILING)
     text = TINY.read_text().replace("local_steps = 4", "local_steps = 2")
     path = tmp_path_factory.mktemp("config") / "all.toml"
     path.write_text(f"{text}\n[sweep]\npoints = [{', '.join(points)}]\n")
@@ -47,7 +58,9 @@ def fedara_config(config_file: Path) -> RunConfig:
 
 
 def compared(run_dir: Path) -> list[dict[str, Any]]:
-    return [{key: row[key] for key in SAME} for row in rounds_of(run_dir)]
+    rows = rounds_of(run_dir)
+    failing = [{key: row.get(key) for key in WHERE_CLIENTS_FAIL} for row in rows]
+    return [{key: row[key] for key in SAME} | more for row, more in zip(rows, failing, strict=True)]
 
 
 def run_facts(run_dir: Path) -> dict[str, Any]:
@@ -76,7 +89,7 @@ def test_the_reference_is_worth_comparing_with(
 ) -> None:
     results, _ = reference
     configs = load_runs(config_file, [])
-    assert len(configs) == len(method_names()) + 1
+    assert len(configs) == len(method_names()) + 2
     assert {path.name for path in results.iterdir()} == {config.run_id for config in configs}
     for config in configs:
         rows = rounds_of(results / config.run_id)
@@ -84,6 +97,9 @@ def test_the_reference_is_worth_comparing_with(
         assert len({row["state_digest"] for row in rows}) == NUM_ROUNDS
         assert all(row["wire_bytes_sent"] == row["wire_bytes_received"] == 0 for row in rows)
         assert run_facts(results / config.run_id)["world_size"] == 1
+    failing = rounds_of(results / configs[-1].run_id)
+    for what in ("arrived", "dropped", "late"):
+        assert sum(row[f"num_{what}"] for row in failing) > 0, what
     live = [row["live_triplets"] for row in rounds_of(results / fedara_config(config_file).run_id)]
     assert live[-1] < live[0]  # pruning happened
 
@@ -118,7 +134,7 @@ def test_same_bits_on_any_processes(
         facts = run_facts(run_dir)
         assert (facts["comm"], facts["world_size"]) == (launcher, world_size)
         assert [entry["world_rank"] for entry in facts["processes"]] == list(range(world_size))
-        for row in rounds_of(run_dir):
+        for row in rounds_of(run_dir) if config.clients == ClientsConfig() else ():
             assert row["merge_path"] == "allgather"
             assert row["wire_bytes_sent"] == row["wire_bytes_received"]
             method = load_method(config.method.name)
@@ -257,6 +273,6 @@ def test_finished_runs_are_skipped_and_left_alone(
     before = files()
     job = fedara_here("run", config_file, "--results", tmp_path)
     assert job.code == 0
-    assert job.out.count("finished earlier, skipped") == len(method_names()) + 1
-    assert len(before) == 5 * (len(method_names()) + 1)
+    assert job.out.count("finished earlier, skipped") == len(method_names()) + 2
+    assert len(before) == 5 * (len(method_names()) + 2)
     assert files() == before

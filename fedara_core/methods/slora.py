@@ -64,8 +64,12 @@ class SLora(Method):
             rows = lora_rows(adapter, seed)
         return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
 
+    def in_stage1(self, state: ServerState) -> bool:
+        """Whether the sparse weights train: until a round from R1 - 1 on has had an upload."""
+        return int(state.last_round.max()) < self.stage1_rounds(state.num_rounds) - 1
+
     def form(self, state: ServerState) -> Form:
-        if state.round_index < self.stage1_rounds(state.num_rounds):
+        if self.in_stage1(state):
             return Sparse(seed=state.seed, density=self.density)
         return LowRank(scale=state.adapter.scale)
 
@@ -73,12 +77,12 @@ class SLora(Method):
         return self.stage1_lr_factor if part == "delta" else 1.0
 
     def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        state = super().aggregate(state, uploads)
-        if state.round_index != self.stage1_rounds(state.num_rounds):
-            return state
-        rows = {name: self._factor(name, state) for name in sorted(state.rows)}
+        after = super().aggregate(state, uploads)
+        if not self.in_stage1(state) or self.in_stage1(after):
+            return after
+        rows = {name: self._factor(name, after) for name in sorted(after.rows)}
         rank_masks = {name: torch.ones(len(rows[name]), dtype=torch.bool) for name in rows}
-        return replace(state, rows=rows, rank_masks=rank_masks)
+        return replace(after, rows=rows, rank_masks=rank_masks)
 
     def _factor(self, name: str, state: ServerState) -> Tensor:
         """LoRA rows (r, d_in + d_out) from the stage-1 values of one adapter."""

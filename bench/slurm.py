@@ -23,8 +23,8 @@ _WAIT = f"""\
 step=$!
 
 # Slurm sends USR1 to this shell {_SIGNAL_SECONDS} s before the time limit; the processes need it.
-trap 'kill -USR1 "$step"' USR1
-trap 'kill -TERM "$step"' TERM
+# srun hands it on to them; at TERM it would kill them.
+trap 'kill -USR1 "$step"' USR1 TERM
 code=0
 wait "$step" || code=$?
 while kill -0 "$step" 2>/dev/null; do  # a signal ended the wait, not the run

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,13 @@ _STYLES = {
 _TAIL_BYTES = 1 << 20  # of rounds.jsonl: hundreds of rounds, some of a cohort of 10^5
 _LOG_TAIL_BYTES = 1 << 14
 _EXIT = "fedara: exit code "
-# Slurm's own last words, for a job that could not write its exit code any more.
-_KILLED = re.compile(r"^(slurmstepd|srun): error: .*(CANCELLED|oom|Out Of Memory|TIME LIMIT)")
-_REASON = re.compile(r"^(fedara: |[\w.]+(Error|Exception|Interrupt|Exit)\b|(slurmstepd|srun): err)")
+_SLURM = r"(slurmstepd\S*|srun): "  # what Slurm itself writes into a log begins so
+_REQUEUED = re.compile(r"fedara: job \S+ is requeued$|slurmstepd.* DUE TO JOB REQUEUE")
+# What ended a job that could not write its exit code any more; a step also lives on after a signal.
+_KILLED = re.compile(
+    _SLURM + r"error: (\*\*\* JOB .*CANCELLED(?!.*REQUEUE)|.*(oom|Out Of Memory|TIME LIMIT))"
+)
+_REASON = re.compile(rf"(fedara: |[\w.]+(Error|Exception|Interrupt|Exit)\b|{_SLURM}err)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +172,19 @@ def _progress(rounds: Path) -> tuple[int, float | None]:
 
 def _end(log: Path) -> tuple[str, str]:
     """The state in which a log says that its run ended, "" if it does not, and why."""
-    *lines, last = last_lines(log, 200) or [""]
-    code = last if last.startswith(_EXIT) else ""
-    if not (code or _KILLED.match(last)):
+    lines = last_lines(log, 200)
+    code = lines.pop() if lines and lines[-1].startswith(_EXIT) else ""
+    last_words = list(takewhile(re.compile(_SLURM).match, reversed(lines)))
+    before = lines[-1 - len(last_words)] if len(last_words) < len(lines) else ""
+    for line in (before, *last_words):
+        if _REQUEUED.match(line):  # Slurm ends it at that, with any code
+            return "interrupted", line.removeprefix("fedara: ")
+    if not (code or any(_KILLED.match(line) for line in last_words)):
         return "", ""
-    lines += [] if code else [last]
     earlier = [number for number, line in enumerate(lines) if line.startswith(_EXIT)]
     this_try = lines[earlier[-1] + 1 :] if earlier else lines
-    named = [line for line in this_try if _REASON.match(line)]
+    killed = [line for line in this_try if _KILLED.match(line)]
+    named = killed or [line for line in this_try if _REASON.match(line)]
     said = (named or this_try or [""])[-1].removeprefix("fedara: ").strip()
     if code == exit_line(Interrupted.exit_code).strip():
         return "interrupted", said

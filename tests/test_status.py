@@ -84,6 +84,46 @@ def test_a_failure_says_why(tmp_path: Path, log: str, reason: str) -> None:
     assert (status.state, status.reason, status.rounds_done) == ("failed", reason, 2)
 
 
+# Slurm 22.05's own words around a requeue and around a time limit.
+REQUEUED = """\
+slurmstepd-n1: error: *** STEP 10.0 ON n1 CANCELLED AT 2026-11-23T14:28:06 ***
+round 3/30
+fedara: interrupted after round 3 of 30 by SIGTERM; start again to go on
+fedara: job 10_2 is requeued
+slurmstepd-n1: error: *** JOB 10 ON n1 CANCELLED AT 2026-11-23T14:28:07 DUE TO JOB REQUEUE ***
+srun: got SIGCONT
+srun: error: n1: task 0: Terminated
+srun: Force Terminated StepId=10.0
+"""
+TIME_LIMIT = """\
+slurmstepd-n1: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-23T14:32:16 DUE TO TIME LIMIT ***
+srun: Job step aborted: Waiting up to 32 seconds for job step to finish.
+srun: error: n1: task 0: Killed
+"""
+
+
+@pytest.mark.parametrize("end", ["", exit_line(143)])
+def test_a_requeued_run_has_not_failed(tmp_path: Path, end: str) -> None:
+    status = one(tmp_path, REQUEUED + end, num_rounds=3)
+    assert (status.state, status.reason) == ("interrupted", "job 10_2 is requeued")
+    again = one(tmp_path / "again", REQUEUED + end + "preparing\n")
+    assert again.state == "running"
+    again = one(tmp_path / "lost", REQUEUED + end + "preparing\nfedara: no room\n" + exit_line(1))
+    assert (again.state, again.reason) == ("failed", "no room (exit code 1)")
+
+
+@pytest.mark.parametrize("end", ["", exit_line(137)])
+def test_a_time_limit_is_named_whatever_slurm_says_after_it(tmp_path: Path, end: str) -> None:
+    status = one(tmp_path, TIME_LIMIT + end, num_rounds=3)
+    assert status.state == "failed"
+    assert "DUE TO TIME LIMIT ***" in status.reason
+
+
+def test_a_step_that_got_a_signal_still_runs(tmp_path: Path) -> None:
+    (first, *_) = REQUEUED.splitlines(keepends=True)
+    assert one(tmp_path, "round 2\n" + first).state == "running"
+
+
 def test_a_run_that_will_go_on_has_not_failed(tmp_path: Path) -> None:
     status = one(tmp_path, "fedara: interrupted after round 3\n" + exit_line(75), num_rounds=3)
     assert (status.state, status.reason) == ("interrupted", "interrupted after round 3")

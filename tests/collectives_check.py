@@ -1,13 +1,11 @@
-"""One process of test_collectives.py: every merge path on random masks, then prints OK."""
-
-import sys
+"""Checks for every process of a job: every merge path on random masks."""
 
 import pytest
 import torch
 
 from fedara_core import collectives
 from fedara_core.collectives import Part, weighted_sum
-from fedara_core.comm import Communicator, open_communicator
+from fedara_core.comm import Communicator
 from fedara_core.paths import PATHS, SAME_BITS
 
 # Rows of the layout, chance that a client has a row, clients.
@@ -107,19 +105,12 @@ def check(case: str, communicator: Communicator) -> None:
             assert ((found.values - expected).abs() <= 1e-6 * largest).all(), (case, path)
 
 
-def main() -> None:
-    communicator = open_communicator("auto")
+def check_all(communicator: Communicator) -> None:
     for block_values in (collectives.BLOCK_VALUES, 200):  # the second cuts into many blocks
-        collectives.BLOCK_VALUES = block_values
-        for case in CASES:
-            check(case, communicator)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collectives, "BLOCK_VALUES", block_values)
+            for case in CASES:
+                check(case, communicator)
     check_order(communicator)
     check_misfit(communicator)
     communicator.barrier()
-    communicator.close()
-    sys.stdout.write("OK\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,8 @@
-"""One process of test_comm.py: checks every collective and the byte counters, then prints OK."""
+"""One process of launch.checked(): every collective, the byte counters and all merge paths.
+
+comm_check.py KIND WORLD_SIZE: prints "OK NAME" for each of CASES[KIND], and "OK merge paths".
+comm_check.py large: messages beyond 2^31 bytes, then "OK large".
+"""
 
 import importlib
 import os
@@ -9,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import collectives_check
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +22,17 @@ from fedara_core import comm
 from fedara_core.comm import Communicator, open_communicator
 
 T = TypeVar("T")
+
+# Launcher's kind -> name, --comm, processes of a host that one machine plays.
+CASES = {
+    "serial": [("serial", "auto", None)],
+    "torch": [("torch", "auto", None)],
+    "mpi": [
+        ("mpi", "auto", None),
+        ("mpi, hosts", "mpi", "2"),
+        ("mpi-node, hosts", "mpi-node", "2"),
+    ],
+}
 
 # Bytes of each world_rank, taken modulo the length for more processes.
 SIZES = ((3, 0, 5, 1), (0, 0, 0, 0), (0, 9, 0, 0), (100_000, 1, 0, 7), (4, 4, 4, 4))
@@ -192,27 +208,44 @@ def check_large(communicator: Communicator) -> None:
         assert int(part.min()) == int(part.max()) == rank + 1
 
 
-def main() -> None:
-    kind, world_size = sys.argv[1], int(sys.argv[2])
-    wanted = kind if kind == "mpi-node" else "auto"
-    communicator = open_communicator(wanted)
-    if "large" in sys.argv:
-        check_large(communicator)
-    assert (communicator.kind, communicator.world_size) == (kind, world_size)
-    assert (communicator.library is None) == (kind == "serial")
+def check(communicator: Communicator) -> None:
     for max_count in (comm.MAX_COUNT, 1000):  # the second sends most messages in pieces
-        comm.MAX_COUNT = max_count
-        check_allgather(communicator)
-        check_alltoall(communicator)
-        check_allreduce(communicator)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(comm, "MAX_COUNT", max_count)
+            check_allgather(communicator)
+            check_alltoall(communicator)
+            check_allreduce(communicator)
     check_known_counts(communicator)
     check_network(communicator)
     check_bytes(communicator)
     check_host(communicator)
     communicator.barrier()
-    check_close(communicator)
-    sys.stdout.write("OK\n")
+
+
+def passed(name: str) -> None:
+    sys.stdout.write(f"OK {name}\n")
     sys.stdout.flush()
+
+
+def main() -> None:
+    if sys.argv[1] == "large":
+        check_large(open_communicator("auto"))
+        passed("large")
+        return
+    launcher, world_size = sys.argv[1], int(sys.argv[2])
+    for name, wanted, host_processes in CASES[launcher]:
+        if host_processes:
+            os.environ["FEDARA_HOST_PROCESSES"] = host_processes
+        communicator = open_communicator(wanted)
+        kind = launcher if wanted == "auto" else wanted
+        assert (communicator.kind, communicator.world_size) == (kind, world_size)
+        assert (communicator.library is None) == (kind == "serial")
+        check(communicator)
+        if host_processes is None:
+            collectives_check.check_all(communicator)
+            passed("merge paths")
+        check_close(communicator)
+        passed(name)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tests" / "tiny.toml"
+COMM_CHECK = ROOT / "tests" / "comm_check.py"
 CLI = ("-m", "bench", "run")
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 240
 # What a launcher around pytest itself would leave behind.
 _LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MPI_LOCAL", "SLURM_", "TORCHELASTIC_")
 _LAUNCHER_KEYS = (
@@ -142,6 +144,13 @@ class Launched:
 def launch(launcher: str, world_size: int, *args: object) -> Finished:
     """Run a job to its end."""
     return Launched(launcher, world_size, *args).wait()
+
+
+@cache
+def checked(launcher: str, world_size: int) -> Finished:
+    """The job of all checks that a communicator and the merge paths must pass (comm_check.py)."""
+    kind = "serial" if launcher == "plain" else launcher
+    return launch(launcher, world_size, COMM_CHECK, kind, world_size)
 
 
 def fedara_here(*args: object) -> Finished:

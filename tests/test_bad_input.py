@@ -275,36 +275,35 @@ def test_results_that_are_a_file_are_refused(below: str, tmp_path: Path) -> None
 # ---- training that diverges ----
 
 
-def check_diverged(results: Path) -> None:
-    """The record says what ran, and is incomplete."""
-    (run_dir,) = results.iterdir()
-    assert not (run_dir / "DONE").exists()
-    assert json.loads((run_dir / "run.json").read_text())["config"]["train"]["lr"] == 1e30
-    assert (run_dir / "rounds.jsonl").read_text() == ""
+def check_diverged(results: Path) -> list[Path]:
+    """The records say what ran, and are incomplete."""
+    run_dirs = list(results.iterdir())
+    for run_dir in run_dirs:
+        assert not (run_dir / "DONE").exists()
+        assert json.loads((run_dir / "run.json").read_text())["config"]["train"]["lr"] == 1e30
+        assert (run_dir / "rounds.jsonl").read_text() == ""
+    return run_dirs
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     words = ["client 0, round 0", "allowed: finite losses"]
     refuse_here(TINY, tmp_path / "results", words, *sets(DIVERGING))
-    check_diverged(tmp_path / "results")
+    assert len(check_diverged(tmp_path / "results")) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_an_mpi_job(tmp_path: Path) -> None:
-    results = tmp_path / "results"
-    job = launch("mpi", 3, *CLI, TINY, "--results", results, *sets(DIVERGING))
+def test_losses_that_are_not_finite_stop_the_runs_of_an_mpi_job(tmp_path: Path) -> None:
+    """By either way to merge: each run stops for itself, and the job ends with one line."""
+    config, results = tmp_path / "paths.toml", tmp_path / "results"
+    paths = '"federation.merge_path" = ["allgather", "allreduce"]'
+    config.write_text(f"{TINY.read_text()}\n[sweep]\n{paths}\n")
+    job = launch("mpi", 3, *CLI, config, "--results", results, *sets(DIVERGING))
     check_refused(job, ["client 0, round 0", "allowed: finite losses"])
-    check_diverged(results)
-
-
-def test_a_loss_that_is_not_finite_stops_a_job_that_sums_on_the_way(tmp_path: Path) -> None:
-    results, words = tmp_path / "results", sets([*DIVERGING, "federation.merge_path=allreduce"])
-    job = launch("mpi", 3, *CLI, TINY, "--results", results, *words)
-    check_refused(job, ["client 0, round 0", "allowed: finite losses"])
-    check_diverged(results)
+    assert job.out.count("client 0, round 0") == 2
+    assert len(check_diverged(results)) == 2
 
 
 def test_a_state_that_only_evaluates_to_nan_stops_the_run(tmp_path: Path) -> None:
     """One local step: its loss is finite, since it is taken before the parameters move."""
     args = sets([*DIVERGING, "train.local_steps=1", "train.max_grad_norm=1e30"])
     refuse_here(TINY, tmp_path / "results", ["round 0"], *args)
-    check_diverged(tmp_path / "results")
+    assert len(check_diverged(tmp_path / "results")) == 1

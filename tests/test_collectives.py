@@ -1,11 +1,9 @@
 """Merge paths on several process counts (collectives_check.py), the cost model, wrong input."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from collectives_check import make_parts
-from launch import launch
+from launch import checked
 
 from fedara_core.collectives import (
     Part,
@@ -16,15 +14,14 @@ from fedara_core.comm import Communicator
 from fedara_core.paths import PATHS, cheapest, moved_values
 from fedara_core.wire import Upload
 
-CHECK = Path(__file__).with_name("collectives_check.py")
 JOBS = [("plain", 1), *(("mpi", n) for n in (2, 3, 4)), ("torch", 2), ("torch", 3)]
 
 
 @pytest.mark.parametrize(("launcher", "world_size"), JOBS)
 def test_all_paths_give_the_same_sum(launcher: str, world_size: int) -> None:
-    job = launch(launcher, world_size, CHECK)
+    job = checked(launcher, world_size)
     assert job.code == 0, job.err
-    assert job.out.splitlines().count("OK") == world_size, job.out
+    assert job.out.splitlines().count("OK merge paths") == world_size, job.out
 
 
 def test_the_cases_are_worth_summing() -> None:

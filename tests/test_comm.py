@@ -1,45 +1,36 @@
 """Communicators on several process counts (comm_check.py), and how a launcher is recognised."""
 
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from launch import launch
+from comm_check import CASES
+from launch import COMM_CHECK, checked, launch
 
 from fedara_core import comm
 from fedara_core.comm import Communicator, detect, open_communicator
 from fedara_core.errors import InputError
 
-CHECK = Path(__file__).with_name("comm_check.py")
 JOBS = [("plain", 1), *(("mpi", n) for n in (1, 2, 3, 4)), ("torch", 2), ("torch", 3)]
 
 
 @pytest.mark.parametrize(("launcher", "world_size"), JOBS)
 def test_every_process_passes_the_check(launcher: str, world_size: int) -> None:
-    kind = "serial" if launcher == "plain" else launcher
-    job = launch(launcher, world_size, CHECK, kind, world_size)
+    """On MPI also with two processes a host, of hosts that one machine plays: the same messages
+    arrive, with --comm mpi and mpi-node, and the network's bytes are known."""
+    job = checked(launcher, world_size)
     assert job.code == 0, job.err
-    assert job.out.splitlines().count("OK") == world_size, job.out
-
-
-@pytest.mark.parametrize("kind", ["mpi", "mpi-node"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_two_processes_a_host(kind: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hosts that one machine plays: the same messages arrive, and the network's bytes are known."""
-    monkeypatch.setenv("FEDARA_HOST_PROCESSES", "2")
-    job = launch("mpi", world_size, CHECK, kind, world_size)
-    assert job.code == 0, job.err
-    assert job.out.splitlines().count("OK") == world_size, job.out
+    for name, _, _ in CASES["serial" if launcher == "plain" else launcher]:
+        assert job.out.splitlines().count(f"OK {name}") == world_size, job.out
 
 
 def test_messages_beyond_2_to_the_31_bytes() -> None:
     available = psutil.virtual_memory().available
     if available < 14e9:
         pytest.skip(f"needs 14 GB of free memory, has {available / 1e9:.0f}")
-    job = launch("mpi", 2, CHECK, "mpi", 2, "large")
+    job = launch("mpi", 2, COMM_CHECK, "large")
     assert job.code == 0, job.err
-    assert job.out.splitlines().count("OK") == 2, job.out
+    assert job.out.splitlines().count("OK large") == 2, job.out
 
 
 @pytest.mark.parametrize(

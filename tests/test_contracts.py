@@ -256,6 +256,7 @@ def test_the_number_of_processes_changes_nothing(
         return train_client(job, state, client_id, *rest)
 
     monkeypatch.setattr(rounds, "train_client", noting)
+    jobs = [tiny_job(*overrides) for _ in range(world_size)]
     for round_index in (0, 3):
         state = complete.states[round_index]
 
@@ -264,7 +265,8 @@ def test_the_number_of_processes_changes_nothing(
             state: ServerState = state,
             kept: dict[int, dict[str, Tensor]] = complete.kept[round_index],
         ) -> tuple[Any, list[int]]:
-            job = tiny_job(*overrides)
+            job = jobs[communicator.world_rank]
+            job.kept.clear()
             job.kept.update(kept)
             (played,) = play(job, state, 1, communicator)
             return played.row, trained.pop(threading.get_ident(), [])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +25,64 @@ WHERE_CLIENTS_FAIL = (
 FAILING = (
     '{ method.name = "lora", clients.dropout = 0.1, clients.speed_spread = 3.0, '
     "clients.over_selection = 1.6, clients.deadline_seconds = 0.05, "
-    "devices.shares.raspberry_pi_5 = 1.0 }"
+    'devices.shares.raspberry_pi_5 = 1.0, federation.merge_path = "allgather" }'
 )
-COHORT, SMALL_COHORT, NUM_ROUNDS = 5, 2, 6
-FEDARA = ("--set", "method.name=fedara")  # leaves fedara with both cohorts of the points
+COHORTS = COHORT, SMALL_COHORT = 5, 2
+NUM_ROUNDS = 6
+MERGE_PATHS = ("split", "allreduce", "auto")  # beside allgather
+# Leaves fedara by allgather, with both cohorts of the points.
+FEDARA = ("--set", "method.name=fedara", "--set", "federation.merge_path=allgather")
+Job = tuple[Path, Finished]  # the results folder, and how the job ended
 
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny.toml with a point for each method, one with a cohort of 2, and one whose clients fail:
-    one start-up for all."""
-    points = [f'{{ method.name = "{name}" }}' for name in method_names()]
-    points.append(f'{{ method.name = "fedara", federation.cohort = {SMALL_COHORT} }}')
-    points.append(FAILING)
+    """tiny.toml with a point for each method, fedara with a cohort of 2 and by each merge path, and
+    a point whose clients fail: one start-up for all."""
+    points = [(name, COHORT, "allgather") for name in method_names()]
+    points.append(("fedara", SMALL_COHORT, "allgather"))
+    points += [("fedara", cohort, path) for path in MERGE_PATHS for cohort in COHORTS]
+    tables = [
+        f'{{ method.name = "{name}", federation = {{ cohort = {cohort}, merge_path = "{path}" }} }}'
+        for name, cohort, path in points
+    ]
+    tables.append(FAILING)
     text = TINY.read_text().replace("local_steps = 4", "local_steps = 2")
     path = tmp_path_factory.mktemp("config") / "all.toml"
-    path.write_text(f"{text}\n[sweep]\npoints = [{', '.join(points)}]\n")
+    path.write_text(f"{text}\n[sweep]\npoints = [{', '.join(tables)}]\n")
     return path
 
 
 @pytest.fixture(scope="session")
-def reference(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+def jobs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
+    """jobs(launcher, world_size, *options): each runs once. Four processes play two hosts."""
+    done: dict[tuple[object, ...], Job] = {}
+
+    def job(launcher: str, world_size: int, *options: str) -> Job:
+        key = launcher, world_size, options
+        if key not in done:
+            results = tmp_path_factory.mktemp("results")
+            words = (*CLI, config_file, "--results", results, *options)
+            with pytest.MonkeyPatch.context() as patch:
+                if world_size == 4:
+                    patch.setenv("FEDARA_HOST_PROCESSES", "2")
+                finished = launch(launcher, world_size, *words)
+            assert finished.code == 0, finished.err
+            done[key] = results, finished
+        return done[key]
+
+    return job
+
+
+@pytest.fixture(scope="session")
+def reference(jobs: Callable[..., Job]) -> Path:
     """The results folder of all points on one plain process."""
-    results = tmp_path_factory.mktemp("plain")
-    job = launch("plain", 1, *CLI, config_file, "--results", results)
-    assert job.code == 0, job.err
-    return results, job
+    return jobs("plain", 1)[0]
 
 
 def fedara_config(config_file: Path) -> RunConfig:
     """The fedara point with the cohort of 5."""
-    return load_runs(config_file, ["method.name=fedara"])[0]
+    return load_runs(config_file, list(FEDARA[1::2]))[0]
 
 
 def compared(run_dir: Path) -> list[dict[str, Any]]:
@@ -84,23 +112,22 @@ def wire_bytes_by_hand(
     return (world_size - 1) * (num_bytes + world_size * per_process)
 
 
-def test_the_reference_is_worth_comparing_with(
-    reference: tuple[Path, Finished], config_file: Path
-) -> None:
-    results, _ = reference
+def test_the_reference_is_worth_comparing_with(reference: Path, config_file: Path) -> None:
     configs = load_runs(config_file, [])
-    assert len(configs) == len(method_names()) + 2
-    assert {path.name for path in results.iterdir()} == {config.run_id for config in configs}
+    assert len(configs) == len(method_names()) + 2 + len(COHORTS) * len(MERGE_PATHS)
+    assert {path.name for path in reference.iterdir()} == {config.run_id for config in configs}
     for config in configs:
-        rows = rounds_of(results / config.run_id)
+        rows = rounds_of(reference / config.run_id)
         assert [row["round_index"] for row in rows] == list(range(NUM_ROUNDS))
         assert len({row["state_digest"] for row in rows}) == NUM_ROUNDS
         assert all(row["wire_bytes_sent"] == row["wire_bytes_received"] == 0 for row in rows)
-        assert run_facts(results / config.run_id)["world_size"] == 1
-    failing = rounds_of(results / configs[-1].run_id)
+        assert run_facts(reference / config.run_id)["world_size"] == 1
+    failing = rounds_of(reference / configs[-1].run_id)
     for what in ("arrived", "dropped", "late"):
         assert sum(row[f"num_{what}"] for row in failing) > 0, what
-    live = [row["live_triplets"] for row in rounds_of(results / fedara_config(config_file).run_id)]
+    live = [
+        row["live_triplets"] for row in rounds_of(reference / fedara_config(config_file).run_id)
+    ]
     assert live[-1] < live[0]  # pruning happened
 
 
@@ -119,21 +146,22 @@ def test_same_bits_on_any_processes(
     launcher: str,
     world_size: int,
     options: tuple[str, ...],
-    reference: tuple[Path, Finished],
+    jobs: Callable[..., Job],
+    reference: Path,
     config_file: Path,
-    tmp_path: Path,
 ) -> None:
-    job = launch(launcher, world_size, *CLI, config_file, "--results", tmp_path, *options)
-    assert job.code == 0, job.err
+    results, job = jobs(launcher, world_size, *options)
     configs = load_runs(config_file, [word for word in options if "=" in word])
-    assert {path.name for path in tmp_path.iterdir()} == {config.run_id for config in configs}
+    assert {path.name for path in results.iterdir()} == {config.run_id for config in configs}
     for config in configs:
-        run_dir, cohort = tmp_path / config.run_id, config.federation.cohort
+        run_dir, cohort = results / config.run_id, config.federation.cohort
         assert (run_dir / "DONE").exists()
-        assert compared(run_dir) == compared(reference[0] / config.run_id), config.run_id
         facts = run_facts(run_dir)
         assert (facts["comm"], facts["world_size"]) == (launcher, world_size)
         assert [entry["world_rank"] for entry in facts["processes"]] == list(range(world_size))
+        if config.federation.merge_path != "allgather":
+            continue  # see the next test
+        assert compared(run_dir) == compared(reference / config.run_id), config.run_id
         for row in rounds_of(run_dir) if config.clients == ClientsConfig() else ():
             assert row["merge_path"] == "allgather"
             assert row["wire_bytes_sent"] == row["wire_bytes_received"]
@@ -150,30 +178,32 @@ def test_same_bits_on_any_processes(
             else:
                 assert row["wire_bytes_sent"] == wanted
     # Of the points only the small cohort is smaller than some jobs.
+    small = [config for config in configs if config.federation.cohort == SMALL_COHORT]
     idle = f"{world_size} processes share a cohort of {SMALL_COHORT}:"
-    assert job.out.count(idle) == (world_size > SMALL_COHORT)
+    assert job.out.count(idle) == (len(small) if world_size > SMALL_COHORT else 0)
     assert f"share a cohort of {COHORT}" not in job.out
 
 
 @pytest.mark.parametrize(("launcher", "world_size"), [("plain", 1), ("mpi", 3), ("torch", 2)])
-@pytest.mark.parametrize("path", ["split", "allreduce", "auto"])
+@pytest.mark.parametrize("path", MERGE_PATHS)
 def test_merge_paths_that_sum_on_the_way(
     path: str,
     launcher: str,
     world_size: int,
-    reference: tuple[Path, Finished],
+    jobs: Callable[..., Job],
+    reference: Path,
     config_file: Path,
-    tmp_path: Path,
 ) -> None:
     """split gives the reference's bits; allreduce what rounding of sums can change; both fewer
     bytes on the wire than the reference, and the same bytes up and down."""
-    setting = f"federation.merge_path={path}"
-    words = (*CLI, config_file, "--results", tmp_path, *FEDARA, "--set", setting)
-    job = launch(launcher, world_size, *words)
-    assert job.code == 0, job.err
-    (config, _) = load_runs(config_file, ["method.name=fedara", setting])
-    rows = rounds_of(tmp_path / config.run_id)
-    expected = rounds_of(reference[0] / fedara_config(config_file).run_id)
+    results, _ = jobs(launcher, world_size)
+    by_path = ["method.name=fedara", f"federation.merge_path={path}"]
+    config, small = load_runs(config_file, by_path)
+    by_allgather, small_by_allgather = load_runs(config_file, list(FEDARA[1::2]))
+    if path != "allreduce":
+        assert compared(results / small.run_id) == compared(reference / small_by_allgather.run_id)
+    rows = rounds_of(results / config.run_id)
+    expected = rounds_of(reference / by_allgather.run_id)
     chosen = {"auto": "allgather" if world_size == 1 else "split"}.get(path, path)
     assert {row["merge_path"] for row in rows} == {chosen}
     for row, wanted in zip(rows, expected, strict=True):
@@ -188,22 +218,19 @@ def test_merge_paths_that_sum_on_the_way(
             assert 0 < row["wire_bytes_sent"] < gathered
 
 
-@pytest.mark.parametrize("kind", ["mpi", "mpi-node"])
+@pytest.mark.parametrize(("kind", "options"), [("mpi", ()), ("mpi-node", ("--comm", "mpi-node"))])
 def test_one_copy_to_each_host_gives_the_same_bits(
     kind: str,
-    reference: tuple[Path, Finished],
+    options: tuple[str, ...],
+    jobs: Callable[..., Job],
+    reference: Path,
     config_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Four processes on two hosts that one plays: by node, fewer bytes cross between them."""
-    monkeypatch.setenv("FEDARA_HOST_PROCESSES", "2")
-    words = (*CLI, config_file, "--results", tmp_path, *FEDARA, "--comm", kind)
-    job = launch("mpi", 4, *words)
-    assert job.code == 0, job.err
-    (config, _) = load_runs(config_file, ["method.name=fedara"])
-    rows = rounds_of(tmp_path / config.run_id)
-    expected = rounds_of(reference[0] / fedara_config(config_file).run_id)
+    results, _ = jobs("mpi", 4, *FEDARA, *options)
+    run_id = fedara_config(config_file).run_id
+    assert run_facts(results / run_id)["comm"] == kind
+    rows, expected = rounds_of(results / run_id), rounds_of(reference / run_id)
     for row, wanted in zip(rows, expected, strict=True):
         assert {key: row[key] for key in SAME} == {key: wanted[key] for key in SAME}
         assert row["network_bytes_received"] <= row["wire_bytes_received"]
@@ -224,12 +251,16 @@ def test_serial_under_mpiexec_is_refused(config_file: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["fedara", "fedsa_lora"])  # the second keeps tensors at clients
 def test_a_killed_run_goes_on_with_other_processes(
-    name: str, reference: tuple[Path, Finished], config_file: Path, tmp_path: Path
+    name: str, reference: Path, config_file: Path, tmp_path: Path
 ) -> None:
-    config = load_runs(config_file, [f"method.name={name}"])[0]
+    sets = [
+        f"method.name={name}",
+        f"federation.cohort={COHORT}",
+        "federation.merge_path=allgather",
+    ]
+    (config,) = load_runs(config_file, sets)
     run_dir = tmp_path / config.run_id
-    words = (*CLI, config_file, "--results", tmp_path, "--set", f"method.name={name}")
-    words = (*words, "--set", f"federation.cohort={COHORT}")
+    words = (*CLI, config_file, "--results", tmp_path, *(w for s in sets for w in ("--set", s)))
 
     def num_lines() -> int:
         path = run_dir / "rounds.jsonl"
@@ -248,7 +279,7 @@ def test_a_killed_run_goes_on_with_other_processes(
 
     assert launch("mpi", 3, *words).code == 0
     assert (run_dir / "DONE").exists()
-    assert compared(run_dir) == compared(reference[0] / config.run_id)
+    assert compared(run_dir) == compared(reference / config.run_id)
     facts = run_facts(run_dir)
     (part,) = facts["parts"]
     assert (facts["world_size"], part["world_size"]) == (2, 3)
@@ -262,9 +293,9 @@ def test_a_killed_run_goes_on_with_other_processes(
 
 
 def test_finished_runs_are_skipped_and_left_alone(
-    reference: tuple[Path, Finished], config_file: Path, tmp_path: Path
+    reference: Path, config_file: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(reference[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
 
     def files() -> dict[str, tuple[int, bytes]]:
         paths = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -273,6 +304,7 @@ def test_finished_runs_are_skipped_and_left_alone(
     before = files()
     job = fedara_here("run", config_file, "--results", tmp_path)
     assert job.code == 0
-    assert job.out.count("finished earlier, skipped") == len(method_names()) + 2
-    assert len(before) == 5 * (len(method_names()) + 2)
+    num_runs = len(load_runs(config_file, []))
+    assert job.out.count("finished earlier, skipped") == num_runs
+    assert len(before) == 6 * num_runs
     assert files() == before

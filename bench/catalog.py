@@ -8,13 +8,12 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.models import BUILT_IN as MODELS
-from fedara_core.method import load_method, method_names
-
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def _methods() -> Iterator[tuple[str, str]]:
+    from fedara_core.method import load_method, method_names  # torch: only for those who need it
+
     for name in method_names():
         module = sys.modules[load_method(name).__module__]
         yield name, _first_sentence(module.__doc__ or "")
@@ -28,7 +27,9 @@ def _datasets() -> Iterator[tuple[str, str]]:
 
 
 def _models() -> Iterator[tuple[str, str]]:
-    yield from MODELS.items()
+    from bench.models import BUILT_IN
+
+    yield from BUILT_IN.items()
     yield "DIR", "a folder with a transformers model"
     yield "NAME", "a hub name for transformers' AutoModel, such as FacebookAI/roberta-base"
 
@@ -42,6 +43,8 @@ def _configs() -> Iterator[tuple[str, str]]:
 
 def describe_methods() -> Iterator[str]:
     """Lines for `fedara list methods -v`: paper, what travels, hyperparameters with defaults."""
+    from fedara_core.method import load_method, method_names
+
     for name in method_names():
         cls = load_method(name)
         text = sys.modules[cls.__module__].__doc__ or ""

@@ -27,8 +27,8 @@ reproduce: .venv  ## run a committed record again and compare bits and accuracy:
 figures: .venv  ## draw figures and table again, from the records in RESULTS
 	$(BIN)/python -m analysis $(RESULTS)
 
-test: .venv  ## the whole test suite, MPI and torchrun included
-	$(BIN)/python -m pytest
+test: .venv  ## the whole test suite, MPI and torchrun included; two tests at a time
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -25,6 +25,21 @@ torch.set_num_threads(1)
 TINY = Path(__file__).with_name("tiny.toml")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Which tests one worker runs one after another (-n 2 --dist loadgroup).
+
+    Those of one file, that they make its fixtures once; and of all files that launch jobs, for
+    which two jobs at a time are too many processes.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        names = vars(item.module)  # type: ignore[attr-defined]
+        launches = names.keys() & {"launch", "Launched", "checked"}
+        item.add_marker(pytest.mark.xdist_group("jobs" if launches else item.path.stem))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Round:
     """One played round: the states around it and its record."""

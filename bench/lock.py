@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ def locked(run_dir: Path) -> Iterator[str]:
 
     InputError if another job holds it, with its host and job id.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / FILE
     descriptor, sure = _open_locked(path)
     try:
@@ -48,6 +47,8 @@ def locked(run_dir: Path) -> Iterator[str]:
         yield f"{path}: the job of {_describe(holder)} is gone; taken over" if holder else ""
     finally:
         path.unlink(missing_ok=True)  # still locked: nobody takes it for a stale one meanwhile
+        with suppress(OSError):  # not empty: the record
+            run_dir.rmdir()  # of a refused run nothing stays
         os.close(descriptor)
 
 
@@ -57,6 +58,7 @@ def _open_locked(path: Path) -> tuple[int, bool]:
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
         sure = True
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

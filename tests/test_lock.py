@@ -81,6 +81,7 @@ def test_a_file_system_without_locks_goes_by_the_process(
     with locked(tmp_path), pytest.raises(InputError, match="in use by process"), locked(tmp_path):
         pass
     gone = {"host": socket.gethostname(), "pid": 2**22 + 1}  # above the largest there can be
+    tmp_path.mkdir(exist_ok=True)  # an empty folder goes with its lock
     (tmp_path / FILE).write_text(json.dumps(gone))
     with locked(tmp_path) as taken_over:
         assert f"process {gone['pid']}" in taken_over

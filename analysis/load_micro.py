@@ -86,7 +86,7 @@ def _read_launch(file: Path) -> dict[str, Any]:
 
 def _backend(run: dict[str, Any]) -> str:
     """Such as "MPICH", "gloo" or "MPICH, UCX_TLS=tcp,self": launches that differ are not mixed."""
-    text = run.get(f"{run['comm']}_library", run["comm"])
+    text = run.get(f"{run['comm'].removesuffix('-node')}_library", run["comm"])
     names = ("Open MPI", "MPICH", "Intel(R) MPI", "MVAPICH")
     name = next((known for known in names if known in text), text)
     told = run.get("transport_environment", {})

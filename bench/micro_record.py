@@ -16,6 +16,7 @@ from bench.checkpoint import write_atomically
 from bench.record import (
     SCHEMA_VERSION,
     append_row,
+    library_fact,
     process_facts,
     surroundings,
     utc_now,
@@ -89,12 +90,11 @@ class MicroRecord:
 def _shared_facts(communicator: Communicator) -> dict[str, Any]:
     facts = json.dumps(process_facts(communicator.world_rank, torch.device("cpu")))
     processes = [json.loads(part) for part in communicator.gather_bytes(facts.encode())]
-    library = {f"{communicator.kind}_library": communicator.library} if communicator.library else {}
     transport = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_TRANSPORT_KEYS)}
     return {
         **surroundings(),
         "comm": communicator.kind,
-        **library,
+        **library_fact(communicator.kind, communicator.library),
         "transport_environment": transport,
         "world_size": communicator.world_size,
         "processes": processes,

@@ -155,6 +155,11 @@ def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value is not None}
 
 
+def library_fact(comm: str, library: str | None) -> dict[str, str]:
+    """The key of run.json that says what moves the bytes of this back end, if anything does."""
+    return {f"{comm.removesuffix('-node')}_library": library} if library else {}
+
+
 def process_facts(world_rank: int, device: torch.device) -> dict[str, Any]:
     """One entry of run.json's process map."""
     return {

@@ -33,7 +33,7 @@ from bench.meter import (
 )
 from bench.models import build_model, encode
 from bench.partition import draw_client_lora_ranks, label_counts, partition, summary
-from bench.record import Recorder, process_facts, provenance
+from bench.record import Recorder, library_fact, process_facts, provenance
 from fedara_core.adapters import AdapterConfig, inject
 from fedara_core.codec import decode_rows, encode_rows, message_widths, payload_bytes
 from fedara_core.collectives import RunningMean
@@ -736,7 +736,7 @@ def _resume_or_start(
             dataset_digest=job.dataset_digest,
             labels=list(job.labels),
             comm=communicator.kind,
-            **{f"{communicator.kind}_library": communicator.library},
+            **library_fact(communicator.kind, communicator.library),
             world_size=communicator.world_size,
             processes=processes,
             prepare_seconds=max(process["prepare_seconds"] for process in processes),

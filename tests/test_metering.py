@@ -4,6 +4,7 @@ The host of these tests has one counter of 10 watts, or none; codecarbon is real
 """
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,12 @@ from energy_job import WATTS
 from launch import ROOT, TINY, Finished, fedara_here, launch, rounds_of
 
 from bench import rounds
-from bench.client_cost import MIX, model_devices, reduce_clients
+from bench.client_cost import MIX, ClientCost, model_devices, reduce_clients
 from bench.config import load_runs
 from bench.devices import load_devices
 from bench.energy import HostEnergy, NullEnergy, add_hosts
 from bench.meter import PHASES, Measured, Meter, reduce_energy, reduce_memory, reduce_seconds
-from bench.record import Recorder
+from bench.record import Recorder, library_fact, surroundings
 from bench.rounds import Job, prepare, run
 from fedara_core.comm import Communicator
 
@@ -413,15 +414,86 @@ def test_a_run_ends_with_its_costs(record: tuple[Path, Finished]) -> None:
     assert MIX in lines[start + 5]
 
 
-def test_every_key_is_explained(
-    record: tuple[Path, Finished], jobs: Callable[..., tuple[Path, Finished]]
-) -> None:
+# ---- results/README.md against the records ----
+
+
+def documented(heading: str) -> set[str]:
+    """The keys in the first column of the table below this heading of results/README.md."""
     text = (ROOT / "results" / "README.md").read_text()
-    for run_dir in (record[0], jobs("mpi", 2)[0]):
-        rows = rounds_of(run_dir)
-        keys = {key for row in rows for key in row} | set(facts_of(run_dir))
-        keys |= {key for process in facts_of(run_dir)["processes"] for key in process}
-        keys |= {f"seconds.{phase}" for row in rows for phase in row["seconds"]}
-        keys |= {k for r in rows for d in r["modelled_by_device"].values() for k in d}
-        missing = [key for key in sorted(keys - {"seconds"}) if f"`{key}`" not in text]
-        assert not missing
+    section = text.partition(f"\n{heading}\n")[2].partition("\n#")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {key for cell in cells for key in re.findall("`(.+?)`", cell)}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device whose calls to torch.cuda have answers."""
+    answers = {"is_available": True, "get_device_name": "a GPU", "synchronize": None}
+    answers |= {"max_memory_allocated": 9, "memory_allocated": 1, "reset_peak_memory_stats": None}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    return torch.device("cuda", 0)
+
+
+def round_on(device: torch.device) -> dict[str, Any]:
+    """The keys of a round that come from its device's memory."""
+    meter = Meter(device)
+    with meter.phase("local_train"):
+        pass
+    cost = ClientCost(
+        client_id=0,
+        uplink_bytes=1,
+        downlink_bytes=1,
+        activation_bytes=meter.device_bytes_above_rest(),
+    )
+    return reduce_clients([[vars(cost)]]) | reduce_memory([meter.take().memory])
+
+
+@pytest.fixture
+def records(
+    record: tuple[Path, Finished],
+    jobs: Callable[..., tuple[Path, Finished]],
+    tmp_path: Path,
+) -> list[Path]:
+    """Runs without energy, with counters on two processes, in two parts, and of clients that fail."""
+    recorder = run_in_two_parts(tmp_path / "parts")
+    go_on(recorder)
+    failing = [
+        *("devices.shares={orin_nano=1.0}", "clients.speed_spread=0.5"),
+        *("clients.deadline_seconds=1e6", "federation.num_rounds=1", "train.local_steps=1"),
+    ]
+    words = [word for setting in failing for word in ("--set", setting)]
+    assert fedara_here("run", TINY, *words, "--results", tmp_path / "failing").code == 0
+    return [record[0], jobs("mpi", 2)[0], recorder.run_dir, only_run(tmp_path / "failing")]
+
+
+def test_the_keys_of_run_json_are_those_documented(
+    records: list[Path], fake_gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = [facts_of(run_dir) for run_dir in records]
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    elsewhere = [surroundings(), library_fact("mpi-node", "MPICH"), library_fact("torch", "gloo")]
+    found = {key for run in (*facts, *elsewhere) for key in run}
+    # An installed copy has no checkout, and so no commit.
+    assert found | {"git_commit", "git_dirty"} == documented("## run.json")
+    processes = [process for run in facts for process in run["processes"]]
+    assert {key for p in processes for key in p} == documented("### Entries of `processes`")
+    parts = [part for run in facts for part in run.get("parts", [])]
+    assert {key for part in parts for key in part} <= found | {"first_round_index"}
+
+
+def test_the_keys_of_rounds_are_those_documented(
+    records: list[Path], fake_gpu: torch.device
+) -> None:
+    rows = [row for run_dir in records for row in rounds_of(run_dir)]
+    found = {key for row in (*rows, round_on(fake_gpu)) for key in row} - {"seconds"}
+    found |= {f"seconds.{phase}" for row in rows for phase in row["seconds"]}
+    assert found == documented("## rounds.jsonl")
+    modelled = [device for row in rows for device in row["modelled_by_device"].values()]
+    assert {k for m in modelled for k in m} == documented("### Entries of `modelled_by_device`")
+
+
+def test_the_keys_of_partition_json_are_those_documented(records: list[Path]) -> None:
+    texts = [(run_dir / "partition.json").read_text() for run_dir in records]
+    clients = [client for text in texts for client in json.loads(text)]
+    assert {key for client in clients for key in client} == documented("## partition.json")

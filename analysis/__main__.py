@@ -1,10 +1,12 @@
 """`python -m analysis DIR`: every figure and table from the records below DIR."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from analysis import (
+    caveats,
     figure_accuracy_bytes,
     figure_accuracy_rounds,
     figure_alpha,
@@ -16,11 +18,13 @@ from analysis import (
     figure_partition,
     figure_phases,
     figure_target,
+    figure_target_modelled,
     page,
     table_accuracy,
     table_collectives,
     table_cost,
     table_headline,
+    table_modelled,
     table_summary,
     tables,
 )
@@ -39,6 +43,7 @@ _FIGURES = [
     figure_accuracy_bytes,
     figure_pareto,
     figure_target,
+    figure_target_modelled,
     figure_alpha,
     figure_live_triplets,
     figure_local_train,
@@ -46,7 +51,7 @@ _FIGURES = [
     figure_client_spread,
     figure_partition,
 ]
-_TABLES = [table_headline, table_accuracy, table_cost]
+_TABLES = [table_headline, table_accuracy, table_cost, table_modelled]
 
 
 def report(campaign: Campaign, out_dir: Path) -> tuple[list[Path], list[str]]:
@@ -67,6 +72,8 @@ def report(campaign: Campaign, out_dir: Path) -> tuple[list[Path], list[str]]:
             shown.append(maker.table(campaign))
         except NotDrawn as reason:
             gaps.append(f"{maker.NAME}: {reason}")
+    beware = [f"Warning: {text}" for text in caveats.sentences(campaign)]
+    shown = [replace(table, notes=[*table.notes, *beware]) for table in shown]
     for table in shown:
         files += tables.write(table, out_dir)
     files += table_summary.write(campaign, out_dir)
@@ -106,6 +113,7 @@ def main(
     files: list[Path] = []
     gaps: list[str] = []
     incomplete: list[str] = []
+    beware: list[str] = []
     try:
         micro = load_micro(directory)
         if micro is None or has_rounds(directory):
@@ -114,6 +122,7 @@ def main(
             written, gaps = report(campaign, out_dir)
             files += written
             incomplete += campaign.incomplete
+            beware = caveats.sentences(campaign)
             table_summary.show(campaign)
         if micro is not None:
             _require_finished(directory, micro.launches.empty, micro.incomplete)
@@ -122,6 +131,8 @@ def main(
     except (AnalysisError, InputError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+    for text in beware:
+        typer.echo(f"warning: {text}")
     for run_id in incomplete:
         typer.echo(f"left out, no DONE: {run_id}")
     for gap in gaps:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import spread
-from analysis.load import USUAL_SETTINGS, Campaign, panels
+from analysis import caveats, spread
+from analysis.load import USUAL_SETTINGS, Campaign, by_series, panels, series_name
 
 # Label, and the columns of Campaign.runs behind it; a column that no run has is passed over, and
 # so are usual settings.
@@ -53,8 +53,8 @@ def write_text(out: Path, paragraphs: list[str]) -> Path:
 
 
 def conditions(campaign: Campaign) -> list[str]:
-    """One line per panel, with every value that occurs in it, and one on incomplete runs."""
-    lines = []
+    """Warnings, a line per panel with every value that occurs in it, and one on incomplete runs."""
+    lines = [f"Warning: {text}" for text in caveats.sentences(campaign)]
     for dataset, partition in panels(campaign):
         same = (campaign.runs["dataset"] == dataset) & (campaign.runs["partition"] == partition)
         runs = campaign.runs[same]
@@ -88,10 +88,9 @@ def _join(label: str, values: list[object]) -> str:
 
 def _seeds(runs: pd.DataFrame) -> str:
     parts = []
-    for (method, setting), group in runs.groupby(["method", "setting"]):
-        name = f"{method} ({setting})" if setting else method
+    for method, setting, group in by_series(runs):
         seeds = ", ".join(str(seed) for seed in sorted(group["seed"]))
-        parts.append(f"{name} n = {len(group)} ({seeds})")
+        parts.append(f"{series_name(method, setting)} n = {len(group)} ({seeds})")
     return "seeds: " + ", ".join(parts)
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from pandas.api.types import is_integer_dtype
 
 from analysis import caption, spread, style
-from analysis.load import PANEL, SERIES, AnalysisError, Campaign, panels
+from analysis.load import PANEL, SERIES, AnalysisError, Campaign, by_series, panels
 
 _MAX_COLUMNS = 3
 _PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
@@ -96,7 +96,7 @@ def grid(shown: list[tuple[str, str]], num_columns: int) -> tuple[Figure, list[A
 
 def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
     """One line per method and setting: y_mean over column x, with the band y_low to y_high."""
-    for (method, setting), line in frame.groupby(["method", "setting"]):
+    for method, setting, line in by_series(frame):
         settings = sorted(frame.loc[frame["method"] == method, "setting"].unique())
         look, fill = style.setting_look(method, settings.index(setting))
         ax.plot(
@@ -104,6 +104,7 @@ def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
             line[f"{y}_mean"],
             color=look.color,
             marker=look.marker,
+            markersize=look.size(),
             markerfacecolor=fill,
             linestyle=look.linestyle,
             markevery=math.ceil(len(line) / _MAX_MARKERS),
@@ -126,7 +127,7 @@ def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
     labels = sorted(handles)
     beside = len(labels) > _MAX_ENTRIES_BELOW
     if beside:
-        num_columns, where = 1, "outside right upper"
+        num_columns = 1
         num_lines = 2 + sum(1 + label.count("\n") for label in labels)
         # Margins take as much of the width as two characters of each label do.
         longest = max(len(line) for label in labels for line in label.split("\n"))
@@ -137,14 +138,14 @@ def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
         handles = {label.replace("\n", " "): handle for label, handle in handles.items()}
         inches_per_entry = 0.8 + 0.075 * max(len(label) for label in labels)
         fitting = int(fig.get_figwidth() / inches_per_entry)
-        num_columns, where = max(1, min(len(labels), fitting)), "outside lower center"
+        num_columns = max(1, min(len(labels), fitting))
         num_lines = 1 + math.ceil(len(labels) / num_columns)
         fig.set_figheight(fig.get_figheight() + num_lines * _LEGEND_LINE_INCHES)
     fig.legend(
         [handles[label] for label in labels],
         labels,
         title=title.replace(", ", ",\n") if beside else title,
-        loc=where,
+        loc="outside right upper" if beside else "outside lower center",
         ncols=num_columns,
         handlelength=3.2,
     )
@@ -153,6 +154,12 @@ def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
 def series_label(method: str, setting: str) -> str:
     """A line's name; the setting on a second line, which legends below the panels join again."""
     return f"{method}\n({setting})" if setting else method
+
+
+def label_inches(labels: list[str]) -> float:
+    """About the width that the longest of these takes beside the axes, so that a figure grows by it
+    and not its axes shrink."""
+    return _CHARACTER_INCHES * max(map(len, labels))
 
 
 def seeds_text(num_seeds: pd.Series) -> str:

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from analysis.load import SERIES, Campaign
+from analysis.load import SERIES, Campaign, known_energy, modelled_devices
 
 _OF_LAST_EVALUATION = [
     "accuracy",
@@ -18,19 +18,23 @@ _OF_LAST_ROUND = [
     "live_triplets",
 ]
 _MAXIMA = ["peak_memory_bytes", "peak_device_memory_bytes"]
+_ALL_AND_LAST = ["local_train_seconds", "local_train_joules", "flops"]
 _CONDITIONS = {"alpha": "partition.alpha", "num_rounds": "federation.num_rounds"}
 
 
 def ends(campaign: Campaign) -> pd.DataFrame:
     """One row per run, in the order of SERIES and seed; a column that no run has is empty.
 
-    Columns: run_id, dataset, partition, method, setting, seed, total_seconds, alpha, num_rounds;
-    of the last evaluated round accuracy_percent, macro_f1 and client_accuracy_*; of the last round
-    the cumulative bytes and live_triplets; over rounds the largest peak_*_bytes, and
-    local_train_seconds, summed (all) and of the last round (last).
+    Columns: run_id, dataset, partition, method, setting, seed, total_seconds, energy_joules, alpha,
+    num_rounds; of the last evaluated round accuracy_percent, macro_f1 and client_accuracy_*; of the
+    last round the cumulative bytes and live_triplets; over rounds the largest peak_*_bytes; summed
+    over all rounds (all_X) and of the last one (last_X) local_train_seconds, local_train_joules,
+    flops, and of each device D modelled_seconds.D and modelled_joules.D, missing where not every
+    round holds them. Joules that are not modelled on devices are missing where sources differ.
     """
     rounds = campaign.rounds.sort_values(["run_id", "round_index"])
-    frame = campaign.runs[["run_id", *SERIES, "seed", "total_seconds"]].set_index("run_id")
+    own = ["run_id", *SERIES, "seed", "total_seconds", "energy_joules"]
+    frame = campaign.runs[own].set_index("run_id")
     for name, column in _CONDITIONS.items():
         frame[name] = campaign.runs.set_index("run_id").get(column, float("nan"))
     evaluated = rounds.dropna(subset=["accuracy"]).groupby("run_id").tail(1).set_index("run_id")
@@ -42,7 +46,13 @@ def ends(campaign: Campaign) -> pd.DataFrame:
     by_run = rounds.groupby("run_id")
     for name in _MAXIMA:
         frame[name] = by_run[name].max() if name in rounds else float("nan")
-    frame["all_local_train_seconds"] = by_run["local_train_seconds"].sum(min_count=1)
-    frame["last_local_train_seconds"] = last["local_train_seconds"]
+    devices = modelled_devices(campaign)
+    modelled = [f"modelled_{unit}.{name}" for name in devices for unit in ("seconds", "joules")]
+    for name in (*_ALL_AND_LAST, *modelled):
+        frame[f"all_{name}"] = last.get(f"cumulative_{name}", float("nan"))
+        in_every_round = frame[f"all_{name}"].notna()
+        frame[f"last_{name}"] = last.get(name, pd.Series(dtype=float)).where(in_every_round)
+    if known_energy(campaign)[0] is None:
+        frame[["energy_joules", "all_local_train_joules", "last_local_train_joules"]] = float("nan")
     frame["accuracy_percent"] = 100 * frame.pop("accuracy")
     return frame.reset_index().sort_values([*SERIES, "seed", "run_id"], ignore_index=True)

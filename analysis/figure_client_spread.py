@@ -7,11 +7,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import caption, style
-from analysis.curves import is_panel, series_label
+from analysis.curves import is_panel, label_inches
 from analysis.ends import ends
-from analysis.load import SERIES, Campaign, NotDrawn, panels
+from analysis.load import SERIES, Campaign, NotDrawn, panels, series_name
 
 NAME = "client_spread"
+_SPANS_INCHES = 4.2
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
@@ -37,7 +38,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
     heights = [0.8 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
     with style.context():
-        fig = Figure(figsize=(5.6, sum(heights) + 0.3))
+        fig = Figure(figsize=(_SPANS_INCHES + label_inches(_names(frame)), sum(heights) + 0.3))
         axes = fig.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
         for ax, panel in zip(axes, shown, strict=True):
             rows = frame[is_panel(frame, panel)].sort_values("mean_percent", ascending=False)
@@ -59,8 +60,11 @@ def _draw_spans(ax: Any, rows: pd.DataFrame) -> None:
         mean, p10 = row["mean_percent"], row["p10_percent"]
         ax.plot([p10, mean], [place, place], color=look.color, linewidth=1.2)
         ax.plot(p10, place, marker="|", markersize=8, color=look.color)
-        ax.plot(mean, place, marker=look.marker, color=look.color, markersize=6)
-    series = zip(rows["method"], rows["setting"], rows["num_runs"], strict=True)
-    labels = [f"{series_label(m, s)} (n = {n})".replace("\n", " ") for m, s, n in series]
-    ax.set_yticks(range(len(rows)), labels)
+        ax.plot(mean, place, marker=look.marker, color=look.color, markersize=look.size(6))
+    ax.set_yticks(range(len(rows)), _names(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    series = zip(rows["method"], rows["setting"], rows["num_runs"], strict=True)
+    return [f"{series_name(method, setting)} (n = {n})" for method, setting, n in series]

@@ -1,16 +1,18 @@
 """Figure: live triplets of each adapter over the rounds, as a heat map, where any are pruned."""
 
 from pathlib import Path
+from textwrap import fill
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import caption, style
-from analysis.curves import is_panel, series_label
-from analysis.load import SERIES, Campaign, NotDrawn, panels
+from analysis.curves import is_panel
+from analysis.load import SERIES, Campaign, NotDrawn, by_series, panels, series_name
 
 NAME = "live_triplets"
 _MAX_LABELS = 48
+_TITLE_LETTERS = 34  # that fit over a panel
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
@@ -25,23 +27,20 @@ def data(campaign: Campaign) -> pd.DataFrame:
     kept = pruned[pruned].index.to_frame(index=False)
     if kept.empty:
         raise NotDrawn("no method pruned a triplet")
-    return (
-        rows.merge(kept, on=SERIES)
-        .groupby([*SERIES, "adapter", "round_index"], as_index=False)["live_triplets"]
-        .mean()
-    )
+    groups = rows.merge(kept, on=SERIES).groupby([*SERIES, "adapter", "round_index"])
+    return groups["live_triplets"].mean().reset_index()
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write live_triplets.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     blocks = [
-        (panel, series, rows)
+        (panel, series_name(method, setting), rows)
         for panel in panels(campaign)
-        for series, rows in frame[is_panel(frame, panel)].groupby(["method", "setting"])
+        for method, setting, rows in by_series(frame[is_panel(frame, panel)])
     ]
     num_adapters = max(rows["adapter"].nunique() for _, _, rows in blocks)
-    height = 0.9 + 0.11 * min(num_adapters, _MAX_LABELS)
+    height = 1.05 + 0.11 * min(num_adapters, _MAX_LABELS)
     num_columns = min(3, len(blocks))
     num_rows = -(-len(blocks) // num_columns)
     with style.context():
@@ -50,7 +49,8 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         for ax in grid.flat[len(blocks) :]:
             ax.set_visible(False)
         top = frame["live_triplets"].max()
-        for place, (ax, (panel, series, rows)) in enumerate(zip(grid.flat, blocks, strict=False)):
+        row_names: list[str] = []
+        for place, (ax, (panel, label, rows)) in enumerate(zip(grid.flat, blocks, strict=False)):
             wide = rows.pivot(index="adapter", columns="round_index", values="live_triplets")
             wide = wide.loc[sorted(wide.index, key=_natural)]
             # cividis is monotone in grey and the same to colour-blind readers.
@@ -58,14 +58,19 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
                 wide, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest"
             )
             rounds = range(0, len(wide.columns), max(1, len(wide.columns) // 5))
-            ax.set_xticks(list(rounds), [str(wide.columns[index] + 1) for index in rounds])
-            ax.set_title(f"{series_label(*series)}\n{', '.join(panel)}")
+            ax.set_xticks(list(rounds), [str(1 + int(wide.columns[i])) for i in rounds])
+            ax.set_title(
+                "\n".join(fill(text, _TITLE_LETTERS) for text in (label, ", ".join(panel)))
+            )
             ax.set_xlabel("Round")
             ax.grid(False)
             step = -(-len(wide) // _MAX_LABELS)
-            first = place % num_columns == 0
-            names = [_short(name) for name in wide.index[::step]] if first else []
-            ax.set_yticks(range(0, len(wide), step) if first else [], names, fontsize=5.5)
+            names = [_short(name) for name in wide.index[::step]]
+            if place % num_columns and names == row_names:
+                ax.set_yticks([])  # the same adapters as to the left
+            else:
+                ax.set_yticks(range(0, len(wide), step), names, fontsize=5.5)
+            row_names = names
         fig.colorbar(image, ax=grid, label="Live triplets", shrink=0.6)
         files = style.save(fig, out_dir / NAME)
     title = (

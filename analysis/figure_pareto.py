@@ -89,7 +89,7 @@ def _draw_points(ax: Any, rows: pd.DataFrame) -> None:
             color=look.color,
             marker=look.marker,
             markerfacecolor=fill,
-            markersize=6,
+            markersize=look.size(6),
             linestyle="none",
             label=series_label(row["method"], row["setting"]),
         )

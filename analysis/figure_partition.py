@@ -51,9 +51,9 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
             ticks = range(0, len(wide.columns), max(1, len(wide.columns) // 6))
             ax.set_xticks(list(ticks), [str(wide.columns[tick]) for tick in ticks])
             ax.set_title(", ".join(panel))
-            ax.set_xlabel("client_id")
+            ax.set_xlabel("Client (client_id)")
             ax.grid(False)
-        fig.colorbar(image, ax=grid, label="Share of examples")
+        fig.colorbar(image, ax=grid, label="Share of the client's examples")
         files = style.save(fig, out_dir / NAME)
     title = (
         "Share of each label in each client's examples (a column sums to 1), of the panel's lowest "

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import caption, style
-from analysis.curves import is_panel, series_label
-from analysis.load import SERIES, Campaign, NotDrawn, panels
+from analysis import caption, caveats, style
+from analysis.curves import is_panel, label_inches
+from analysis.load import SERIES, Campaign, NotDrawn, panels, series_name
 
 NAME = "phases"
 # In the order of a round; colours from dark to light and hatches, so that they differ in grey.
@@ -21,7 +21,9 @@ _PHASES = {
     "aggregate": (style.GREEN, "xx"),
     "evaluate": (style.SKY, ""),
     "checkpoint": (style.ORANGE, "--"),
+    "meter": ("#999999", "||"),
 }
+_BARS_INCHES = 5.6
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
@@ -46,15 +48,22 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
     counts = [len(frame[is_panel(frame, panel)][SERIES].drop_duplicates()) for panel in shown]
     heights = [0.9 + 0.2 * count for count in counts]
+    mixed = caveats.mixed_machines(campaign)
+    names = _names(frame)
     with style.context():
-        fig = Figure(figsize=(7.2, sum(heights) + 0.4))
+        fig = Figure(figsize=(_BARS_INCHES + label_inches(names), sum(heights) + 0.4))
         axes = fig.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
         for ax, panel in zip(axes, shown, strict=True):
             _draw_bars(ax, frame[is_panel(frame, panel)])
-            ax.set_title(", ".join(panel), loc="left")
+            mark = f" ({caveats.MARK})" if panel in mixed else ""
+            ax.set_title(f"{', '.join(panel)}{mark}", loc="left")
         axes[-1].set_xlabel("Seconds of a round (mean over rounds and runs)")
-        handles, labels = axes[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=4)
+        handles = {
+            label: handle
+            for ax in axes
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=5)
         files = style.save(fig, out_dir / NAME)
     title = (
         "Seconds of a round by phase, mean over all rounds and runs; the evaluation's seconds are "
@@ -63,6 +72,10 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         "machine to themselves."
     )
     return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    return [series_name(*series) for series in zip(rows["method"], rows["setting"], strict=True)]
 
 
 def _draw_bars(ax: Any, rows: pd.DataFrame) -> None:
@@ -82,7 +95,6 @@ def _draw_bars(ax: Any, rows: pd.DataFrame) -> None:
             label=phase.replace("_", " "),
         )
         left += wide[phase].fillna(0)
-    labels = [series_label(*series).replace("\n", " ") for series in wide.index]
-    ax.set_yticks(range(len(wide)), labels)
+    ax.set_yticks(range(len(wide)), _names(wide.reset_index()))
     ax.set_ylim(len(wide) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)

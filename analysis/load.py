@@ -1,6 +1,7 @@
 """Read a campaign's records (run.json, rounds.jsonl, DONE) into two tidy data frames."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,31 @@ USUAL_SETTINGS = {
 _RUN_COLUMNS = ["total_seconds", "partition.alpha", "energy_source", "energy_joules"]
 _ROUND_COLUMNS = ["accuracy", "macro_f1", "live_triplets", "local_train_seconds", "flops"]
 
+_THEN = " then "  # joins what a run that was interrupted has in two ways
+
 _ADAPTER_COLUMNS = ["run_id", "round_index", "adapter", "live_triplets"]
 _CLIENT_COLUMNS = ["run_id", "client_id", "label", "num_examples"]
 
 # Nested keys of a round become columns that carry their unit.
-_UNITS = {"seconds": "seconds", "energy_joules": "joules", "energy_net_joules": "net_joules"}
+_UNITS = {
+    "seconds": "seconds",
+    "energy_joules": "joules",
+    "energy_net_joules": "net_joules",
+    "peak_memory_bytes_by_phase": "peak_memory_bytes",
+    "peak_device_memory_bytes_by_phase": "peak_device_memory_bytes",
+}
+
+# What is summed up over a run's rounds, and the name that the sum has.
+_CUMULATIVE = {
+    "uplink_bytes": "cumulative_uplink_bytes",
+    "downlink_bytes": "cumulative_downlink_bytes",
+    "total_seconds": "cumulative_seconds",
+    "total_joules": "cumulative_joules",
+    "local_train_seconds": "cumulative_local_train_seconds",
+    "local_train_joules": "cumulative_local_train_joules",
+    "flops": "cumulative_flops",
+}
+_MODELLED = ("modelled_seconds.", "modelled_joules.")
 
 
 class AnalysisError(ValueError):
@@ -55,15 +76,20 @@ class Campaign:
 
     runs: one row per finished run. Keys of run.json keep their names, nested ones are joined by a
         dot, and those of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
-        method, dataset, partition (labels), device (cpu, cuda), setting (what tells runs of one
-        method apart within a panel, seeds aside; "" when nothing does), and energy_joules of the
-        whole run with its energy_source: of the rounds' counters where every round has them, else
-        of run.json. Compare energy only after `one_energy_source`.
+        method, dataset, partition (labels), device (cpu, cuda), world_size as "2 then 4" where a
+        run went on with another number of processes, setting (what tells runs of one method apart
+        within a panel, seeds aside; "" when nothing does), and energy_joules of the whole run with
+        its energy_source: of the rounds' counters where every round has them, else of run.json.
+        Compare energy only after `one_energy_source`.
     rounds: one row per (run_id, round_index) of the finished runs. Scalar keys keep their names;
         seconds.X is X_seconds, energy_joules.X is X_joules, energy_net_joules.X is X_net_joules,
-        and modelled_by_device.D.modelled_X is modelled_X.D. Added: cumulative_uplink_bytes,
-        cumulative_downlink_bytes, cumulative_total_bytes (up and down) and cumulative_seconds (of
-        whole rounds), each up to and including this round.
+        peak_memory_bytes_by_phase.X is X_peak_memory_bytes, of a GPU X_peak_device_memory_bytes,
+        and modelled_by_device.D.modelled_X is modelled_X.D. Added, each up to and including this
+        round, and missing from the first round on that does not hold it: cumulative_uplink_bytes,
+        cumulative_downlink_bytes, cumulative_total_bytes (up and down), cumulative_seconds and
+        cumulative_joules (of whole rounds), cumulative_local_train_seconds and
+        cumulative_local_train_joules, cumulative_flops, cumulative_modelled_seconds.D and
+        cumulative_modelled_joules.D.
     adapters: live_triplets by run_id, round_index and adapter; empty where no run recorded it.
     clients: num_examples by run_id, client_id and label, of partition.json; empty without one.
     incomplete: folder names of the runs without DONE; they never enter a figure.
@@ -117,12 +143,12 @@ def load_campaign(path: Path) -> Campaign:
 def one_energy_source(campaign: Campaign) -> str | None:
     """The source of all the energy in these records; None where no run has any.
 
-    Raises AnalysisError where runs differ in it: counted and modelled joules, or joules of
-    different counters, are never compared, averaged or put into one column.
+    Raises AnalysisError where runs, or parts of one run, differ in it: counted and modelled joules,
+    or joules of different counters, are never compared, averaged or put into one column.
     """
     found = campaign.runs.dropna(subset=["energy_source"]).groupby("energy_source")["run_id"]
     examples = [f"{source} ({run_ids.iloc[0]})" for source, run_ids in found]
-    if len(examples) > 1:
+    if len(examples) > 1 or any(_THEN in example for example in examples):
         raise AnalysisError(
             f"energy of different sources is not compared: {' and '.join(examples)}; "
             "analyse the runs of each source by themselves"
@@ -130,10 +156,45 @@ def one_energy_source(campaign: Campaign) -> str | None:
     return str(next(iter(found))[0]) if examples else None
 
 
+def known_energy(campaign: Campaign) -> tuple[str | None, str]:
+    """`one_energy_source`, and "" or, instead of a source, why no energy can be shown."""
+    try:
+        source = one_energy_source(campaign)
+    except AnalysisError as error:
+        return None, str(error)
+    return source, "" if source else "not measured in these runs"
+
+
+def energy_kind(source: str) -> str:
+    """Whether joules of this source are counted, modelled or partly modelled."""
+    modelled = [part.endswith("-model") for part in source.split("+")]
+    if not any(modelled):
+        return "counted"
+    return "modelled" if all(modelled) else "partly modelled"
+
+
 def panels(campaign: Campaign) -> list[tuple[str, str]]:
     """(dataset, partition) pairs in the order to show them: by data set, scheme, then alpha."""
     order = campaign.runs.sort_values(["dataset", "partition.scheme", "partition.alpha"])
     return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
+
+
+def by_series(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(method, setting, its rows), of rows of one panel."""
+    for (method, setting), group in frame.groupby(["method", "setting"]):
+        yield str(method), str(setting), group
+
+
+def series_name(method: str, setting: str) -> str:
+    """What a row or line of one method and setting is called, in one line."""
+    return f"{method} ({setting})" if setting else method
+
+
+def modelled_devices(campaign: Campaign) -> list[str]:
+    """Names of the devices that rounds are modelled on, in the order of the records."""
+    first = _MODELLED[0]
+    names = map(str, campaign.rounds)
+    return [name.removeprefix(first) for name in names if name.startswith(first)]
 
 
 def has_rounds(path: Path) -> bool:
@@ -170,6 +231,9 @@ def _read_run(file: Path) -> dict[str, Any]:
     run["method"] = run["method.name"]
     run["dataset"] = run["dataset.name"].removeprefix("file:").rstrip("/").split("/")[-1]
     run["partition"] = _partition_label(run)
+    sizes = dict.fromkeys(part.get("world_size") for part in (record, *record.get("parts", [])))
+    if len(sizes) > 1:
+        run["world_size"] = _THEN.join(map(str, sizes))
     devices = {process.get("device", "").split(":")[0] for process in record.get("processes", [])}
     run["device"] = " and ".join(sorted(devices - {""})) or None
     return run
@@ -196,12 +260,13 @@ def _read_rounds(file: Path, run: dict[str, Any]) -> tuple[pd.DataFrame, list[di
             f"each once and in order"
         )
     frame = pd.DataFrame(rows)
-    for direction in ("uplink", "downlink"):
-        frame[f"cumulative_{direction}_bytes"] = frame[f"{direction}_bytes"].cumsum()
-    both = frame["cumulative_uplink_bytes"] + frame["cumulative_downlink_bytes"]
-    if "total_seconds" in frame:
-        frame["cumulative_seconds"] = frame["total_seconds"].cumsum()
-    return frame.assign(cumulative_total_bytes=both), by_adapter
+    summed = {name: to for name, to in _CUMULATIVE.items() if name in frame}
+    modelled = [name for name in map(str, frame) if name.startswith(_MODELLED)]
+    summed |= {name: f"cumulative_{name}" for name in modelled}
+    # A sum that passed over a round without the number would look like a small one.
+    sums = {to: frame[name].cumsum(skipna=False) for name, to in summed.items()}
+    both = sums["cumulative_uplink_bytes"] + sums["cumulative_downlink_bytes"]
+    return frame.assign(**sums, cumulative_total_bytes=both), by_adapter
 
 
 def _read_clients(file: Path, run_id: str) -> list[dict[str, Any]]:
@@ -235,7 +300,7 @@ def _energy(run: dict[str, Any], rounds: pd.DataFrame) -> dict[str, Any]:
     """energy_source and energy_joules of a whole run; nothing where they are not known."""
     counted = rounds.get("energy_source", pd.Series([None]))
     if counted.notna().all():
-        sources = " then ".join(counted.unique())  # a source was lost, or another part had another
+        sources = _THEN.join(counted.unique())  # a source was lost, or another part had another
         return {"energy_source": sources, "energy_joules": rounds["total_joules"].sum()}
     parts = [value for key, value in run.items() if key.startswith("energy_joules.")]
     return {"energy_joules": sum(parts)} if parts else {}
@@ -264,11 +329,12 @@ def _settings(group: pd.DataFrame) -> pd.Series:
     )
     for key, usual in USUAL_SETTINGS.items():
         group = group.assign(**{key: group[key].fillna(usual) if key in group else usual})
-    keys = [key for key in group if key.split(".")[0] in sections and "." in key]
+    names = list(map(str, group))
+    keys = [name for name in names if name.split(".")[0] in sections and "." in name]
     keys += ["evaluate.every", "evaluate.split", "evaluate.eval_examples"]
     if "clients.deadline_seconds" in group or (group["clients.over_selection"] > 1).any():
         # Devices decide who is late.
-        keys += [key for key in group if key.startswith("devices.shares.")]
+        keys += [name for name in names if name.startswith("devices.shares.")]
     differing = [key for key in keys if key in group and group[key].nunique(dropna=False) > 1]
     texts = [
         ", ".join(f"{key.split('.')[-1]}={_text(row[key])}" for key in differing)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import caveats
 from analysis.ends import ends
 from analysis.load import Campaign
 from analysis.tables import Table
@@ -50,10 +51,12 @@ def write(
 ) -> Path:
     """Write report.html from the figures among `files` (.png with its .txt) and the tables."""
     gap_items = [*gaps, *(f"incomplete, left out: {run_id}" for run_id in campaign.incomplete)]
+    beware = [f"Warning: {text}" for text in caveats.sentences(campaign)]
     parts = [
         "<h1>Report</h1>",
         f"<p>{len(campaign.runs)} finished runs. Everything on this page is drawn from their "
         "records; the run browser at the end says which commit and machine each came from.</p>",
+        *([f"<ul>{''.join(map(_item, beware))}</ul>"] if beware else []),
         '<nav><a href="#tables">Tables</a> | <a href="#figures">Figures</a> | '
         '<a href="#browser">Runs</a></nav>',
         '<h2 id="tables">Tables</h2>',

@@ -33,6 +33,10 @@ class Look:
     marker: str
     linestyle: LineStyle
 
+    def size(self, points: float = 4.5) -> float:
+        """The marker's size; mere strokes have to be larger than what is filled."""
+        return 1.6 * points if self.marker in "1234+" else points
+
 
 def _look(color: str, marker: str, linestyle: LineStyle) -> Look:
     return Look(color=color, marker=marker, linestyle=linestyle)

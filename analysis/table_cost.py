@@ -2,9 +2,10 @@
 
 import pandas as pd
 
+from analysis import caveats
 from analysis.curves import is_panel
 from analysis.ends import ends
-from analysis.load import SERIES, Campaign, panels
+from analysis.load import PANEL, SERIES, Campaign, energy_kind, known_energy, panels
 from analysis.tables import Table, number
 
 NAME = "cost"
@@ -14,14 +15,19 @@ _MEGABYTES = {
     "peak_memory_bytes": "peak memory MB",
     "peak_device_memory_bytes": "peak device memory MB",
 }
+_OF_A_MACHINE = {
+    "total_seconds": "seconds",
+    "local_train_seconds": "local training s",
+    "energy_joules": "energy J",
+}
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
     """One row per data set, partition, method and setting; means over runs.
 
     Columns: those, num_runs, uplink_bytes, downlink_bytes, total_seconds, local_train_seconds,
-    peak_memory_bytes, peak_device_memory_bytes, and total_joules where every run measured it with
-    the same energy_source.
+    flops (counted, of local training), peak_memory_bytes, peak_device_memory_bytes, and
+    energy_joules of the whole run where all runs have one energy_source.
     """
     runs = ends(campaign)
     columns = {
@@ -29,13 +35,12 @@ def data(campaign: Campaign) -> pd.DataFrame:
         "downlink_bytes": "cumulative_downlink_bytes",
         "total_seconds": "total_seconds",
         "local_train_seconds": "all_local_train_seconds",
+        "flops": "all_flops",
         "peak_memory_bytes": "peak_memory_bytes",
         "peak_device_memory_bytes": "peak_device_memory_bytes",
     }
-    if _energy_gap(campaign) is None:
-        joules = campaign.rounds.groupby("run_id")["total_joules"].sum()
-        runs["total_joules"] = runs["run_id"].map(joules)
-        columns["total_joules"] = "total_joules"
+    if known_energy(campaign)[0]:
+        columns["energy_joules"] = "energy_joules"
     frame = runs.groupby(SERIES, as_index=False).agg(
         num_runs=("run_id", "nunique"), **{name: (of, "mean") for name, of in columns.items()}
     )
@@ -54,26 +59,21 @@ def table(campaign: Campaign) -> Table:
     for column, heading in _MEGABYTES.items():
         if frame[column].notna().any():
             cells[heading] = (frame[column] / 1e6).map(lambda value: number(value, 2))
-    cells["seconds"] = frame["total_seconds"].map(lambda value: number(value, 1))
-    cells["local training s"] = frame["local_train_seconds"].map(lambda value: number(value, 1))
-    if "total_joules" in frame:
-        cells["J"] = frame["total_joules"].map(lambda value: number(value, 1))
+    mixed = caveats.mixed_machines(campaign)
+    marks = [" *" if tuple(panel) in mixed else "" for panel in frame[PANEL].to_numpy()]
+    for column, heading in _OF_A_MACHINE.items():
+        if column in frame:
+            values = zip(frame[column], marks, strict=True)
+            cells[heading] = [f"{number(v, 1)}{mark}" if v == v else "" for v, mark in values]
+    if frame["flops"].notna().any():
+        cells["local training TFLOP"] = (frame["flops"] / 1e12).map(lambda v: number(v, 2))
+    source, reason = known_energy(campaign)
+    energy = f"of the whole run, {energy_kind(source)} by {source}" if source else reason
     notes = [
         "Means over n runs, summed over all rounds; memory is the peak of a process. 1 MB = 10^6",
         "bytes. Seconds compare methods only where runs had the same machine to themselves.",
-        *([gap] if (gap := _energy_gap(campaign)) else []),
+        "TFLOP: 10^12 FLOPs, counted from shapes and live triplets, without a clock.",
+        *([f"*: {caveats.MARK}; the warnings say in what."] if mixed else []),
+        f"Energy (J): {energy}.",
     ]
     return Table(name=NAME, title="Cost by method", cells=cells, numbers=frame, notes=notes)
-
-
-def _energy_gap(campaign: Campaign) -> str | None:
-    """Why energies can not stand in one column, or None where they can."""
-    rounds = campaign.rounds
-    if "total_joules" not in rounds or "energy_source" not in rounds:
-        return "Energy: not measured in these runs."
-    if rounds["total_joules"].isna().any() or rounds["energy_source"].isna().any():
-        return "Energy: left out, since not every round measured it."
-    if rounds["energy_source"].nunique() > 1:
-        names = ", ".join(sorted(rounds["energy_source"].unique()))
-        return f"Energy: left out, since runs measured it with different sources ({names})."
-    return None

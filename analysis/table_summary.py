@@ -6,8 +6,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from analysis import caption
-from analysis.load import PANEL, SERIES, AnalysisError, Campaign, one_energy_source, panels
+from analysis import caption, caveats
+from analysis.load import PANEL, SERIES, Campaign, known_energy, panels, series_name
 
 NAME = "summary"
 _SHOW_COLUMNS = 100
@@ -36,13 +36,13 @@ def data(campaign: Campaign) -> pd.DataFrame:
     Columns: dataset, partition, method, setting, num_rounds, cohort, num_runs,
     accuracy_percent_{mean,std}, macro_f1_{mean,std} (of the last round with an evaluation; std is
     the sample standard deviation, missing for one run), uplink_bytes, downlink_bytes (sums over all
-    rounds), uplink_ratio_to_lora (missing without a comparable lora), total_seconds (of the whole
+    rounds), uplink_ratio_to_lora (missing without a caveats lora), total_seconds (of the whole
     run), first_round_local_train_seconds, last_round_local_train_seconds, live_triplets of the last
     round, and, where all runs' energy has one source, energy_joules of the whole run and that
     energy_source. Columns of energy are not there where sources differ: see `energy_note`.
     """
     groups = _per_run(campaign).groupby(SERIES, as_index=False)
-    measured = {} if _energy_source(campaign) is None else _ENERGY
+    measured = {} if known_energy(campaign)[0] is None else _ENERGY
     frame = groups.agg(
         num_rounds=("num_rounds", "first"),
         cohort=("cohort", "first"),
@@ -60,7 +60,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
         **measured,
     )
     ratios = [_ratio_to_lora(row, frame) for _, row in frame.iterrows()]
-    frame.insert(frame.columns.get_loc("total_seconds"), "uplink_ratio_to_lora", ratios)
+    frame.insert(list(frame).index("total_seconds"), "uplink_ratio_to_lora", ratios)
     order = {panel: place for place, panel in enumerate(panels(campaign))}
     place = frame[PANEL].apply(lambda row: order[tuple(row)], axis=1)
     return (
@@ -72,19 +72,10 @@ def data(campaign: Campaign) -> pd.DataFrame:
 
 def energy_note(campaign: Campaign) -> str:
     """Whose joules the table has, or why it has none; empty where no run measured energy."""
-    try:
-        source = one_energy_source(campaign)
-    except AnalysisError as error:
-        return f"No energy: {error}."
-    return f"J: energy of the whole run by {source}; -model: modelled." if source else ""
-
-
-def _energy_source(campaign: Campaign) -> str | None:
-    """The one source; None where there is none, or more."""
-    try:
-        return one_energy_source(campaign)
-    except AnalysisError:
-        return None
+    source, reason = known_energy(campaign)
+    if source:
+        return f"J: energy of the whole run by {source}; -model: modelled."
+    return "" if campaign.runs["energy_source"].isna().all() else f"No energy: {reason}."
 
 
 def write(campaign: Campaign, out_dir: Path) -> list[Path]:
@@ -101,8 +92,12 @@ def show(campaign: Campaign) -> None:
     """Print the table, one block per data set and partition, at most 100 columns wide."""
     console = Console()
     console.width = min(console.width, _SHOW_COLUMNS) if console.is_terminal else _SHOW_COLUMNS
+    mixed = caveats.mixed_machines(campaign)
     for panel, rows in _blocks(data(campaign)):
-        table = Table(title=", ".join(panel), title_justify="left", padding=(0, 1, 0, 0), box=None)
+        mark = f" ({caveats.MARK})" if panel in mixed else ""
+        table = Table(
+            title=f"{', '.join(panel)}{mark}", title_justify="left", padding=(0, 1, 0, 0), box=None
+        )
         for heading in _headings(rows):
             text = heading == "method"
             table.add_column(heading, justify="left" if text else "right", no_wrap=not text)
@@ -148,15 +143,18 @@ def _ratio_to_lora(row: pd.Series, frame: pd.DataFrame) -> float:
     return row["uplink_bytes"] / uplink[0] if len(uplink) == 1 else float("nan")
 
 
-def _blocks(frame: pd.DataFrame) -> list[tuple[tuple[str, ...], list[list[str]]]]:
+def _blocks(frame: pd.DataFrame) -> list[tuple[tuple[str, str], list[list[str]]]]:
     """(panel, rows of formatted cells under _HEADINGS), in the order of the frame."""
     groups = frame.groupby(PANEL, sort=False)
-    return [(panel, [_cells(row) for _, row in rows.iterrows()]) for panel, rows in groups]
+    return [
+        ((str(dataset), str(partition)), [_cells(row) for _, row in rows.iterrows()])
+        for (dataset, partition), rows in groups
+    ]
 
 
 def _cells(row: pd.Series) -> list[str]:
     cells = [
-        f"{row['method']} ({row['setting']})" if row["setting"] else row["method"],
+        series_name(row["method"], row["setting"]),
         str(row["num_runs"]),
         _number(row["accuracy_percent_mean"], 1) + _spread(row["accuracy_percent_std"], 1),
         _number(row["macro_f1_mean"], 3),
@@ -190,8 +188,10 @@ def _spread(std: float, digits: int) -> str:
 
 def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
     lines = ["# Summary", ""]
+    mixed = caveats.mixed_machines(campaign)
     for panel, rows in _blocks(frame):
-        lines += [f"## {', '.join(panel)}", ""]
+        mark = f" ({caveats.MARK})" if panel in mixed else ""
+        lines += [f"## {', '.join(panel)}{mark}", ""]
         headings = [heading.replace("\n", " ") for heading in _headings(rows)]
         lines += [_line(headings), _line(["---", *["--:"] * (len(headings) - 1)])]
         lines += [*map(_line, rows), ""]

@@ -1,5 +1,6 @@
 """One table as Markdown, CSV and LaTeX (booktabs): the same cells in all three."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def _markdown(table: Table) -> str:
     return "\n".join([*lines, "", *table.notes]) + "\n"
 
 
-def _row(cells: list[str]) -> str:
+def _row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -3,10 +3,10 @@
 import pandas as pd
 
 from analysis.ends import ends
-from analysis.load import PANEL, SERIES, Campaign, NotDrawn
+from analysis.load import PANEL, SERIES, Campaign, NotDrawn, known_energy, modelled_devices
 
 PART_OF_LORA = 0.95
-COSTS = {"uplink_bytes": "cumulative_uplink_bytes", "seconds": "cumulative_seconds"}
+_COSTS = ["uplink_bytes", "total_bytes", "seconds", "joules"]
 
 
 def targets(campaign: Campaign) -> pd.DataFrame:
@@ -18,24 +18,27 @@ def targets(campaign: Campaign) -> pd.DataFrame:
     lora = final[(final["method"] == "lora") & final["accuracy_percent"].notna()]
     if lora.empty:
         raise NotDrawn("no evaluated run of lora, which sets the target accuracy")
-    frame = lora.groupby(PANEL, as_index=False)["accuracy_percent"].mean()
-    frame["target_accuracy_percent"] = PART_OF_LORA * frame.pop("accuracy_percent")
-    return frame
+    means = PART_OF_LORA * lora.groupby(PANEL)["accuracy_percent"].mean()
+    return means.rename("target_accuracy_percent").reset_index()
 
 
 def costs_to_target(campaign: Campaign) -> pd.DataFrame:
     """One row per run whose panel has a target.
 
     Columns: run_id, dataset, partition, method, setting, seed, target_accuracy_percent, and of the
-    first evaluated round at or above it uplink_bytes, total_bytes (up and down) and seconds, each
-    summed up to that round and missing where the target was never reached.
+    first evaluated round at or above it uplink_bytes, total_bytes (up and down), seconds, joules
+    (counted ones, of one source) and modelled_joules.D of each device, all summed up to that round
+    and missing where the target was never reached.
     """
+    costs = [*_COSTS, *(f"modelled_joules.{name}" for name in modelled_devices(campaign))]
+    if known_energy(campaign)[0] is None:
+        costs.remove("joules")
     keys = ["run_id", *SERIES, "seed"]
     runs = campaign.runs[keys].merge(targets(campaign), on=PANEL)
     rounds = campaign.rounds.merge(runs[["run_id", "target_accuracy_percent"]], on="run_id")
     reached = rounds[100 * rounds["accuracy"] >= rounds["target_accuracy_percent"]]
     first = reached.sort_values("round_index").groupby("run_id").head(1).set_index("run_id")
-    for name, column in (*COSTS.items(), ("total_bytes", "cumulative_total_bytes")):
-        of_run = first[column] if column in first else pd.Series(dtype=float)
-        runs[name] = runs["run_id"].map(of_run)
+    for name in costs:
+        runs[name] = runs["run_id"].map(first.get(f"cumulative_{name}", pd.Series(dtype=float)))
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *_COSTS])))
     return runs.sort_values([*SERIES, "seed"], ignore_index=True)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def write_record(
         "system": {"device": "cpu", "threads": 1},
         **sections,
     }
+    pid = zlib.crc32(run_id.encode())  # every run has a process of its own
     (run / "run.json").write_text(
         json.dumps(
             {
@@ -64,7 +66,7 @@ def write_record(
                 "comm": "serial",
                 "world_size": 1,
                 "processes": [
-                    {"world_rank": 0, "host": "h", "pid": 1, "threads": 1, "device": "cpu"}
+                    {"world_rank": 0, "host": "h", "pid": pid, "threads": 1, "device": "cpu"}
                 ],
                 "cpu": "a CPU",
                 "total_seconds": 10.0 + seed,

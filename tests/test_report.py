@@ -116,7 +116,7 @@ def test_headline_readings(campaign: Campaign) -> None:
     frame = table_headline.data(campaign)
     ours = dict(zip(frame["reading"], frame["ours"], strict=True))
     assert ours["bytes up and down of LoRA to FedARA's, whole run"] == "1.67x"  # 9000 / 5400
-    assert ours["local training seconds against LoRA, whole run"] == "+0.00 %"
+    assert ours["measured: seconds of local training, whole run"] == "+0.00 %"
     assert ours["accuracy over weak baselines, points"] == "not in these records"
     assert "energy" in table_cost.table(campaign).notes[-1].lower()
 

@@ -18,7 +18,7 @@ _METHODS = ["fedara", "lora"]
 _COSTS = {
     "local_train_seconds": ("Measured seconds", 1.0),
     "flops": ("Counted TFLOP", 1e-12),
-    "num_backward_layers": ("Layers in the backward pass", 1.0),
+    "num_backward_layers": ("Layers in backward pass", 1.0),
     "trained_bytes": ("Adapters, optimiser (MB)", 1e-6),
     "local_train_peak_memory_bytes": ("Peak memory (MB)", 1e-6),
     "local_train_peak_device_memory_bytes": ("Peak GPU memory (MB)", 1e-6),
@@ -81,7 +81,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         for (panel, cost), ax in zip(places, grid, strict=False):
             _draw_cost(ax, frame[is_panel(frame, panel)], cost)
             if cost == costs[0]:
-                mark = f" ({caveats.MARK})" if panel in mixed else ""
+                mark = f"\n({caveats.MARK})" if panel in mixed else ""
                 ax.set_title(f"{', '.join(panel)}{mark}", loc="left")
         add_legend(fig, list(grid), seeds_text(frame["num_seeds"]))
         files = style.save(fig, out_dir / NAME)
@@ -119,6 +119,8 @@ def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str) -> None:
         ax.set_ylim(0, 1.1 * scaled[ends].max().max())
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set_xlim(left=0.5)  # no tick at a round 0
+    if cost == "num_backward_layers":
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set_xlabel("Round")
     ax.set_ylabel(label)
 

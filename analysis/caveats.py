@@ -58,6 +58,11 @@ def sentences(campaign: Campaign) -> list[str]:
                 f"{name}: runs shared processes, so that the peak memory of a later run holds what "
                 "earlier ones left behind, and does not compare methods."
             )
+        if devices := _unlike_devices(runs):
+            lines.append(
+                f"{name}: runs were modelled on unlike numbers of {', '.join(devices)}, so that "
+                "modelled seconds and joules do not compare methods."
+            )
         if runs["method"].nunique() == 1:
             lines.append(f"{name}: one method, {runs['method'].iloc[0]}: no methods to compare.")
         if seeds := _seeds(runs):
@@ -80,6 +85,14 @@ def _values(runs: pd.DataFrame, column: str) -> list[str]:
 
 def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _unlike_devices(runs: pd.DataFrame) -> list[str]:
+    """Names of the devices whose profiles differ between runs, as with two files of one's own."""
+    profiles = runs.filter(regex=r"^device_profiles\.")
+    differing = [str(key) for key in profiles if profiles[key].nunique() > 1]
+    names = [key.removeprefix("device_profiles.").rpartition(".")[0] for key in differing]
+    return sorted(set(names))
 
 
 def _seeds(runs: pd.DataFrame) -> str:

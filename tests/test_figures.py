@@ -353,6 +353,14 @@ def test_peak_memory_of_runs_in_one_process_is_not_compared(tmp_path: Path) -> N
     assert frame["trained_bytes_mean"].notna().all()
 
 
+def test_unlike_profiles_of_a_device_are_said(tmp_path: Path) -> None:
+    for method, watts in (("fedara", 5.0), ("lora", 6.0)):
+        profiles = {"board": {"active_watts": watts}, "phone": {"active_watts": 1.0}}
+        change_run(metered(tmp_path, method), machine(device_profiles=profiles))
+    (warning,) = caveats.sentences(load_campaign(tmp_path))
+    assert "modelled on unlike numbers of board, so" in warning
+
+
 def test_equal_seeds_on_one_machine_need_no_warning(tmp_path: Path) -> None:
     for method in ("lora", "fedara"):
         write_record(tmp_path, method, 3)

@@ -56,3 +56,13 @@ def ends(campaign: Campaign) -> pd.DataFrame:
         frame[["energy_joules", "all_local_train_joules", "last_local_train_joules"]] = float("nan")
     frame["accuracy_percent"] = 100 * frame.pop("accuracy")
     return frame.reset_index().sort_values([*SERIES, "seed", "run_id"], ignore_index=True)
+
+
+def joined(run_ids: pd.Series) -> str:
+    """The runs behind a cell, in one cell of a CSV file; for DataFrame.agg."""
+    return " ".join(sorted(run_ids))
+
+
+def mean_of_all(values: pd.Series) -> float:
+    """The mean, missing where one of the runs lacks the number; for DataFrame.agg."""
+    return float(values.mean(skipna=False))

@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis import caveats
 from analysis.curves import is_panel
-from analysis.ends import ends
+from analysis.ends import ends, joined, mean_of_all
 from analysis.load import PANEL, SERIES, Campaign, energy_kind, known_energy, panels
 from analysis.tables import Table, number
 
@@ -23,11 +23,12 @@ _OF_A_MACHINE = {
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """One row per data set, partition, method and setting; means over runs.
+    """One row per data set, partition, method and setting; means over its num_runs runs.
 
     Columns: those, num_runs, uplink_bytes, downlink_bytes, total_seconds, local_train_seconds,
-    flops (counted, of local training), peak_memory_bytes, peak_device_memory_bytes, and
-    energy_joules of the whole run where all runs have one energy_source.
+    flops (counted, of local training), peak_memory_bytes, peak_device_memory_bytes, energy_joules
+    of the whole run where all runs have one energy_source, and run_ids. A number that one of the
+    runs lacks is missing.
     """
     runs = ends(campaign)
     columns = {
@@ -42,7 +43,9 @@ def data(campaign: Campaign) -> pd.DataFrame:
     if known_energy(campaign)[0]:
         columns["energy_joules"] = "energy_joules"
     frame = runs.groupby(SERIES, as_index=False).agg(
-        num_runs=("run_id", "nunique"), **{name: (of, "mean") for name, of in columns.items()}
+        num_runs=("run_id", "nunique"),
+        **{name: (of, mean_of_all) for name, of in columns.items()},
+        run_ids=("run_id", joined),
     )
     parts = [frame[is_panel(frame, panel)] for panel in panels(campaign)]
     return pd.concat(parts, ignore_index=True)
@@ -71,7 +74,8 @@ def table(campaign: Campaign) -> Table:
     energy = f"of the whole run, {energy_kind(source)} by {source}" if source else reason
     notes = [
         "Means over n runs, summed over all rounds; memory is the peak of a process. 1 MB = 10^6",
-        "bytes. Seconds compare methods only where runs had the same machine to themselves.",
+        "bytes. Seconds compare methods only where runs had the same machine to themselves. A cell",
+        "is empty where one of its runs lacks the number. cost.csv names the runs behind each row.",
         "TFLOP: 10^12 FLOPs, counted from shapes and live triplets, without a clock.",
         *([f"*: {caveats.MARK}; the warnings say in what."] if mixed else []),
         f"Energy (J): {energy}.",

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from analysis.curves import is_panel
-from analysis.ends import ends
+from analysis.ends import ends, joined, mean_of_all
 from analysis.load import SERIES, Campaign, NotDrawn, modelled_devices, panels, series_name
 from analysis.tables import Table, number
 
@@ -23,8 +23,8 @@ def data(campaign: Campaign) -> pd.DataFrame:
     groups = ends(campaign).groupby(SERIES, as_index=False)
     frame = groups.agg(
         num_runs=("run_id", "nunique"),
-        run_ids=("run_id", lambda run_ids: " ".join(sorted(run_ids))),
-        **{name: (f"all_{name}", _mean_of_all) for name in ("flops", *names)},
+        run_ids=("run_id", joined),
+        **{name: (f"all_{name}", mean_of_all) for name in ("flops", *names)},
     )
     parts = [frame[is_panel(frame, panel)] for panel in panels(campaign)]
     return pd.concat(parts, ignore_index=True)
@@ -52,7 +52,3 @@ def table(campaign: Campaign) -> Table:
     ]
     title = "Modelled cost on edge devices"
     return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)
-
-
-def _mean_of_all(values: pd.Series) -> float:
-    return float(values.mean(skipna=False))

@@ -67,7 +67,7 @@ def table(campaign: Campaign) -> Table:
     for column, heading in _OF_A_MACHINE.items():
         if column in frame:
             values = zip(frame[column], marks, strict=True)
-            cells[heading] = [f"{number(v, 1)}{mark}" if v == v else "" for v, mark in values]
+            cells[heading] = [f"{number(v, 1)}{mark}" if pd.notna(v) else "" for v, mark in values]
     if frame["flops"].notna().any():
         cells["local training TFLOP"] = (frame["flops"] / 1e12).map(lambda v: number(v, 2))
     source, reason = known_energy(campaign)

@@ -15,11 +15,7 @@ _MEGABYTES = {
     "peak_memory_bytes": "peak memory MB",
     "peak_device_memory_bytes": "peak device memory MB",
 }
-_OF_A_MACHINE = {
-    "total_seconds": "seconds",
-    "local_train_seconds": "local training s",
-    "energy_joules": "energy J",
-}
+_SECONDS = {"total_seconds": "seconds", "local_train_seconds": "local training s"}
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
@@ -64,13 +60,13 @@ def table(campaign: Campaign) -> Table:
             cells[heading] = (frame[column] / 1e6).map(lambda value: number(value, 2))
     mixed = caveats.mixed_machines(campaign)
     marks = [" *" if tuple(panel) in mixed else "" for panel in frame[PANEL].to_numpy()]
-    for column, heading in _OF_A_MACHINE.items():
-        if column in frame:
-            values = zip(frame[column], marks, strict=True)
-            cells[heading] = [f"{number(v, 1)}{mark}" if pd.notna(v) else "" for v, mark in values]
+    source, reason = known_energy(campaign)
+    joules = {"energy_joules": f"{energy_kind(source)} J"} if source else {}
+    for column, heading in (_SECONDS | joules).items():
+        values = zip(frame[column], marks, strict=True)
+        cells[heading] = [f"{number(v, 1)}{mark}" if pd.notna(v) else "" for v, mark in values]
     if frame["flops"].notna().any():
         cells["local training TFLOP"] = (frame["flops"] / 1e12).map(lambda v: number(v, 2))
-    source, reason = known_energy(campaign)
     energy = f"of the whole run, {energy_kind(source)} by {source}" if source else reason
     notes = [
         "Means over n runs, summed over all rounds; memory is the peak of a process. 1 MB = 10^6",

@@ -72,7 +72,7 @@ def report(campaign: Campaign, out_dir: Path) -> tuple[list[Path], list[str]]:
             shown.append(maker.table(campaign))
         except NotDrawn as reason:
             gaps.append(f"{maker.NAME}: {reason}")
-    beware = [f"Warning: {text}" for text in caveats.sentences(campaign)]
+    beware = caveats.warnings(campaign)
     shown = [replace(table, notes=[*table.notes, *beware]) for table in shown]
     for table in shown:
         files += tables.write(table, out_dir)

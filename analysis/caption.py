@@ -40,7 +40,8 @@ _WIDTH = 100
 
 def write(campaign: Campaign, out: Path, *, title: str) -> Path:
     """Write the caption `out`.txt beside a figure; returns its path."""
-    return write_text(out, [f"{title} {_seeds_sentence(campaign)}", *conditions(campaign)])
+    first = f"{title} {_seeds_sentence(campaign)}"
+    return write_text(out, [first, *caveats.warnings(campaign), *conditions(campaign)])
 
 
 def write_text(out: Path, paragraphs: list[str]) -> Path:
@@ -53,8 +54,8 @@ def write_text(out: Path, paragraphs: list[str]) -> Path:
 
 
 def conditions(campaign: Campaign) -> list[str]:
-    """Warnings, a line per panel with every value that occurs in it, and one on incomplete runs."""
-    lines = [f"Warning: {text}" for text in caveats.sentences(campaign)]
+    """One line per panel, with every value that occurs in it, and one on incomplete runs."""
+    lines = []
     for dataset, partition in panels(campaign):
         same = (campaign.runs["dataset"] == dataset) & (campaign.runs["partition"] == partition)
         runs = campaign.runs[same]

@@ -70,6 +70,11 @@ def sentences(campaign: Campaign) -> list[str]:
     return lines
 
 
+def warnings(campaign: Campaign) -> list[str]:
+    """`sentences` as they stand below tables and figures and on the page."""
+    return [f"Warning: {text}" for text in sentences(campaign)]
+
+
 def _by_panel(campaign: Campaign) -> list[tuple[tuple[str, str], pd.DataFrame]]:
     groups = dict(list(campaign.runs.groupby(PANEL)))
     return [(panel, groups[panel]) for panel in panels(campaign)]

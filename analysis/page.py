@@ -51,7 +51,7 @@ def write(
 ) -> Path:
     """Write report.html from the figures among `files` (.png with its .txt) and the tables."""
     gap_items = [*gaps, *(f"incomplete, left out: {run_id}" for run_id in campaign.incomplete)]
-    beware = [f"Warning: {text}" for text in caveats.sentences(campaign)]
+    beware = caveats.warnings(campaign)
     parts = [
         "<h1>Report</h1>",
         f"<p>{len(campaign.runs)} finished runs. Everything on this page is drawn from their "

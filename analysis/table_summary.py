@@ -203,7 +203,8 @@ def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
         *filter(None, [energy_note(campaign)]),
         "",
     ]
-    lines += [f"- {line}" for line in caption.conditions(campaign)]
+    below = [*caveats.warnings(campaign), *caption.conditions(campaign)]
+    lines += [f"- {line}" for line in below]
     return "\n".join(lines) + "\n"
 
 

@@ -455,7 +455,7 @@ def records(
     jobs: Callable[..., tuple[Path, Finished]],
     tmp_path: Path,
 ) -> list[Path]:
-    """Runs without energy, with counters on two processes, in two parts, and of clients that fail."""
+    """Runs without energy, with counters on two processes, in two parts, of clients that fail."""
     recorder = run_in_two_parts(tmp_path / "parts")
     go_on(recorder)
     failing = [

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         names = vars(item.module)  # type: ignore[attr-defined]
-        launches = names.keys() & {"launch", "Launched", "checked"}
+        launches = names.keys() & {"launch", "Launched", "checked", "Story"}
         item.add_marker(pytest.mark.xdist_group("jobs" if launches else item.path.stem))
 
 

@@ -195,7 +195,8 @@ def story(
 
     def say(text: str) -> None:
         with capture.global_and_fixture_disabled():
-            print(f"\nslurm {time.monotonic() - start:5.1f} s  {text}", end="", flush=True)
+            line = f"\nslurm {time.monotonic() - start:5.1f} s  {text}"
+            print(line, end="", file=sys.stderr, flush=True)  # what xdist lets through
 
     story = Story(folder=tmp_path_factory.mktemp("slurm"), say=say)
     try:

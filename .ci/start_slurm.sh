@@ -15,8 +15,9 @@ cluster=fedara-test
 packages=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge)
 limit_seconds=60
 
-fail() {  # MESSAGE: say it, with the ends of the logs, and give up
+fail() {  # MESSAGE: say it, with the nodes' states and the ends of the logs, and give up
   echo "start_slurm: $1" >&2
+  if controller_answers; then timeout 10 sinfo --Node --long >&2 || true; fi
   for log in "$state"/*.log /var/log/munge/munged.log; do
     if [ -s "$log" ]; then
       echo "---- end of $log" >&2
@@ -114,12 +115,12 @@ start() {
   fi
   wait_until "munge" munge_answers
   # Each leaves the terminal by itself and does not start twice: it holds a lock on its pid file.
-  controller_answers || slurmctld || fail "slurmctld did not start"
+  controller_answers || slurmctld -c || fail "slurmctld did not start"
   wait_until "slurmctld" controller_answers
   for node in n1 n2; do
     running "$node" || slurmd -N "$node" || fail "slurmd of $node did not start"
   done
-  wait_until "both nodes idle (sinfo: $(sinfo -hNo '%N %T' | tr '\n' ' '))" nodes_idle
+  wait_until "both nodes idle" nodes_idle
   echo "start_slurm: $(sinfo --version), nodes n1 and n2 idle after $SECONDS s"
 }
 

@@ -7,6 +7,7 @@ import typer
 
 from analysis import (
     caveats,
+    compare,
     figure_accuracy_bytes,
     figure_accuracy_rounds,
     figure_alpha,
@@ -30,7 +31,7 @@ from analysis import (
 )
 from analysis.load import AnalysisError, Campaign, NotDrawn, has_rounds, load_campaign
 from analysis.load_micro import MicroCampaign, load_micro
-from analysis.options import Costs, Directory, Out
+from analysis.options import Compare, Costs, Directory, Out
 from bench.scaling import read_costs
 from fedara_core.errors import InputError
 
@@ -89,9 +90,25 @@ def report_micro(micro: MicroCampaign, out_dir: Path, costs: Path | None) -> lis
     ]
 
 
+def report_changes(a_dir: Path, b_dir: Path, out_dir: Path) -> tuple[list[str], list[Path]]:
+    """Write compare.md, .csv and .tex to `out_dir`; returns what to say, and the files.
+
+    No file where the campaigns have nothing in common.
+    """
+    a, b = _load_finished(a_dir), _load_finished(b_dir)
+    changes = compare.data(a, b)
+    lines = compare.summary(a, b, changes, (str(a_dir), str(b_dir)))
+    if changes.empty:
+        return lines, []
+    files = tables.write(compare.table(changes, lines), out_dir)
+    found = compare.differing(changes) or ["Nothing differs by more than noise."]
+    return [*lines, *found], files
+
+
 @app.command()
 def main(
-    directory: Directory,
+    directory: Directory = None,
+    pair: Compare = None,
     out: Out = None,
     costs: Costs = None,
 ) -> None:
@@ -105,40 +122,57 @@ def main(
     collectives it draws collectives_density_overlap_*, collectives_scaling and
     collectives_allgather. The same records give the same bytes.
 
-    Example:  python -m analysis results/published/first --out /tmp/figures
+    With --compare it puts two campaigns side by side instead: accuracy, uplink bytes and seconds by
+    data set, partition, method and setting, paired by seed, in compare.md, .csv and .tex, and what
+    differs by more than noise on the screen.
+
+    \b
+    Examples:  python -m analysis results/published/first --out /tmp/figures
+               python -m analysis --compare results/before results/after
 
     Exit code 2: the records are missing, corrupt, or come twice; one line says which.
     """
-    out_dir = out or directory / "figures"
-    files: list[Path] = []
-    gaps: list[str] = []
-    incomplete: list[str] = []
-    beware: list[str] = []
     try:
-        micro = load_micro(directory)
-        if micro is None or has_rounds(directory):
-            campaign = load_campaign(directory)
-            _require_finished(directory, campaign.runs.empty, campaign.incomplete)
-            written, gaps = report(campaign, out_dir)
-            files += written
-            incomplete += campaign.incomplete
-            beware = caveats.sentences(campaign)
-            table_summary.show(campaign)
-        if micro is not None:
-            _require_finished(directory, micro.launches.empty, micro.incomplete)
-            files += report_micro(micro, out_dir, costs)
-            incomplete += micro.incomplete
+        if directory is not None and pair is None:
+            lines, files = _report_all(directory, out or directory / "figures", costs)
+        elif pair is not None and directory is None:
+            lines, files = report_changes(*pair, out or pair[1] / "figures")
+        else:
+            raise InputError("report takes either a folder DIR or --compare A B")
     except (AnalysisError, InputError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    for text in beware:
-        typer.echo(f"warning: {text}")
-    for run_id in incomplete:
-        typer.echo(f"left out, no DONE: {run_id}")
-    for gap in gaps:
-        typer.echo(f"not drawn, {gap}")
-    for file in files:
-        typer.echo(f"wrote {file}")
+    for line in [*lines, *(f"wrote {file}" for file in files)]:
+        typer.echo(line)
+
+
+def _report_all(directory: Path, out_dir: Path, costs: Path | None) -> tuple[list[str], list[Path]]:
+    """Report rounds and micro-benchmarks below a folder; returns what to say, and the files."""
+    files: list[Path] = []
+    gaps: list[str] = []
+    incomplete: list[str] = []
+    lines: list[str] = []
+    micro = load_micro(directory)
+    if micro is None or has_rounds(directory):
+        campaign = _load_finished(directory)
+        written, gaps = report(campaign, out_dir)
+        files += written
+        incomplete += campaign.incomplete
+        lines += [f"warning: {text}" for text in caveats.sentences(campaign)]
+        table_summary.show(campaign)
+    if micro is not None:
+        _require_finished(directory, micro.launches.empty, micro.incomplete)
+        files += report_micro(micro, out_dir, costs)
+        incomplete += micro.incomplete
+    lines += [f"left out, no DONE: {run_id}" for run_id in incomplete]
+    lines += [f"not drawn, {gap}" for gap in gaps]
+    return lines, files
+
+
+def _load_finished(directory: Path) -> Campaign:
+    campaign = load_campaign(directory)
+    _require_finished(directory, campaign.runs.empty, campaign.incomplete)
+    return campaign
 
 
 def _require_finished(directory: Path, empty: bool, incomplete: list[str]) -> None:

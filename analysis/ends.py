@@ -16,6 +16,7 @@ _OF_LAST_ROUND = [
     "cumulative_downlink_bytes",
     "cumulative_total_bytes",
     "live_triplets",
+    "state_digest",
 ]
 _MAXIMA = ["peak_memory_bytes", "peak_device_memory_bytes"]
 _ALL_AND_LAST = ["local_train_seconds", "local_train_joules", "flops"]
@@ -27,10 +28,11 @@ def ends(campaign: Campaign) -> pd.DataFrame:
 
     Columns: run_id, dataset, partition, method, setting, seed, total_seconds, energy_joules, alpha,
     num_rounds; of the last evaluated round accuracy_percent, macro_f1 and client_accuracy_*; of the
-    last round the cumulative bytes and live_triplets; over rounds the largest peak_*_bytes; summed
-    over all rounds (all_X) and of the last one (last_X) local_train_seconds, local_train_joules,
-    flops, and of each device D modelled_seconds.D and modelled_joules.D, missing where not every
-    round holds them. Joules that are not modelled on devices are missing where sources differ.
+    last round the cumulative bytes, live_triplets and state_digest; over rounds the largest
+    peak_*_bytes; summed over all rounds (all_X) and of the last one (last_X) local_train_seconds,
+    local_train_joules, flops, and of each device D modelled_seconds.D and modelled_joules.D,
+    missing where not every round holds them. Joules that are not modelled on devices are missing
+    where sources differ.
     """
     rounds = campaign.rounds.sort_values(["run_id", "round_index"])
     own = ["run_id", *SERIES, "seed", "total_seconds", "energy_joules"]

@@ -70,7 +70,7 @@ class NotDrawn(ValueError):
     """The records do not hold what one figure or table needs; the message says what."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Campaign:
     """The records below one folder.
 
@@ -312,15 +312,12 @@ def _runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
     frame = _with_columns(pd.DataFrame(runs), _RUN_COLUMNS)
     frame["setting"] = ""
     for _, group in frame.groupby([*PANEL, "method"]):
-        frame.loc[group.index, "setting"] = _settings(group)
+        frame.loc[group.index, "setting"] = setting_texts(group, differing_keys(group))
     return frame
 
 
-def _settings(group: pd.DataFrame) -> pd.Series:
-    """What differs between the configs of one method's runs, such as "lr=0.01", apart from seeds.
-
-    Without it, runs at different settings would be averaged as if they were seeds.
-    """
+def differing_keys(group: pd.DataFrame) -> list[str]:
+    """Keys of the config, seeds aside, that change results and in which these runs differ."""
     # [system] and evaluate.batch_size do not change results; dotted columns of other sections of
     # run.json (package versions, hosts) are no settings.
     sections = (
@@ -335,9 +332,16 @@ def _settings(group: pd.DataFrame) -> pd.Series:
     if "clients.deadline_seconds" in group or (group["clients.over_selection"] > 1).any():
         # Devices decide who is late.
         keys += [name for name in names if name.startswith("devices.shares.")]
-    differing = [key for key in keys if key in group and group[key].nunique(dropna=False) > 1]
+    return [key for key in keys if key in group and group[key].nunique(dropna=False) > 1]
+
+
+def setting_texts(group: pd.DataFrame, keys: list[str]) -> pd.Series:
+    """What tells each of these runs apart, such as "lr=0.01".
+
+    Without it, runs at different settings would be averaged as if they were seeds.
+    """
     texts = [
-        ", ".join(f"{key.split('.')[-1]}={_text(row[key])}" for key in differing)
+        ", ".join(f"{key.split('.')[-1]}={setting_text(row.get(key), key)}" for key in keys)
         for _, row in group.iterrows()
     ]
     return pd.Series(texts, index=group.index, dtype=object)
@@ -369,8 +373,10 @@ def _with_columns(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return frame.assign(**dict.fromkeys(absent, float("nan")))
 
 
-def _text(value: Any) -> str:
-    if pd.isna(value):
+def setting_text(value: Any, key: str) -> str:
+    """A value of the config as a reader writes it; records from before the key meant the usual."""
+    value = USUAL_SETTINGS.get(key) if pd.isna(value) else value
+    if value is None:
         return "unset"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

@@ -43,7 +43,7 @@ def high(values: pd.Series) -> float:
 def paired_p_value(differences: Values) -> float:
     """Two-sided sign-flip permutation test that paired differences have mean zero.
 
-    Exact up to 12 pairs; the smallest p that n pairs can give is 2^(1 - n), 0.25 for three.
+    Exact up to 12 pairs.
     """
     num_pairs = len(differences)
     if num_pairs <= _MAX_EXACT_PAIRS:
@@ -55,6 +55,11 @@ def paired_p_value(differences: Values) -> float:
     flipped = np.abs(signs @ differences)
     seen = abs(differences.sum())
     return float((flipped >= seen * (1 - 1e-12)).mean())
+
+
+def least_p_value(num_pairs: int) -> float:
+    """The smallest p that `paired_p_value` can give: 2^(1 - n), 0.25 for three pairs."""
+    return 2.0 ** (1 - min(num_pairs, _MAX_EXACT_PAIRS))
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from analysis.options import Costs, Directory, Out
+from analysis.options import Compare, Costs, Directory, Out
 from fedara_core.errors import InputError, Interrupted, JobError
 
 if TYPE_CHECKING:
@@ -232,14 +232,16 @@ def export(
 
 @app.command()
 def report(
-    directory: Directory,
+    directory: Directory = None,
+    pair: Compare = None,
     out: Out = None,
     costs: Costs = None,
 ) -> None:
-    """Draw all figures and tables from records, without torch; the same as python -m analysis DIR.
+    """Draw all figures and tables from records, without torch; the same as python -m analysis.
 
     \b
       fedara report results/published/trec6 --out /tmp/figures
+      fedara report --compare results/before results/after
     """
     try:
         from analysis.__main__ import main as analyse
@@ -247,7 +249,7 @@ def report(
         if error.name != "matplotlib":
             raise
         _refuse(InputError("report needs matplotlib: pip install 'fedara[analysis]'"))
-    analyse(directory, out, costs)
+    analyse(directory, pair, out, costs)
 
 
 @app.command()

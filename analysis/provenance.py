@@ -1,0 +1,37 @@
+"""Where a run comes from, in words: its commit, and what it ran on."""
+
+import json
+from typing import Any
+
+import pandas as pd
+
+
+def commit(run: pd.Series) -> str:
+    """The commit of a row of Campaign.runs, and whether files differed from it; "" if unknown."""
+    name = run.get("git_commit")
+    if not isinstance(name, str):
+        return ""
+    return name[:12] + (" with uncommitted changes" if run.get("git_dirty") is True else "")
+
+
+def hardware(run: pd.Series) -> str:
+    """What seconds depend on: processor, GPU, device, processes and their threads."""
+    processes = _processes(run)
+    threads = sorted({process["threads"] for process in processes if "threads" in process})
+    parts = [
+        *(run.get(name) for name in ("cpu", "gpu", "device")),
+        f"{len(processes)} {run.get('comm', '')} processes",
+        f"threads {' or '.join(map(str, threads))}" if threads else None,
+    ]
+    return ", ".join(part for part in parts if isinstance(part, str))
+
+
+def machine(run: pd.Series) -> str:
+    """The hardware and the names of the hosts."""
+    hosts = sorted({process.get("host", "") for process in _processes(run)} - {""})
+    return ", ".join([hardware(run), *hosts])
+
+
+def _processes(run: pd.Series) -> list[dict[str, Any]]:
+    text = run.get("processes")
+    return json.loads(text) if isinstance(text, str) else []

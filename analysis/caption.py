@@ -1,6 +1,7 @@
 """The conditions under which a campaign was run, in words, for captions and tables."""
 
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -53,6 +54,7 @@ def write_text(out: Path, paragraphs: list[str]) -> Path:
     return file
 
 
+@lru_cache(maxsize=1)  # each figure of a report writes the same ones
 def conditions(campaign: Campaign) -> list[str]:
     """One line per panel, with every value that occurs in it, and one on incomplete runs."""
     lines = []

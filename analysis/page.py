@@ -2,28 +2,35 @@
 
 import base64
 import html
-import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from analysis import caveats
 from analysis.ends import ends
 from analysis.load import Campaign
-from analysis.tables import Table
+from analysis.provenance import commit, machine
+from analysis.tables import Table, number
 
 NAME = "report.html"
+_SCALE = 0.6  # CSS pixels per pixel of a figure: its text is as large as the page's tables
+_NUMBER = re.compile(r"[-+]?[\d.]+( %|x)?( to [-+]?[\d.]+)?")
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem;
   color: #111; background: #fff; }
 figure { margin: 2rem 0; } figure img { max-width: 100%; height: auto; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+.long { white-space: normal; min-width: 11rem; }
 figcaption, .notes { color: #444; font-size: .9em; max-width: 50rem; }
 .wide { overflow-x: auto; } .wide:focus, select:focus, input:focus { outline: 3px solid #0072B2; }
-table { border-collapse: collapse; font-size: .85em; } th, td { padding: .2rem .6rem;
-  text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
-label { margin-right: 1rem; }
+table { border-collapse: collapse; font-size: .85em; } th, td { padding: .2rem .5rem;
+  text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; white-space: nowrap; }
+label { margin-right: 1rem; } form { margin-bottom: .5rem; }
+td p { margin: .2rem 0; min-width: 24rem; white-space: normal; } td a { white-space: nowrap; }
+tr:target td { background: #fff3c4; }
 """
 # Filters the rows of the run browser; what it shows is there without it as well.
 _SCRIPT = """
@@ -41,6 +48,13 @@ function update() {
     row.hidden = filters.some(f => f.value !== "" && f.value !== row.dataset[f.name]);
   shown.textContent = rows.filter(row => !row.hidden).length + " of " + rows.length + " runs";
 }
+// A link to a run that the filters hide shows all runs again.
+addEventListener("click", event => {
+  const link = event.target.closest('a[href^="#run-"]');
+  if (!link || !document.getElementById(link.hash.slice(1)).hidden) return;
+  for (const filter of filters) filter.value = "";
+  update();
+});
 update();
 """
 _FILTERS = ["method", "dataset", "seed"]
@@ -50,21 +64,24 @@ def write(
     campaign: Campaign, out_dir: Path, *, files: list[Path], tables: list[Table], gaps: list[str]
 ) -> Path:
     """Write report.html from the figures among `files` (.png with its .txt) and the tables."""
+    about = {run["run_id"]: run for _, run in campaign.runs.iterrows()}
     gap_items = [*gaps, *(f"incomplete, left out: {run_id}" for run_id in campaign.incomplete)]
     beware = caveats.warnings(campaign)
     parts = [
         "<h1>Report</h1>",
         f"<p>{len(campaign.runs)} finished runs. Everything on this page is drawn from their "
-        "records; the run browser at the end says which commit and machine each came from.</p>",
+        "records: a cell of a table names its runs when the pointer rests on it, the last one of a "
+        "row opens to all of them with commit and machine, and each leads to the run browser at "
+        "the end.</p>",
         *([f"<ul>{''.join(map(_item, beware))}</ul>"] if beware else []),
         '<nav><a href="#tables">Tables</a> | <a href="#figures">Figures</a> | '
         '<a href="#browser">Runs</a></nav>',
         '<h2 id="tables">Tables</h2>',
-        *map(_table, tables),
+        *(_table(table, about) for table in tables),
         '<h2 id="figures">Figures</h2>',
         *(_figure(file) for file in files if file.suffix == ".png"),
         *([f"<h2>Not drawn</h2><ul>{''.join(map(_item, gap_items))}</ul>"] if gap_items else []),
-        _browser(campaign),
+        _browser(campaign, about),
     ]
     text = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -80,43 +97,70 @@ def write(
 def _figure(file: Path) -> str:
     caption_text = file.with_suffix(".txt").read_text(encoding="utf-8")
     first, *rest = [html.escape(paragraph) for paragraph in caption_text.split("\n\n")]
-    source = base64.b64encode(file.read_bytes()).decode()
+    png = file.read_bytes()
+    width = int.from_bytes(png[16:20], "big")  # the first field of a PNG's header
+    source = base64.b64encode(png).decode()
     return (
-        f'<figure id="{file.stem}"><img src="data:image/png;base64,{source}" alt="{first}">'
+        f'<figure id="{file.stem}"><img src="data:image/png;base64,{source}" '
+        f'width="{round(_SCALE * width)}" alt="{first}">'
         f"<figcaption><p>{first}</p><details><summary>Conditions</summary>"
         f"{''.join(f'<p>{text}</p>' for text in rest)}</details></figcaption></figure>"
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, about: dict[str, pd.Series]) -> str:
     notes = html.escape(" ".join(table.notes))
-    rows = [_row(row, "td") for row in table.cells.itertuples(index=False)]
-    body = f"<thead>{_row(table.cells, 'th')}</thead><tbody>{''.join(rows)}</tbody>"
+    columns = [table.sources.get(str(name), "run_ids") for name in table.cells]
+    behind = table.numbers[list(dict.fromkeys(columns))].astype(object).fillna("")
+    classes = _classes(table.cells)
+    rows = []
+    for cells, run_ids in zip(
+        table.cells.itertuples(index=False), behind.to_dict("records"), strict=True
+    ):
+        inner = "".join(
+            f'<td class="{name}" title="{html.escape(run_ids[column])}">{html.escape(cell)}</td>'
+            for name, column, cell in zip(classes, columns, cells, strict=True)
+        )
+        every = sorted({run_id for text in run_ids.values() for run_id in text.split()})
+        rows.append(f"<tr>{inner}<td>{_origins(every, about)}</td></tr>")
+    head = _head([*table.cells, "from"], [*classes, ""])
     return (
         f'<h3>{html.escape(table.title)}</h3><div class="wide" tabindex="0" role="region" '
-        f'aria-label="{html.escape(table.title)}"><table>{body}</table></div>'
-        f'<p class="notes">{notes}</p>'
+        f'aria-label="{html.escape(table.title)}"><table>{head}'
+        f'<tbody>{"".join(rows)}</tbody></table></div><p class="notes">{notes}</p>'
     )
 
 
-def _browser(campaign: Campaign) -> str:
+def _origins(run_ids: list[str], about: dict[str, pd.Series]) -> str:
+    """The runs behind a row, folded, by commit and machine; links into the run browser."""
+    if not run_ids:
+        return ""
+    links: dict[str, list[str]] = {}
+    for run_id in run_ids:
+        run = about[run_id]
+        place = html.escape(f"commit {commit(run) or 'unknown'}, {machine(run)}")
+        name = html.escape(run_id)
+        links.setdefault(place, []).append(f'<a href="#run-{name}">{name}</a>')
+    texts = [f"<p>{place}: {', '.join(names)}</p>" for place, names in links.items()]
+    count = f"{len(run_ids)} run{'s' if len(run_ids) > 1 else ''}"
+    return f"<details><summary>{count}</summary>{''.join(texts)}</details>"
+
+
+def _browser(campaign: Campaign, about: dict[str, pd.Series]) -> str:
     runs = ends(campaign)
-    about = campaign.runs.set_index("run_id")
-    columns = ["run id", *_FILTERS, "partition", "setting", "accuracy %", "commit", "machine"]
+    frame = runs[["run_id", *_FILTERS, "partition", "setting"]].astype(str)
+    frame["accuracy %"] = [number(value, 1) for value in runs["accuracy_percent"]]
+    frame["commit"] = [commit(about[run_id]) for run_id in runs["run_id"]]
+    frame["machine"] = [machine(about[run_id]) for run_id in runs["run_id"]]
+    classes = [*_classes(frame)[:-1], "long"]
     rows = []
-    for _, run in runs.iterrows():
-        accuracy = run["accuracy_percent"]
-        cells = [
-            run["run_id"],
-            *(str(run[name]) for name in _FILTERS),
-            run["partition"],
-            run["setting"],
-            "" if pd.isna(accuracy) else f"{accuracy:.1f}",
-            _commit(about.loc[run["run_id"]]),
-            _machine(about.loc[run["run_id"]]),
-        ]
-        data = " ".join(f'data-{name}="{html.escape(str(run[name]))}"' for name in _FILTERS)
-        rows.append(_row(cells, "td").replace("<tr>", f"<tr {data}>", 1))
+    for run in frame.to_dict("records"):
+        data = " ".join(f'data-{name}="{html.escape(run[name])}"' for name in _FILTERS)
+        inner = "".join(
+            f'<td class="{name}">{html.escape(cell)}</td>'
+            for name, cell in zip(classes, run.values(), strict=True)
+        )
+        rows.append(f'<tr id="run-{html.escape(run["run_id"])}" {data}>{inner}</tr>')
     filters = "".join(
         f'<label>{name} <select name="{name}"><option value="">all</option></select></label>'
         for name in _FILTERS
@@ -124,28 +168,25 @@ def _browser(campaign: Campaign) -> str:
     return (
         f'<h2 id="browser">Runs</h2><form id="filters" onsubmit="return false">{filters}'
         f'<output id="shown" aria-live="polite">{len(rows)} runs</output></form>'
-        f'<div class="wide" tabindex="0" role="region" aria-label="Runs"><table id="runs"><thead>'
-        f"{_row(columns, 'th')}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="wide" tabindex="0" role="region" aria-label="Runs"><table id="runs">'
+        f"{_head(frame, classes)}<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _commit(run: pd.Series) -> str:
-    commit = run.get("git_commit")
-    if not isinstance(commit, str):
-        return ""
-    return commit[:12] + (" with uncommitted changes" if run.get("git_dirty") is True else "")
+def _classes(cells: pd.DataFrame) -> list[str]:
+    """The CSS class of each column: numbers stand below each other at the right."""
+    return [
+        "number" if all(_NUMBER.fullmatch(text) for text in cells[name] if text) else ""
+        for name in cells
+    ]
 
 
-def _machine(run: pd.Series) -> str:
-    processes = json.loads(run["processes"]) if isinstance(run.get("processes"), str) else []
-    hosts = sorted({process.get("host", "") for process in processes} - {""})
-    parts = [run.get("cpu"), run.get("gpu"), f"{len(processes)} processes", *hosts]
-    return ", ".join(part for part in parts if isinstance(part, str))
-
-
-def _row(cells: Any, tag: str) -> str:
-    inner = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-    return f"<tr>{inner}</tr>"
+def _head(names: Iterable[object], classes: list[str]) -> str:
+    cells = "".join(
+        f'<th scope="col" class="{style}">{html.escape(str(name))}</th>'
+        for name, style in zip(names, classes, strict=True)
+    )
+    return f"<thead><tr>{cells}</tr></thead>"
 
 
 def _item(text: str) -> str:

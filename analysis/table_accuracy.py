@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis import spread
 from analysis.curves import is_panel
-from analysis.ends import ends
+from analysis.ends import ends, joined
 from analysis.load import SERIES, Campaign, panels
 from analysis.tables import Table, number
 
@@ -15,9 +15,10 @@ _REFERENCE = "fedara"
 def data(campaign: Campaign) -> pd.DataFrame:
     """One row per data set, partition, method and setting.
 
-    Columns: those, alpha, num_runs, accuracy_percent_{mean,low,high}, and of runs paired with
-    FedARA's by seed num_pairs, difference_points (FedARA minus this), p_value and p_holm, corrected
-    over all tests of the table. No test below 3 pairs, or where FedARA has several settings.
+    Columns: those, alpha, num_runs, accuracy_percent_{mean,low,high}, run_ids, and of runs paired
+    with FedARA's by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus
+    this), p_value and p_holm, corrected over all tests of the table. No test below 3 pairs, or
+    where FedARA has several settings.
     """
     runs = ends(campaign).dropna(subset=["accuracy_percent"])
     frame = runs.groupby(SERIES, as_index=False).agg(
@@ -26,9 +27,11 @@ def data(campaign: Campaign) -> pd.DataFrame:
         accuracy_percent_mean=("accuracy_percent", "mean"),
         accuracy_percent_low=("accuracy_percent", spread.low),
         accuracy_percent_high=("accuracy_percent", spread.high),
+        run_ids=("run_id", joined),
     )
     tests = pd.DataFrame([_test(row, runs) for _, row in frame.iterrows()], index=frame.index)
-    frame = frame.join(tests.reindex(columns=["num_pairs", "difference_points", "p_value"]))
+    columns = ["num_pairs", "paired_run_ids", "difference_points", "p_value"]
+    frame = frame.join(tests.reindex(columns=columns))
     tested = frame["p_value"].notna()
     frame["p_holm"] = float("nan")
     frame.loc[tested, "p_holm"] = spread.holm(frame.loc[tested, "p_value"].tolist())
@@ -53,6 +56,7 @@ def table(campaign: Campaign) -> Table:
                 for _, row in frame.iterrows()
             ],
             "fedara minus this": frame["difference_points"].map(lambda value: number(value, 1)),
+            "pairs": frame["num_pairs"].map(lambda value: number(value, 0)),
             "p (Holm)": frame["p_holm"].map(lambda value: number(value, 3)),
         }
     )
@@ -63,12 +67,16 @@ def table(campaign: Campaign) -> Table:
         if num_tests
         else f"No test: it takes at least {spread.MIN_PAIRS} seeds that fedara and a method share."
     )
-    notes = ["Accuracy of the last evaluated round, mean over n runs.", spread.SENTENCE, tests]
+    notes = [
+        "Accuracy of the last evaluated round, mean over n runs; pairs: seeds that fedara shares.",
+        *(spread.SENTENCE, tests, "accuracy.csv names the runs behind each row."),
+    ]
     title = "Accuracy by method, data set and partition"
-    return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)
+    sources = dict.fromkeys(["fedara minus this", "pairs", "p (Holm)"], "paired_run_ids")
+    return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes, sources=sources)
 
 
-def _test(row: pd.Series, runs: pd.DataFrame) -> dict[str, float]:
+def _test(row: pd.Series, runs: pd.DataFrame) -> dict[str, object]:
     panel = runs[is_panel(runs, (row["dataset"], row["partition"]))]
     reference = panel[panel["method"] == _REFERENCE]
     if row["method"] == _REFERENCE or reference["setting"].nunique() != 1:
@@ -80,6 +88,7 @@ def _test(row: pd.Series, runs: pd.DataFrame) -> dict[str, float]:
         return {"num_pairs": len(pairs)}
     return {
         "num_pairs": len(pairs),
+        "paired_run_ids": joined(pd.concat([pairs["run_id"], pairs["run_id_other"]])),
         "difference_points": float(differences.mean()),
         "p_value": spread.paired_p_value(differences),
     }

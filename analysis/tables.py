@@ -1,7 +1,7 @@
 """One table as Markdown, CSV and LaTeX (booktabs): the same cells in all three."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -11,13 +11,19 @@ _LATEX = {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """cells: what a reader sees, rounded; numbers: the same rows with all digits; notes: below."""
+    """One table.
+
+    cells: what a reader sees, rounded. numbers: the same rows with all digits, and in run_ids the
+    runs behind a row, one blank between them. sources: for columns of `cells` that come from other
+    runs, which column of `numbers` names them. notes: what stands below.
+    """
 
     name: str
     title: str
     cells: pd.DataFrame
     numbers: pd.DataFrame
     notes: list[str]
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 def write(table: Table, out_dir: Path) -> list[Path]:

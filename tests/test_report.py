@@ -1,5 +1,6 @@
 """Tests of fedara report: data behind each figure and table by hand, gaps, the page, its time."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,26 @@ def test_paired_tests_need_three_seeds(campaign: Campaign) -> None:
     lora = row_of(frame, method="lora")
     assert (lora["num_pairs"], lora["difference_points"], lora["p_holm"]) == (3, 0.0, 1.0)
     assert pd.isna(row_of(frame, method="head_only")["p_value"])
+
+
+def test_rows_name_their_runs_and_means_are_of_all_of_them(
+    campaign: Campaign, tmp_path: Path
+) -> None:
+    runs = [f"synthetic-lora-seed{seed}-0.1-0.001" for seed in range(3)]
+    accuracy = row_of(table_accuracy.data(campaign), method="lora")
+    assert accuracy["run_ids"].split() == runs
+    assert set(accuracy["paired_run_ids"].split()) == {
+        *runs,
+        *(run_id.replace("lora", "fedara") for run_id in runs),
+    }
+    (run,) = tmp_path.glob("*lora-seed1*")
+    facts = json.loads((run / "run.json").read_text())
+    del facts["total_seconds"]
+    (run / "run.json").write_text(json.dumps(facts))
+    cost = row_of(table_cost.data(load_campaign(tmp_path)), method="lora")
+    assert (cost["run_ids"].split(), cost["num_runs"]) == (runs, 3)
+    assert pd.isna(cost["total_seconds"])  # two of three runs know it
+    assert cost["uplink_bytes"] == 3000
 
 
 def test_headline_readings(campaign: Campaign) -> None:

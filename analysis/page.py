@@ -16,7 +16,7 @@ from analysis.tables import Table, number
 
 NAME = "report.html"
 _SCALE = 0.6  # CSS pixels per pixel of a figure: its text is as large as the page's tables
-_NUMBER = re.compile(r"[-+]?[\d.]+( %|x)?( to [-+]?[\d.]+)?")
+_NUMBER = re.compile(r"[-+]?[\d.]+( %|x)?( to [-+]?[\d.]+)?( \*)?")  # *: a mark
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem;

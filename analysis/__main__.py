@@ -18,6 +18,7 @@ from analysis import (
     figure_pareto,
     figure_partition,
     figure_phases,
+    figure_scaling,
     figure_target,
     figure_target_modelled,
     page,
@@ -120,7 +121,7 @@ def main(
     Writes each figure as .pdf, .png and .txt (the caption), tables, and report.html; a figure that
     the records do not allow is named, with the reason. Of records of fedara micro
     collectives it draws collectives_density_overlap_*, collectives_scaling and
-    collectives_allgather. The same records give the same bytes.
+    collectives_allgather; of fedara micro scaling, scaling. The same records give the same bytes.
 
     With --compare it puts two campaigns side by side instead: accuracy, uplink bytes and seconds by
     data set, partition, method and setting, paired by seed, in compare.md, .csv and .tex, and what
@@ -152,8 +153,8 @@ def _report_all(directory: Path, out_dir: Path, costs: Path | None) -> tuple[lis
     gaps: list[str] = []
     incomplete: list[str] = []
     lines: list[str] = []
-    micro = load_micro(directory)
-    if micro is None or has_rounds(directory):
+    micro, scaling = load_micro(directory), figure_scaling.load(directory)
+    if (micro is None and scaling is None) or has_rounds(directory):
         campaign = _load_finished(directory)
         written, gaps = report(campaign, out_dir)
         files += written
@@ -164,6 +165,10 @@ def _report_all(directory: Path, out_dir: Path, costs: Path | None) -> tuple[lis
         _require_finished(directory, micro.launches.empty, micro.incomplete)
         files += report_micro(micro, out_dir, costs)
         incomplete += micro.incomplete
+    if scaling is not None:
+        _require_finished(directory, scaling.rows.empty, scaling.incomplete)
+        files += figure_scaling.draw(scaling, out_dir)
+        incomplete += scaling.incomplete
     lines += [f"left out, no DONE: {run_id}" for run_id in incomplete]
     lines += [f"not drawn, {gap}" for gap in gaps]
     return lines, files

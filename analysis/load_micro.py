@@ -52,7 +52,7 @@ def load_micro(path: Path) -> MicroCampaign | None:
         if not (folder / "DONE").exists():
             incomplete.append(folder.name)
             continue
-        launch = _read_launch(folder / "run.json")
+        launch = read_launch(folder / "run.json", BENCHMARK)
         if launch["run_id"] in launches:
             raise AnalysisError(f"launch {launch['run_id']} comes twice: {folder}")
         launches[launch["run_id"]] = launch
@@ -64,10 +64,11 @@ def load_micro(path: Path) -> MicroCampaign | None:
     )
 
 
-def _read_launch(file: Path) -> dict[str, Any]:
+def read_launch(file: Path, benchmark: str) -> dict[str, Any]:
+    """What `MicroCampaign.launches` has of one launch. Raises AnalysisError."""
     run = parse_json(read_text(file), file, first_line=1)
-    if run.get("schema_version") != SCHEMA_VERSION or run.get("benchmark") != BENCHMARK:
-        raise AnalysisError(f"{file}: no record of {BENCHMARK} of schema {SCHEMA_VERSION}")
+    if run.get("schema_version") != SCHEMA_VERSION or run.get("benchmark") != benchmark:
+        raise AnalysisError(f"{file}: no record of {benchmark} of schema {SCHEMA_VERSION}")
     missing = [key for key in ("run_id", "comm", "world_size") if key not in run]
     if missing:
         raise AnalysisError(f"{file}: missing {', '.join(missing)}")

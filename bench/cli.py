@@ -376,6 +376,45 @@ def roundtrip(
     _as_job(comm, job)
 
 
+@micro.command()
+def scaling(
+    cohort: Annotated[int, typer.Option(help="Clients of a round, strong scaling; 0: none.")] = 8,
+    clients_per_process: Annotated[
+        int, typer.Option(help="Clients of each process, weak scaling; 0: none.")
+    ] = 4,
+    method: Annotated[str, typer.Option(help="The method; fedara list methods.")] = "lora",
+    model: Annotated[str, typer.Option(help="The model to adapt.")] = "minilm",
+    max_length: Annotated[int, typer.Option(help="Tokens of an example.")] = 64,
+    local_steps: Annotated[int, typer.Option(help="Steps of each client, batches of 16.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each.")] = 5,
+    results: MicroResults = MICRO_RESULTS,
+    comm: Comm = "auto",
+) -> None:
+    """Seconds of a round of real training: strong and weak scaling over processes.
+
+    Launch it with several numbers of processes; fedara report draws them in one figure.
+
+    \b
+      for p in 1 2 4; do mpiexec -n $p fedara micro scaling; done
+      fedara report results/micro
+    """
+    from bench.micro_scaling import Settings, check, run_scaling
+
+    def job(communicator: "Communicator") -> None:
+        settings = Settings(
+            cohort=cohort,
+            clients_per_process=clients_per_process,
+            method=method,
+            model=model,
+            max_length=max_length,
+            local_steps=local_steps,
+            rounds=rounds,
+        )
+        run_scaling(check(settings), results, communicator)
+
+    _as_job(comm, job)
+
+
 def _as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
     """Run `action` on every process; wrong input ends them all with code 2, any error the job."""
     from fedara_core.comm import abort_on_error, open_communicator

@@ -28,7 +28,7 @@ figures: .venv  ## draw figures and table again, from the records in RESULTS
 	$(BIN)/python -m analysis $(RESULTS)
 
 test: .venv  ## the whole test suite, MPI and torchrun included; two tests at a time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv  ## ruff and mypy
 	$(BIN)/ruff check .

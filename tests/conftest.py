@@ -1,11 +1,13 @@
 """Shared fixtures: one thread, no network, tiny jobs, and federated rounds in memory."""
 
 import os
+import re
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,26 @@ torch.set_num_threads(1)
 TINY = Path(__file__).with_name("tiny.toml")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Which tests one worker runs one after another (-n 2 --dist loadgroup).
+@pytest.hookimpl(optionalhook=True)  # xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests one worker runs one after another (-n 2).
 
     Those of one file, that they make its fixtures once; and of all files that launch jobs, for
     which two jobs at a time are too many processes.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        names = vars(item.module)  # type: ignore[attr-defined]
-        launches = names.keys() & {"launch", "Launched", "checked", "Story"}
-        item.add_marker(pytest.mark.xdist_group("jobs" if launches else item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = config.rootpath / nodeid.partition("::")[0]
+            return "jobs" if _launches_jobs(file) else file.stem
+
+    return ByFile(config, log)
+
+
+@cache
+def _launches_jobs(file: Path) -> bool:
+    return bool(re.search(r"import .*\b(launch|Launched|checked|environment)\b", file.read_text()))
 
 
 @dataclass(frozen=True, kw_only=True)

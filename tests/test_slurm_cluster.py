@@ -109,7 +109,10 @@ class Story:
             self.look()
 
     def all_ended(self) -> bool:
-        return all(self.states.get(name) in ENDED for name in self.jobs)
+        return self.ended(*self.jobs)
+
+    def ended(self, *names: str) -> bool:
+        return all(self.states.get(name) in ENDED for name in names)
 
     def submit_by_hand(self) -> None:
         """slurm/run.sbatch as a person would: from a folder with a .venv, with options."""
@@ -166,11 +169,11 @@ def play(story: Story) -> None:
     job = fedara_here("run", story.folder / "one.toml", "--results", reference)
     assert job.code == 0, job.err
     story.say("the reference ran in this process, without an interruption")
-    story.until(story.all_ended, "the end of all jobs")
+    story.until(lambda: story.ended(*LINES, "figures"), "the end of the array")
     story.statuses.append(fedara("status", plan.results))
     story.submit_array({0: "line 0 again"}, "figures again")
     call("scancel", story.jobs["figures again"])  # they take seconds, and were drawn once
-    story.until(story.all_ended, "the end of the second array")
+    story.until(story.all_ended, "the end of all jobs")
     story.statuses.append(fedara("status", plan.results))
     for name, log in story.logs.items():
         for line in re.findall("^fedara: .*", log.read_text(), re.MULTILINE):

@@ -190,7 +190,7 @@ def story(
     try:
         config = call("scontrol", "show", "config")
     except (OSError, AssertionError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"no Slurm answers, .ci/start_slurm.sh starts one: {error}")
+        pytest.skip(f"no Slurm answers (.ci/start_slurm.sh): {str(error).splitlines()[0]}")
     if not re.search(rf"^ClusterName\s*= {CLUSTER}$", config, re.MULTILINE):
         pytest.skip(f"the Slurm here is not the tests' own, {CLUSTER}")
     capture = request.config.pluginmanager.getplugin("capturemanager")

@@ -4,7 +4,6 @@ The host of these tests has one counter of 10 watts, or none; codecarbon is real
 """
 
 import json
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented import documented
 from energy_job import WATTS
 from launch import ROOT, TINY, Finished, fedara_here, launch, rounds_of
 
@@ -415,14 +415,6 @@ def test_a_run_ends_with_its_costs(record: tuple[Path, Finished]) -> None:
 
 
 # ---- results/README.md against the records ----
-
-
-def documented(heading: str) -> set[str]:
-    """The keys in the first column of the table below this heading of results/README.md."""
-    text = (ROOT / "results" / "README.md").read_text()
-    section = text.partition(f"\n{heading}\n")[2].partition("\n#")[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    return {key for cell in cells for key in re.findall("`(.+?)`", cell)}
 
 
 @pytest.fixture

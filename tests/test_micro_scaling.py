@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from documented import check_documented
 from launch import fedara_here
 
 from analysis import figure_scaling
@@ -22,6 +23,7 @@ def test_a_launch_records_both_kinds(tmp_path: Path) -> None:
     for row in rows:
         assert len(row["iteration_seconds"]) == 2
         assert 0 < row["phase_seconds"]["local_train"] <= max(row["iteration_seconds"])
+    check_documented(rows, "## Micro-benchmark of scaling")
     scaling = figure_scaling.load(tmp_path)
     assert scaling is not None
     assert sorted(scaling.rows["per_round"]) == [2, 3]

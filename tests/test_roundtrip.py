@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documented import check_documented
 from launch import fedara_here, launch
 
 from bench import rounds
@@ -45,6 +46,8 @@ def test_every_combination_is_recorded(launcher: str, world_size: int, tmp_path:
         assert row["bare_loop_median_seconds"] > 0
         assert ("bare_allgather_median_seconds" in row) == (world_size > 1)
     assert "messages/s" in job.out
+    if world_size > 1:
+        check_documented(rows, "## Micro-benchmark of a round")
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def load(path: Path) -> Scaling | None:
                 {
                     **{key: launch[key] for key in ("run_id", "backend", "world_size", "commit")},
                     **{key: launch[key] for key in ("cpu", "num_cores", "num_hosts")},
-                    **{key: settings[key] for key in ("method", "model")},
-                    "scaling": row["scaling"],
+                    "model": settings["model"],
+                    **{key: row[key] for key in ("scaling", "method")},
                     "per_round": clients,
                     "median_seconds": row["median_seconds"],
                 }

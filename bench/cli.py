@@ -382,7 +382,7 @@ def scaling(
     clients_per_process: Annotated[
         int, typer.Option(help="Clients of each process, weak scaling; 0: none.")
     ] = 4,
-    method: Annotated[str, typer.Option(help="The method; fedara list methods.")] = "lora",
+    methods: Annotated[str, typer.Option(help="Methods; fedara list methods.")] = "lora,fedara",
     model: Annotated[str, typer.Option(help="The model to adapt.")] = "minilm",
     max_length: Annotated[int, typer.Option(help="Tokens of an example.")] = 64,
     local_steps: Annotated[int, typer.Option(help="Steps of each client, batches of 16.")] = 2,
@@ -398,13 +398,15 @@ def scaling(
       for p in 1 2 4; do mpiexec -n $p fedara micro scaling; done
       fedara report results/micro
     """
+    from bench.micro_record import names
     from bench.micro_scaling import Settings, check, run_scaling
+    from fedara_core.method import method_names
 
     def job(communicator: "Communicator") -> None:
         settings = Settings(
             cohort=cohort,
             clients_per_process=clients_per_process,
-            method=method,
+            methods=names("--methods", methods, tuple(method_names())),
             model=model,
             max_length=max_length,
             local_steps=local_steps,

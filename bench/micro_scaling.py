@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.config import parse_run
+from bench.config import RunConfig, parse_run
 from bench.meter import PHASES, Measured, Meter
 from bench.micro_record import MicroRecord, quantiles, slowest
 from bench.rounds import advance, prepare
@@ -33,7 +33,7 @@ class Settings:
 
     cohort: int
     clients_per_process: int
-    method: str
+    methods: tuple[str, ...]
     model: str
     max_length: int
     local_steps: int
@@ -59,8 +59,8 @@ def run_scaling(settings: Settings, results: Path, communicator: Communicator) -
     record = MicroRecord(BENCHMARK, settings, results, communicator, {})
     for row in _rows(settings, communicator):
         console.print(
-            f"{row['scaling']} scaling, {row['cohort']} clients on {communicator.world_size} "
-            f"processes: {row['median_seconds']:.3f} s a round",
+            f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients on "
+            f"{communicator.world_size} processes: {row['median_seconds']:.3f} s a round",
             soft_wrap=True,
         )
         record.add(row)
@@ -72,14 +72,16 @@ def run_scaling(settings: Settings, results: Path, communicator: Communicator) -
 def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
     """One object per kind of scaling, the same on every process."""
     weak = settings.clients_per_process * communicator.world_size
-    for scaling, cohort in (("strong", settings.cohort), ("weak", weak)):
-        if cohort:
-            yield {"scaling": scaling, "cohort": cohort, **_measure(settings, cohort, communicator)}
+    for method in settings.methods:
+        for scaling, cohort in (("strong", settings.cohort), ("weak", weak)):
+            if cohort:
+                axes = {"scaling": scaling, "method": method, "cohort": cohort}
+                yield axes | _measure(_config(settings, method, cohort), settings, communicator)
 
 
-def _measure(settings: Settings, cohort: int, communicator: Communicator) -> dict[str, Any]:
+def _measure(config: RunConfig, settings: Settings, communicator: Communicator) -> dict[str, Any]:
     """Seconds of a round without evaluation, the maximum over processes; phases likewise."""
-    job = together(communicator, lambda: prepare(_config(settings, cohort), communicator))
+    job = together(communicator, lambda: prepare(config, communicator))
     meter, state = Meter(job.device), job.state
     seconds: list[float] = []
     measured: list[Measured] = []
@@ -101,11 +103,11 @@ def _measure(settings: Settings, cohort: int, communicator: Communicator) -> dic
     }
 
 
-def _config(settings: Settings, cohort: int) -> Any:
+def _config(settings: Settings, method: str, cohort: int) -> RunConfig:
     """All clients of a round have as much to do, so that the shares can be equal."""
     return parse_run(
         {
-            "method": {"name": settings.method},
+            "method": {"name": method},
             "model": {"name": settings.model, "max_length": settings.max_length},
             "dataset": {"name": "toy" if settings.model == "tiny" else "docstrings"},
             "partition": {"scheme": "iid"},

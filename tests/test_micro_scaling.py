@@ -10,7 +10,18 @@ from launch import fedara_here
 from analysis import figure_scaling
 from analysis.load import AnalysisError
 
-TINY = ("--model", "tiny", "--max-length", "16", "--local-steps", "1", "--rounds", "2")
+TINY = (
+    "--methods",
+    "lora",
+    "--model",
+    "tiny",
+    "--max-length",
+    "16",
+    "--local-steps",
+    "1",
+    "--rounds",
+    "2",
+)
 
 
 def test_a_launch_records_both_kinds(tmp_path: Path) -> None:
@@ -50,7 +61,7 @@ def make_launch(folder: Path, number: int, world_size: int, strong: float, weak:
         "schema_version": 1,
         "benchmark": "micro-scaling",
         "run_id": run_id,
-        "config": {"cohort": 8, "clients_per_process": 4, "method": "lora", "model": "minilm"},
+        "config": {"cohort": 8, "clients_per_process": 4, "model": "minilm"},
         "comm": "mpi",
         "mpi_library": "MPICH Version: 5",
         "world_size": world_size,
@@ -62,6 +73,7 @@ def make_launch(folder: Path, number: int, world_size: int, strong: float, weak:
         {"scaling": "strong", "cohort": 8, "median_seconds": strong},
         {"scaling": "weak", "cohort": 4 * world_size, "median_seconds": weak},
     ]
+    rows = [{"method": "lora", **row} for row in rows]
     (folder / run_id / "run.json").write_text(json.dumps(run))
     (folder / run_id / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / run_id / "DONE").touch()

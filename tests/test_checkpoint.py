@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from bench.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
+from bench.record import append_row
 from fedara_core.adapters import AdapterConfig
 from fedara_core.errors import InputError
 from fedara_core.method import ServerState
@@ -262,3 +264,23 @@ def test_a_full_disk_costs_one_line_and_no_round(
     resize(small_disk, 50_000_000)
     assert run_here(small_disk).code == 0
     assert digests_in(small_disk) == digests_in(whole)
+
+
+def test_a_record_that_is_cut_off_by_a_full_disk_costs_one_line_and_no_round(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, row: dict[str, Any]) -> None:
+        if row["round_index"] == 2:
+            with path.open("a") as file:
+                file.write('{"round_index": 2, "train_l')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append_row(path, row)
+
+    monkeypatch.setattr("bench.record.append_row", full)
+    job = run_here(tmp_path)
+    assert job.code == 1
+    (line,) = job.refusals
+    assert "No space left on device; rounds 1 to 2 are on disk" in line
+    monkeypatch.undo()
+    assert run_here(tmp_path).code == 0
+    assert digests_in(tmp_path) == digests_in(whole)

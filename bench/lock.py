@@ -11,14 +11,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bench.slurm_job import JobId, own_job
+from bench.slurm_job import JobId, own_job, queue_state
 from fedara_core.errors import InputError
 
 FILE = "LOCK"
@@ -113,8 +112,7 @@ def _in_queue(job_number: str) -> bool:
     """Whether Slurm still runs the job; yes where it can not be asked."""
     if shutil.which("squeue") is None:
         return True
-    words = ["squeue", "--noheader", "--format=%T", "--jobs", job_number]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = queue_state(job_number)
     if done.returncode:  # of a number that it has forgotten it says so
         return "Invalid job id" not in done.stderr
     return bool(done.stdout.strip())

@@ -37,7 +37,7 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str:
         return ""
     if shutil.which("scontrol") is None or shutil.which("squeue") is None:
         return f"job {job.number} is not requeued: no scontrol or squeue here"
-    state = _ask("squeue", "--noheader", "--format=%T", "--jobs", job.number)
+    state = queue_state(job.number)
     if state.stdout.strip() != "RUNNING":
         said = state.stdout.strip() or " ".join(state.stderr.split()) or "gone"
         return f"job {job.number} is not requeued: its state is {said}"
@@ -45,6 +45,11 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str:
     if asked.returncode:
         return f"job {job.number} is not requeued: {' '.join(asked.stderr.split())}"
     return f"job {job.number} is requeued"
+
+
+def queue_state(number: str) -> subprocess.CompletedProcess[str]:
+    """What squeue says of a job: its state on stdout, or why it does not know on stderr."""
+    return _ask("squeue", "--noheader", "--format=%T", "--jobs", number)
 
 
 def _ask(*words: str) -> subprocess.CompletedProcess[str]:

@@ -36,9 +36,11 @@ class Damaged(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The newest whole checkpoint of a run. notice: what is wrong with the one that is newer."""
+    """The newest whole checkpoint of a run, and the round that it is of. notice: what is wrong with
+    the one that is newer."""
 
     data: bytes
+    round_index: int
     notice: str = ""
 
 
@@ -75,12 +77,12 @@ def find_checkpoint(run_dir: Path) -> Found | None:
         with suppress(FileNotFoundError):
             data = (run_dir / name).read_bytes()
             try:
-                _load(data)
+                facts, _ = _load(data)
             except Damaged as error:
                 reasons[name] = str(error)
                 continue
             notice = "; ".join(f"{name} is damaged ({reason})" for name, reason in reasons.items())
-            return Found(data=data, notice=notice)
+            return Found(data=data, round_index=int(facts["round_index"]), notice=notice)
     if not reasons:
         return None
     said = "; ".join(f"{name} is damaged ({reason})" for name, reason in reasons.items())

@@ -718,9 +718,8 @@ def _resume_or_start(
         found = checkpoint.find_checkpoint(recorder.run_dir)
         if found is None:
             return checkpoint.dump(job.state, {}, belongs_to)
-        state, _ = checkpoint.restore(job.state, found.data, belongs_to)
         if found.notice:
-            notice(f"{found.notice}; going on from the one before, after round {state.round_index}")
+            notice(f"{found.notice}; going on from the one before, after round {found.round_index}")
         return found.data
 
     data = communicator.broadcast(together(communicator, read))

@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from analysis.load import SERIES, Campaign, known_energy, modelled_devices
+from analysis.curves import is_panel
+from analysis.load import SERIES, Campaign, known_energy, modelled_devices, panels, series_name
 
 _OF_LAST_EVALUATION = [
     "accuracy",
@@ -58,6 +59,21 @@ def ends(campaign: Campaign) -> pd.DataFrame:
         frame[["energy_joules", "all_local_train_joules", "last_local_train_joules"]] = float("nan")
     frame["accuracy_percent"] = 100 * frame.pop("accuracy")
     return frame.reset_index().sort_values([*SERIES, "seed", "run_id"], ignore_index=True)
+
+
+def in_panels(campaign: Campaign, frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows with dataset and partition, those of one panel together, in the order of the figures."""
+    parts = [frame[is_panel(frame, panel)] for panel in panels(campaign)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def series_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """The first columns of a table with a row for each data set, partition, method and setting, and
+    its num_runs."""
+    series = zip(frame["method"], frame["setting"], strict=True)
+    return frame[["dataset", "partition"]].assign(
+        method=[series_name(*names) for names in series], n=frame["num_runs"].astype(str)
+    )
 
 
 def joined(run_ids: pd.Series) -> str:

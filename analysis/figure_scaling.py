@@ -10,13 +10,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from analysis import caption, style
-from analysis.load import AnalysisError, parse_json, read_text
-from analysis.load_micro import read_launch
+from analysis.load_micro import micro_folders, read_launches, read_rows
 
 NAME = "scaling"
 BENCHMARK = "micro-scaling"
 _GROUP = ["scaling", "method", "model", "per_round", "backend", "cpu", "num_cores"]
 _KINDS = ("strong", "weak")
+_CLIENTS = {"strong": "cohort", "weak": "clients_per_process"}  # the setting of each
+_REQUIRED = ["scaling", "method", "median_seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,31 +35,21 @@ class Scaling:
 
 def load(path: Path) -> Scaling | None:
     """Read all records below `path`; None if there is none. Raises AnalysisError for a bad one."""
-    folders = sorted({file.parent for file in Path(path).rglob(f"{BENCHMARK}-*/rows.jsonl")})
+    folders = micro_folders(path, BENCHMARK)
     if not folders:
         return None
-    rows: list[dict[str, Any]] = []
-    for folder in folders:
-        if not (folder / "DONE").exists():
-            continue
-        launch = read_launch(folder / "run.json", BENCHMARK)
-        if any(row["run_id"] == launch["run_id"] for row in rows):
-            raise AnalysisError(f"launch {launch['run_id']} comes twice: {folder}")
-        settings = parse_json(read_text(folder / "run.json"), folder, first_line=1)["config"]
-        for line in read_text(folder / "rows.jsonl").splitlines():
-            row = parse_json(line, folder, first_line=1)
-            clients = settings["cohort" if row["scaling"] == "strong" else "clients_per_process"]
-            rows.append(
-                {
-                    **{key: launch[key] for key in ("run_id", "backend", "world_size", "commit")},
-                    **{key: launch[key] for key in ("cpu", "num_cores", "num_hosts")},
-                    "model": settings["model"],
-                    **{key: row[key] for key in ("scaling", "method")},
-                    "per_round": clients,
-                    "median_seconds": row["median_seconds"],
-                }
-            )
-    incomplete = [folder.name for folder in folders if not (folder / "DONE").exists()]
+    finished, incomplete = read_launches(folders, BENCHMARK)
+    rows = [
+        {
+            **{key: launch[key] for key in ("run_id", "backend", "world_size", "commit")},
+            **{key: launch[key] for key in ("cpu", "num_cores", "num_hosts")},
+            **{key: row[key] for key in _REQUIRED},
+            "model": launch["config"]["model"],
+            "per_round": launch["config"][_CLIENTS[row["scaling"]]],
+        }
+        for folder, launch in finished.items()
+        for row in read_rows(folder / "rows.jsonl", _REQUIRED)
+    ]
     return Scaling(rows=pd.DataFrame(rows), incomplete=incomplete)
 
 

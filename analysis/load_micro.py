@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.load import SCHEMA_VERSION, AnalysisError, parse_json, read_text
+from analysis.provenance import commit
 
 BENCHMARK = "micro-collectives"
 
@@ -36,9 +37,9 @@ class MicroCampaign:
     incomplete: list[str]
 
 
-def micro_folders(path: Path) -> list[Path]:
+def micro_folders(path: Path, benchmark: str = BENCHMARK) -> list[Path]:
     """Folders below `path` with a record of this benchmark, finished or not."""
-    return sorted({file.parent for file in Path(path).rglob(f"{BENCHMARK}-*/rows.jsonl")})
+    return sorted({file.parent for file in Path(path).rglob(f"{benchmark}-*/rows.jsonl")})
 
 
 def load_micro(path: Path) -> MicroCampaign | None:
@@ -46,33 +47,40 @@ def load_micro(path: Path) -> MicroCampaign | None:
     folders = micro_folders(path)
     if not folders:
         return None
-    launches: dict[str, dict[str, Any]] = {}
-    rows, incomplete = [], []
-    for folder in folders:
-        if not (folder / "DONE").exists():
-            incomplete.append(folder.name)
-            continue
-        launch = read_launch(folder / "run.json", BENCHMARK)
-        if launch["run_id"] in launches:
-            raise AnalysisError(f"launch {launch['run_id']} comes twice: {folder}")
-        launches[launch["run_id"]] = launch
-        rows += _read_rows(folder / "rows.jsonl", launch)
+    finished, incomplete = read_launches(folders, BENCHMARK)
+    rows = [
+        {key: launch[key] for key in ("run_id", *MACHINE)} | row
+        for folder, launch in finished.items()
+        for row in read_rows(folder / "rows.jsonl", _REQUIRED)
+    ]
+    launches = [{k: v for k, v in launch.items() if k != "config"} for launch in finished.values()]
     return MicroCampaign(
-        launches=pd.DataFrame(list(launches.values())),
-        points=_points(pd.DataFrame(rows)),
-        incomplete=incomplete,
+        launches=pd.DataFrame(launches), points=_points(pd.DataFrame(rows)), incomplete=incomplete
     )
 
 
-def read_launch(file: Path, benchmark: str) -> dict[str, Any]:
-    """What `MicroCampaign.launches` has of one launch. Raises AnalysisError."""
+def read_launches(
+    folders: list[Path], benchmark: str
+) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """What `MicroCampaign.launches` has of each finished launch, and its `config`; the names of the
+    folders without DONE. Raises AnalysisError for a bad one, and for one that comes twice."""
+    finished: dict[Path, dict[str, Any]] = {}
+    for folder in folders:
+        if (folder / "DONE").exists():
+            launch = _read_launch(folder / "run.json", benchmark)
+            if any(launch["run_id"] == other["run_id"] for other in finished.values()):
+                raise AnalysisError(f"launch {launch['run_id']} comes twice: {folder}")
+            finished[folder] = launch
+    return finished, [folder.name for folder in folders if folder not in finished]
+
+
+def _read_launch(file: Path, benchmark: str) -> dict[str, Any]:
     run = parse_json(read_text(file), file, first_line=1)
     if run.get("schema_version") != SCHEMA_VERSION or run.get("benchmark") != benchmark:
         raise AnalysisError(f"{file}: no record of {benchmark} of schema {SCHEMA_VERSION}")
     missing = [key for key in ("run_id", "comm", "world_size") if key not in run]
     if missing:
         raise AnalysisError(f"{file}: missing {', '.join(missing)}")
-    dirty = " with uncommitted changes" if run.get("git_dirty") else ""
     return {
         "run_id": run["run_id"],
         "backend": _backend(run),
@@ -80,7 +88,8 @@ def read_launch(file: Path, benchmark: str) -> dict[str, Any]:
         "cpu": run.get("cpu", "unknown CPU"),
         "num_cores": run.get("num_cores"),
         "num_hosts": len({process.get("host") for process in run.get("processes", [])}),
-        "commit": f"{run.get('git_commit', 'unknown')[:12]}{dirty}",
+        "commit": commit(run) or "unknown",
+        "config": run.get("config", {}),
         "measured_bytes_source": run.get("measured_bytes_source", ""),
     }
 
@@ -94,14 +103,15 @@ def _backend(run: dict[str, Any]) -> str:
     return ", ".join([name, *(f"{key}={value}" for key, value in sorted(told.items()))])
 
 
-def _read_rows(file: Path, launch: dict[str, Any]) -> list[dict[str, Any]]:
+def read_rows(file: Path, required: list[str]) -> list[dict[str, Any]]:
+    """A launch's rows. Raises AnalysisError, with the line, where a required key is missing."""
     rows = []
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         row = parse_json(line, file, first_line=number)
-        missing = [key for key in _REQUIRED if key not in row]
+        missing = [key for key in required if key not in row]
         if missing:
             raise AnalysisError(f"{file}:{number}: missing {', '.join(missing)}")
-        rows.append({key: launch[key] for key in ("run_id", *MACHINE)} | row)
+        rows.append(row)
     return rows
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import pandas as pd
 
 
-def commit(run: pd.Series) -> str:
-    """The commit of a row of Campaign.runs, and whether files differed from it; "" if unknown."""
+def commit(run: pd.Series | dict[str, Any]) -> str:
+    """The commit of a row of Campaign.runs or of a run.json, and whether files differed from it; ""
+    if unknown."""
     name = run.get("git_commit")
     if not isinstance(name, str):
         return ""

@@ -4,8 +4,8 @@ import pandas as pd
 
 from analysis import spread
 from analysis.curves import is_panel
-from analysis.ends import ends, joined
-from analysis.load import SERIES, Campaign, panels
+from analysis.ends import ends, in_panels, joined, series_cells
+from analysis.load import SERIES, Campaign
 from analysis.tables import Table, number
 
 NAME = "accuracy"
@@ -35,31 +35,23 @@ def data(campaign: Campaign) -> pd.DataFrame:
     tested = frame["p_value"].notna()
     frame["p_holm"] = float("nan")
     frame.loc[tested, "p_holm"] = spread.holm(frame.loc[tested, "p_value"].tolist())
-    parts = [frame[is_panel(frame, panel)] for panel in panels(campaign)]
-    return pd.concat(parts, ignore_index=True)
+    return in_panels(campaign, frame)
 
 
 def table(campaign: Campaign) -> Table:
     """The table and what must be said below it."""
     frame = data(campaign)
-    cells = pd.DataFrame(
-        {
-            "data": frame["dataset"],
-            "partition": frame["partition"],
-            "method": [_name(row) for _, row in frame.iterrows()],
-            "n": frame["num_runs"].astype(str),
-            "accuracy %": frame["accuracy_percent_mean"].map(lambda value: number(value, 1)),
-            "95 % interval": [
-                ""
-                if pd.isna(row["accuracy_percent_low"])
-                else f"{row['accuracy_percent_low']:.1f} to {row['accuracy_percent_high']:.1f}"
-                for _, row in frame.iterrows()
-            ],
-            "fedara minus this": frame["difference_points"].map(lambda value: number(value, 1)),
-            "pairs": frame["num_pairs"].map(lambda value: number(value, 0)),
-            "p (Holm)": frame["p_holm"].map(lambda value: number(value, 3)),
-        }
-    )
+    cells = series_cells(frame).rename(columns={"dataset": "data"})
+    cells["accuracy %"] = frame["accuracy_percent_mean"].map(lambda value: number(value, 1))
+    cells["95 % interval"] = [
+        ""
+        if pd.isna(row["accuracy_percent_low"])
+        else f"{row['accuracy_percent_low']:.1f} to {row['accuracy_percent_high']:.1f}"
+        for _, row in frame.iterrows()
+    ]
+    cells["fedara minus this"] = frame["difference_points"].map(lambda value: number(value, 1))
+    cells["pairs"] = frame["num_pairs"].map(lambda value: number(value, 0))
+    cells["p (Holm)"] = frame["p_holm"].map(lambda value: number(value, 3))
     num_tests = int(frame["p_holm"].notna().sum())
     tests = (
         f"p: two-sided sign-flip test over paired seeds, Holm-corrected over {num_tests} tests; n "
@@ -92,7 +84,3 @@ def _test(row: pd.Series, runs: pd.DataFrame) -> dict[str, object]:
         "difference_points": float(differences.mean()),
         "p_value": spread.paired_p_value(differences),
     }
-
-
-def _name(row: pd.Series) -> str:
-    return f"{row['method']} ({row['setting']})" if row["setting"] else str(row["method"])

@@ -3,9 +3,8 @@
 import pandas as pd
 
 from analysis import caveats
-from analysis.curves import is_panel
-from analysis.ends import ends, joined, mean_of_all
-from analysis.load import PANEL, SERIES, Campaign, energy_kind, known_energy, panels
+from analysis.ends import ends, in_panels, joined, mean_of_all, series_cells
+from analysis.load import PANEL, SERIES, Campaign, energy_kind, known_energy
 from analysis.tables import Table, number
 
 NAME = "cost"
@@ -43,18 +42,13 @@ def data(campaign: Campaign) -> pd.DataFrame:
         **{name: (of, mean_of_all) for name, of in columns.items()},
         run_ids=("run_id", joined),
     )
-    parts = [frame[is_panel(frame, panel)] for panel in panels(campaign)]
-    return pd.concat(parts, ignore_index=True)
+    return in_panels(campaign, frame)
 
 
 def table(campaign: Campaign) -> Table:
     """The table and what must be said below it."""
     frame = data(campaign)
-    names = zip(frame["method"], frame["setting"], strict=True)
-    cells = frame[["dataset", "partition"]].assign(
-        method=[f"{method} ({setting})" if setting else method for method, setting in names],
-        n=frame["num_runs"].astype(str),
-    )
+    cells = series_cells(frame)
     for column, heading in _MEGABYTES.items():
         if frame[column].notna().any():
             cells[heading] = (frame[column] / 1e6).map(lambda value: number(value, 2))

@@ -2,9 +2,8 @@
 
 import pandas as pd
 
-from analysis.curves import is_panel
-from analysis.ends import ends, joined, mean_of_all
-from analysis.load import SERIES, Campaign, NotDrawn, modelled_devices, panels, series_name
+from analysis.ends import ends, in_panels, joined, mean_of_all, series_cells
+from analysis.load import SERIES, Campaign, NotDrawn, modelled_devices
 from analysis.tables import Table, number
 
 NAME = "modelled"
@@ -26,18 +25,13 @@ def data(campaign: Campaign) -> pd.DataFrame:
         run_ids=("run_id", joined),
         **{name: (f"all_{name}", mean_of_all) for name in ("flops", *names)},
     )
-    parts = [frame[is_panel(frame, panel)] for panel in panels(campaign)]
-    return pd.concat(parts, ignore_index=True)
+    return in_panels(campaign, frame)
 
 
 def table(campaign: Campaign) -> Table:
     """The table and what must be said below it."""
     frame = data(campaign)
-    names = zip(frame["method"], frame["setting"], strict=True)
-    cells = frame[["dataset", "partition"]].assign(
-        method=[series_name(*series) for series in names],
-        n=frame["num_runs"].astype(str),
-    )
+    cells = series_cells(frame)
     cells["counted TFLOP"] = (frame["flops"] / 1e12).map(lambda value: number(value, 2))
     for device in modelled_devices(campaign):
         for unit, heading, digits in (("seconds", "s", 1), ("joules", "kJ", 3)):

@@ -179,6 +179,14 @@ def rounds_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def digests_in(results: Path) -> list[str]:
+    """The state digests of the only run in a results folder, whose rounds must be in order."""
+    (run_dir,) = results.iterdir()
+    rows = rounds_of(run_dir)
+    assert [row["round_index"] for row in rows] == list(range(len(rows)))
+    return [row["state_digest"] for row in rows]
+
+
 def wait_for(condition: Any, what: str, limit_seconds: float = 60) -> None:
     """Poll until condition() is true; fails the test after the limit."""
     end = time.monotonic() + limit_seconds

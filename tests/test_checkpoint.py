@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import TINY, Finished, fedara_here, launch, rounds_of
+from launch import TINY, Finished, digests_in, fedara_here, launch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -178,11 +178,6 @@ def test_a_write_that_fails_leaves_both_as_they_were(
 
 def run_here(results: Path, *more: str) -> Finished:
     return fedara_here(*CONFIG, *more, "--results", results)
-
-
-def digests_in(results: Path) -> list[str]:
-    (run_dir,) = results.glob("toy-*")
-    return [row["state_digest"] for row in rounds_of(run_dir)]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launch import TINY, Finished, fedara_here, launch, rounds_of
+from launch import TINY, Finished, digests_in, fedara_here, launch
 
 FAULT_JOB = Path(__file__).with_name("fault_job.py")
 CONFIG = ("run", TINY, "--set", "federation.num_rounds=3", "--set", "train.local_steps=2")
@@ -17,13 +17,6 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     results = tmp_path_factory.mktemp("whole")
     assert fedara_here(*CONFIG, "--results", results).code == 0
     return digests_in(results)
-
-
-def digests_in(results: Path) -> list[str]:
-    (run_dir,) = results.iterdir()
-    rows = rounds_of(run_dir)
-    assert [row["round_index"] for row in rows] == list(range(len(rows)))
-    return [row["state_digest"] for row in rows]
 
 
 def job_with_fault(

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launch import TINY, Launched, fedara_here, rounds_of
+from launch import TINY, Launched, digests_in, fedara_here
 
 KILL_JOB = Path(__file__).with_name("kill_job.py")
 KILLS = 20
@@ -35,10 +35,3 @@ def test_a_job_killed_at_any_moment_goes_on_with_the_same_bits(tmp_path: Path) -
     for folder in (tmp_path / "killed").iterdir():
         assert fedara_here(*CONFIG, "--results", folder).code == 0
         assert digests_in(folder) == expected
-
-
-def digests_in(results: Path) -> list[str]:
-    (run_dir,) = results.glob("toy-*")
-    rows = rounds_of(run_dir)
-    assert [row["round_index"] for row in rows] == list(range(len(rows)))
-    return [row["state_digest"] for row in rows]

@@ -65,6 +65,8 @@ ClusterName=$cluster
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=17000
 SlurmUser=root
+# No id twice, also after a state that is lost: MPICH names its shared memory by the job's id.
+FirstJobId=$(($(date +%s) / 60))
 AuthType=auth/munge
 # A requeued job may start again after so many seconds; 120 if not said.
 AuthInfo=cred_expire=10

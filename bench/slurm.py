@@ -19,6 +19,11 @@ _Word = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]  # stands in a line of #SB
 _Time = Annotated[str, Field(pattern=r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$")]
 _SIGNAL_SECONDS = 120  # before the time limit: a round and a checkpoint must fit in
 
+_NEW_STEP = """\
+# MPICH names its shared memory by job and step, and a killed step leaves it behind: a requeued job
+# goes on under a number that no step had.
+for _ in $(seq "${SLURM_RESTART_COUNT:-0}"); do srun --nodes=1 --ntasks=1 --mpi=none true; done
+"""
 _WAIT = f"""\
 step=$!
 
@@ -129,8 +134,10 @@ def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: 
         _header(options, "One run of a plan: the line of the plan that the array's index counts.")
         + _surroundings(site)
         + 'export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"\n\n'
-        "# srun does not take --cpus-per-task from sbatch (since Slurm 22.05).\n"
-        f'srun -c "$SLURM_CPUS_PER_TASK" --mpi={site.mpi} \\\n'
+        + _NEW_STEP
+        + "\n# srun does not take --cpus-per-task from sbatch (since Slurm 22.05). The processes\n"
+        "# end together; should one die alone, srun ends those that wait for it.\n"
+        f'srun -c "$SLURM_CPUS_PER_TASK" --wait=10 --mpi={site.mpi} \\\n'
         f"  {command} \\\n"
         '  --index "$SLURM_ARRAY_TASK_ID" &\n'
         + _WAIT

@@ -220,8 +220,8 @@ def test_the_script_starts_its_line_and_writes_down_a_failure(tmp_path: Path) ->
     task = Task(tmp_path, "echo 'fedara: no data'; exit 2")
     assert task.process.wait(20) == 2
     words = (tmp_path / "srun").read_text().split()
-    assert words[:4] == ["srun", "-c", "3", "--mpi=pmi2"]
-    assert words[4:9] == [sys.executable, "-m", "bench", "run", str(task.plan.path)]
+    assert words[:5] == ["srun", "-c", "3", "--wait=10", "--mpi=pmi2"]
+    assert words[5:10] == [sys.executable, "-m", "bench", "run", str(task.plan.path)]
     assert words[-2:] == ["--index", "0"]
     (status,) = read_status(task.plan.results)
     assert (status.state, status.reason) == ("failed", "no data (exit code 2)")

@@ -32,7 +32,7 @@ NUM_ROUNDS = 20  # seconds of training, so that signals arrive in the middle
 SITE = 'time = "00:10:00"\nmpi = "pmi2"\n'  # one process each: the run by hand has four
 # Two runs of the same bits, so that one uninterrupted run is what all are compared with.
 SWEEP = '[sweep]\n"federation.merge_path" = ["allgather", "split"]\n'
-BY_HAND, *LINES = "by_hand", "line 0", "line 1"
+BY_HAND, KILLED, *LINES = "by_hand", "killed", "line 0", "line 1"
 SAME = ("round_index", "cohort", "train_loss", "accuracy", "uplink_bytes", "state_digest")
 DISTURBED = {  # run -> what scancel is told; the array has the job id of its last line
     BY_HAND: ("--batch", "--signal=USR1"),
@@ -115,19 +115,20 @@ class Story:
         return all(self.states.get(name) in ENDED for name in names)
 
     def submit_by_hand(self) -> None:
-        """slurm/run.sbatch as a person would: from a folder with a .venv, with options."""
+        """slurm/run.sbatch as a person would, twice: from a folder with a .venv, with options."""
         program = self.folder / ".venv" / "bin" / "fedara"
         program.parent.mkdir(parents=True)
         program.write_text(f'#!/bin/sh\nexec {sys.executable} -m bench "$@"\n')
         program.chmod(0o755)
-        job_id = call(
-            *("sbatch", "--parsable", f"--chdir={self.folder}", "--export=ALL,FEDARA_MPI=pmi2"),
-            *("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=10"),
-            *(ROOT / "slurm" / "run.sbatch", "one.toml", BY_HAND),
-        )
-        self.jobs[BY_HAND] = job_id
-        self.logs[BY_HAND] = self.folder / f"fedara-{job_id}.log"
-        self.say(f"sbatch slurm/run.sbatch: job {job_id}, 2 nodes, 4 processes")
+        for name, num_nodes in ((BY_HAND, 2), (KILLED, 1)):
+            job_id = call(
+                *("sbatch", "--parsable", f"--chdir={self.folder}", "--export=ALL,FEDARA_MPI=pmi2"),
+                *(f"--nodes={num_nodes}", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=10"),
+                *(ROOT / "slurm" / "run.sbatch", "one.toml", name),
+            )
+            self.jobs[name] = job_id
+            self.logs[name] = self.folder / f"fedara-{job_id}.log"
+            self.say(f"sbatch slurm/run.sbatch: job {job_id}, {num_nodes} nodes, 2 processes each")
 
     def submit_array(self, lines: dict[int, str], figures: str) -> None:
         """`fedara submit`; lines: the jobs' names of those that it is to submit."""
@@ -139,15 +140,27 @@ class Story:
         self.say(f"fedara submit: array {array}, then figures {self.jobs[figures]}")
 
     def disturb(self) -> bool:
-        """scancel those of DISTURBED that now have two rounds; whether all have had it."""
-        for name in DISTURBED.keys() - self.before.keys():
+        """Kill or scancel those runs that now have two rounds; whether all have had it."""
+        for name in {KILLED, *DISTURBED} - self.before.keys():
             text = self.rounds_text(name)
             if text.count("\n") >= 2:
-                words = ("scancel", *DISTURBED[name], self.jobs[name])
+                if name == KILLED:
+                    words = ("kill", "-KILL", self.process(KILLED, 1))
+                else:
+                    words = ("scancel", *DISTURBED[name], self.jobs[name])
                 call(*words)
                 self.before[name] = text
                 self.say(f"{shlex.join(words)}, after {text.count(chr(10))} rounds of {name}")
-        return DISTURBED.keys() == self.before.keys()
+        return {KILLED, *DISTURBED} == self.before.keys()
+
+    def process(self, name: str, world_rank: int) -> str:
+        """The process id of one process of a job."""
+        wanted = {f"SLURM_JOB_ID={self.jobs[name]}", f"SLURM_PROCID={world_rank}"}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if wanted <= set(path.read_bytes().decode(errors="replace").split("\0")):
+                    return path.parent.name
+        raise AssertionError(f"no process {world_rank} of {name} here")
 
 
 def play(story: Story) -> None:
@@ -157,7 +170,7 @@ def play(story: Story) -> None:
         (story.folder / name).write_text(text)
     (alone,) = load_runs(story.folder / "one.toml", [])
     plan, reference = story.plan, story.folder / "reference"
-    story.run_dirs = {BY_HAND: story.folder / BY_HAND / alone.run_id}
+    story.run_dirs = {name: story.folder / name / alone.run_id for name in (BY_HAND, KILLED)}
     story.run_dirs["reference"] = reference / alone.run_id
     for index, name in enumerate(LINES):
         story.run_dirs[name] = plan.results / plan.runs[index].run_id
@@ -166,6 +179,8 @@ def play(story: Story) -> None:
     story.submit_by_hand()
     story.submit_array(dict(enumerate(LINES)), "figures")
     story.until(story.disturb, "two rounds of each run")
+    story.until(lambda: story.ended(KILLED), "the end of the killed job")
+    call("scontrol", "requeue", story.jobs[KILLED])
     job = fedara_here("run", story.folder / "one.toml", "--results", reference)
     assert job.code == 0, job.err
     story.say("the reference ran in this process, without an interruption")
@@ -221,7 +236,7 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.parametrize("name", [BY_HAND, *LINES])
+@pytest.mark.parametrize("name", [BY_HAND, KILLED, *LINES])
 def test_every_run_ends_in_the_reference_s_bits(name: str, story: Story) -> None:
     assert (story.run_dirs[name] / "DONE").exists()
     rows = rounds_of(story.run_dirs[name])
@@ -255,6 +270,13 @@ def test_a_signal_requeues_the_job(
     lines = story.logs[name].read_text().splitlines()
     assert lines.count(f"fedara: {interrupted}; start again to go on") == 1
     assert lines.count(f"fedara: job {story.jobs[name]} is requeued") == 1
+
+
+def test_a_killed_job_goes_on_when_requeued(story: Story) -> None:
+    """One process was killed: Slurm ends the other, and MPI starts again under the same job id."""
+    job = story.facts(KILLED)
+    assert (job["JobState"], job["Restarts"], job["NumNodes"]) == ("COMPLETED", "1", "1")
+    assert run_facts(story.run_dirs[KILLED])["parts"][-1]["slurm"]["SLURM_JOB_ID"] == job["JobId"]
 
 
 def test_a_cancelled_job_stays_cancelled_and_its_run_goes_on_when_submitted_again(

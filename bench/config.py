@@ -93,7 +93,11 @@ class AdapterSection(_Section):
 
 
 class ModelConfig(_Section):
+    """The encoder. attention: transformers' attn_implementation; in bf16 on CPUs "eager" is faster
+    than torch's own "sdpa", whose backward pass is slow there."""
+
     name: str = "minilm"
+    attention: Literal["sdpa", "eager"] = "sdpa"
     pooling: Literal["model", "mean"] = "mean"
     max_length: int = Field(64, ge=4)
     dropout: float | None = Field(None, ge=0, lt=1)
@@ -346,6 +350,8 @@ class RunConfig(_Section):
         deciding = {k: value for k, value in canonical.items() if k not in _OBSERVING}
         if self.clients == ClientsConfig():  # as in runs from before there was this section
             del deciding["clients"]
+        if self.model.attention == ModelConfig().attention:  # as above
+            del deciding["model"]["attention"]
         if self.clients.timed:  # the devices' order decides who has which
             devices = canonical["devices"]
             deciding["devices"] = [

@@ -111,10 +111,15 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
         if config.dropout is not None and getattr(settings, name, None) is not None:
             setattr(settings, name, config.dropout)
     if config.name == "tiny":
-        return auto.from_config(settings)
+        return auto.from_config(settings, attn_implementation=config.attention)
     source = _source(config.name)
     try:
-        return auto.from_pretrained(source, config=settings, dtype=torch.float32)
+        return auto.from_pretrained(
+            source,
+            config=settings,
+            attn_implementation=config.attention,
+            dtype=torch.float32,
+        )
     except Exception as error:  # a damaged or missing file shows in many ways
         raise _not_found(config.name, error) from None
 

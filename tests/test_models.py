@@ -9,7 +9,9 @@ import transformers
 
 from bench import models
 from bench.config import ModelConfig
+from bench.flops import StepFlops
 from bench.models import build_model, encode
+from fedara_core.adapters import inject
 from fedara_core.errors import InputError
 
 SIZES = {
@@ -42,6 +44,27 @@ def test_minilm_gives_logits_that_do_not_depend_on_padding() -> None:
         alone = model(*list(data.batch(torch.tensor([0]), device).values())[:2])
     assert both.shape == (2, 3)
     assert torch.allclose(both[0], alone[0], atol=1e-5)
+
+
+def test_both_attentions_compute_the_same_and_count_the_same() -> None:
+    """Padded texts, the backward pass included."""
+    texts = ["carries tea", "the wooden spoon stirs the soup"]
+    batch = encode(ModelConfig(name="tiny"), texts, np.zeros(2)).batch(
+        torch.arange(2), torch.device("cpu")
+    )
+    labels = batch.pop("labels")
+    seen = []
+    for attention in ("sdpa", "eager"):
+        config = ModelConfig(name="tiny", attention=attention)
+        model = build_model(config, num_classes=3, seed=0).model.eval()
+        torch.nn.functional.cross_entropy(model(**batch), labels).backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        inject(model, "all-linear", ["classifier.weight", "classifier.bias"])
+        seen.append((gradients, StepFlops(model).now().flops(8, 16)))
+    (sdpa, counted), (eager, same) = seen
+    torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-6)
+    assert sdpa.abs().max() > 1e-3
+    assert counted == same
 
 
 def test_roberta_holds_two_tokens_less_than_it_has_positions(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """`python -m analysis DIR`: every figure and table from the records below DIR."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import typer
 
 from analysis import (
@@ -27,13 +30,15 @@ from analysis import (
     table_cost,
     table_headline,
     table_modelled,
+    table_scaling,
     table_summary,
     tables,
 )
+from analysis.figure_scaling import Scaling
 from analysis.load import AnalysisError, Campaign, NotDrawn, has_rounds, load_campaign
 from analysis.load_micro import MicroCampaign, load_micro
 from analysis.options import Compare, Costs, Directory, Out
-from bench.scaling import read_costs
+from bench.scaling import Cost, read_costs
 from fedara_core.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -56,39 +61,72 @@ _FIGURES = [
 _TABLES = [table_headline, table_accuracy, table_cost, table_modelled]
 
 
-def report(campaign: Campaign, out_dir: Path) -> tuple[list[Path], list[str]]:
-    """Write all figures, captions and tables to `out_dir`.
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What lies below a folder: of each kind of record all that is finished, or None."""
 
-    Returns the files written, and for each figure that the records do not allow why not.
+    campaign: Campaign | None = None
+    micro: MicroCampaign | None = None
+    scaling: Scaling | None = None
+
+    @property
+    def incomplete(self) -> list[str]:
+        """Names of the runs and launches without DONE."""
+        kinds = (self.campaign, self.micro, self.scaling)
+        return [run_id for kind in kinds if kind is not None for run_id in kind.incomplete]
+
+    @property
+    def launches(self) -> pd.DataFrame:
+        """The finished launches of micro-benchmarks, one row each, with the columns page.LAUNCH."""
+        frames = [self.micro.launches] if self.micro is not None else []
+        frames += [self.scaling.rows] if self.scaling is not None else []
+        empty = pd.DataFrame(columns=page.LAUNCH)
+        found = pd.concat([frame[page.LAUNCH] for frame in frames]) if frames else empty
+        return found.drop_duplicates().sort_values("run_id", ignore_index=True)
+
+
+def report(
+    records: Records, out_dir: Path, costs: Mapping[str, Cost] | None = None
+) -> tuple[list[Path], list[str]]:
+    """Write all figures, captions, tables and the page to `out_dir`.
+
+    `costs` stand in for fitted ones in the scaling model of the collectives. Returns the files
+    written, and for each figure and table that the records do not allow why not.
     """
+    makers: list[tuple[str, Callable[[], list[Path] | tables.Table]]] = []
+    beware: list[str] = []
+    campaign, micro, scaling = records.campaign, records.micro, records.scaling
+    if campaign is not None:
+        beware = caveats.warnings(campaign)
+        makers += [(fig.NAME, partial(fig.draw, campaign, out_dir)) for fig in _FIGURES]
+        makers += [(maker.NAME, partial(maker.table, campaign)) for maker in _TABLES]
+        makers.append((table_summary.NAME, partial(table_summary.write, campaign, out_dir)))
+    if micro is not None:
+        draw = partial(figure_collectives.draw, micro, out_dir, costs)
+        makers.append((figure_collectives.NAME, draw))
+        makers.append((table_collectives.NAME, partial(table_collectives.table, micro)))
+    if scaling is not None:
+        makers.append((figure_scaling.NAME, partial(figure_scaling.draw, scaling, out_dir)))
+        makers.append((table_scaling.NAME, partial(table_scaling.table, scaling)))
     files: list[Path] = []
     shown: list[tables.Table] = []
     gaps: list[str] = []
-    for figure in _FIGURES:
+    for name, make in makers:
         try:
-            files += figure.draw(campaign, out_dir)
+            made = make()
         except NotDrawn as reason:
-            gaps.append(f"{figure.NAME}: {reason}")
-    for maker in _TABLES:
-        try:
-            shown.append(maker.table(campaign))
-        except NotDrawn as reason:
-            gaps.append(f"{maker.NAME}: {reason}")
-    beware = caveats.warnings(campaign)
-    shown = [replace(table, notes=[*table.notes, *beware]) for table in shown]
-    for table in shown:
-        files += tables.write(table, out_dir)
-    files += table_summary.write(campaign, out_dir)
-    page_file = page.write(campaign, out_dir, files=files, tables=shown, gaps=gaps)
+            gaps.append(f"{name}: {reason}")
+            continue
+        if isinstance(made, tables.Table):
+            shown.append(replace(made, notes=[*made.notes, *beware]))
+            files += tables.write(shown[-1], out_dir)
+        else:
+            files += made
+    left_out = [f"incomplete, left out: {run_id}" for run_id in records.incomplete]
+    page_file = page.write(
+        campaign, records.launches, out_dir, files=files, tables=shown, gaps=[*gaps, *left_out]
+    )
     return [*files, page_file], gaps
-
-
-def report_micro(micro: MicroCampaign, out_dir: Path, costs: Path | None) -> list[Path]:
-    """Write the figures, captions and the table of the collectives; returns the files written."""
-    return [
-        *figure_collectives.draw(micro, out_dir, None if costs is None else read_costs(costs)),
-        *table_collectives.write(micro, out_dir),
-    ]
 
 
 def report_changes(a_dir: Path, b_dir: Path, out_dir: Path) -> tuple[list[str], list[Path]]:
@@ -119,9 +157,9 @@ def main(
     it is named, and left out of everything.
 
     Writes each figure as .pdf, .png and .txt (the caption), tables, and report.html; a figure that
-    the records do not allow is named, with the reason. Of records of fedara micro
-    collectives it draws collectives_density_overlap_*, collectives_scaling and
-    collectives_allgather; of fedara micro scaling, scaling. The same records give the same bytes.
+    the records do not allow is named, with the reason. Records of fedara micro collectives
+    give collectives_density_overlap_*, collectives_scaling and collectives_allgather; those
+    of fedara micro scaling, scaling. The same records give the same bytes.
 
     With --compare it puts two campaigns side by side instead: accuracy, uplink bytes and seconds by
     data set, partition, method and setting, paired by seed, in compare.md, .csv and .tex, and what
@@ -149,27 +187,20 @@ def main(
 
 def _report_all(directory: Path, out_dir: Path, costs: Path | None) -> tuple[list[str], list[Path]]:
     """Report rounds and micro-benchmarks below a folder; returns what to say, and the files."""
-    files: list[Path] = []
-    gaps: list[str] = []
-    incomplete: list[str] = []
-    lines: list[str] = []
     micro, scaling = load_micro(directory), figure_scaling.load(directory)
-    if (micro is None and scaling is None) or has_rounds(directory):
-        campaign = _load_finished(directory)
-        written, gaps = report(campaign, out_dir)
-        files += written
-        incomplete += campaign.incomplete
-        lines += [f"warning: {text}" for text in caveats.sentences(campaign)]
-        table_summary.show(campaign)
     if micro is not None:
         _require_finished(directory, micro.launches.empty, micro.incomplete)
-        files += report_micro(micro, out_dir, costs)
-        incomplete += micro.incomplete
     if scaling is not None:
         _require_finished(directory, scaling.rows.empty, scaling.incomplete)
-        files += figure_scaling.draw(scaling, out_dir)
-        incomplete += scaling.incomplete
-    lines += [f"left out, no DONE: {run_id}" for run_id in incomplete]
+    rounds = (micro is None and scaling is None) or has_rounds(directory)
+    campaign = _load_finished(directory) if rounds else None
+    records = Records(campaign=campaign, micro=micro, scaling=scaling)
+    files, gaps = report(records, out_dir, None if costs is None else read_costs(costs))
+    lines: list[str] = []
+    if campaign is not None:
+        lines += [f"warning: {text}" for text in caveats.sentences(campaign)]
+        table_summary.show(campaign)
+    lines += [f"left out, no DONE: {run_id}" for run_id in records.incomplete]
     lines += [f"not drawn, {gap}" for gap in gaps]
     return lines, files
 

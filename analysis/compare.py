@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import spread
-from analysis.ends import ends, joined
+from analysis.ends import ends
 from analysis.load import (
     PANEL,
     SERIES,
@@ -17,7 +17,7 @@ from analysis.load import (
     setting_text,
     setting_texts,
 )
-from analysis.provenance import commit, hardware
+from analysis.provenance import commit, hardware, joined
 from analysis.tables import Table, number
 
 NAME = "compare"

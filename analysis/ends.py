@@ -76,11 +76,6 @@ def series_cells(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def joined(run_ids: pd.Series) -> str:
-    """The runs behind a cell, in one cell of a CSV file; for DataFrame.agg."""
-    return " ".join(sorted(run_ids))
-
-
 def mean_of_all(values: pd.Series) -> float:
     """The mean, missing where one of the runs lacks the number; for DataFrame.agg."""
     return float(values.mean(skipna=False))

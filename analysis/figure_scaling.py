@@ -11,6 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from analysis import caption, style
 from analysis.load_micro import micro_folders, read_launches, read_rows
+from analysis.provenance import joined
 
 NAME = "scaling"
 BENCHMARK = "micro-scaling"
@@ -55,12 +56,14 @@ def load(path: Path) -> Scaling | None:
 
 def data(scaling: Scaling) -> pd.DataFrame:
     """One row per number of processes of each group: seconds (median over launches), their range,
-    ideal_seconds (from the fewest processes), efficiency (ideal to measured), num_launches."""
+    ideal_seconds (from the fewest processes), efficiency (ideal to measured), num_launches and
+    run_ids."""
     points = scaling.rows.groupby([*_GROUP, "world_size"], as_index=False).agg(
         seconds=("median_seconds", "median"),
         min_seconds=("median_seconds", "min"),
         max_seconds=("median_seconds", "max"),
         num_launches=("run_id", "nunique"),
+        run_ids=("run_id", joined),
     )
     first = points.groupby(_GROUP)[["world_size", "seconds"]].transform("first")
     share = (first["world_size"] / points["world_size"]).where(points["scaling"] == "strong", 1.0)

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.load import SCHEMA_VERSION, AnalysisError, parse_json, read_text
-from analysis.provenance import commit
+from analysis.provenance import commit, joined
 
 BENCHMARK = "micro-collectives"
 
@@ -28,7 +28,7 @@ class MicroCampaign:
         world_size, cpu, num_cores, num_hosts, commit, measured_bytes_source.
     points: one row per combination (POINT): medians over launches of median_seconds, the ratios
         and the bytes; min_seconds, max_seconds: the smallest and largest of the launches'
-        median_seconds, min_ratio and max_ratio likewise; num_launches.
+        median_seconds, min_ratio and max_ratio likewise; num_launches, run_ids.
     incomplete: folder names of the launches without DONE; they never enter a figure.
     """
 
@@ -121,6 +121,7 @@ def _points(rows: pd.DataFrame) -> pd.DataFrame:
     groups = rows.groupby(POINT, as_index=False, dropna=False)
     return groups.agg(
         num_launches=("run_id", "nunique"),
+        run_ids=("run_id", joined),
         **{name: (name, "median") for name in medians},
         min_seconds=("median_seconds", "min"),
         max_seconds=("median_seconds", "max"),

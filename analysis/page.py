@@ -1,4 +1,4 @@
-"""report.html: figures, tables, gaps and every run's provenance in one file without network."""
+"""report.html: figures, tables, gaps and where each came from, in one file without network."""
 
 import base64
 import html
@@ -58,36 +58,60 @@ addEventListener("click", event => {
 update();
 """
 _FILTERS = ["method", "dataset", "seed"]
+LAUNCH = ["run_id", "backend", "world_size", "num_cores", "num_hosts", "commit", "cpu"]
 
 
 def write(
-    campaign: Campaign, out_dir: Path, *, files: list[Path], tables: list[Table], gaps: list[str]
+    campaign: Campaign | None,
+    launches: pd.DataFrame,
+    out_dir: Path,
+    *,
+    files: list[Path],
+    tables: list[Table],
+    gaps: list[str],
 ) -> Path:
-    """Write report.html from the figures among `files` (.png with its .txt) and the tables."""
-    about = {run["run_id"]: run for _, run in campaign.runs.iterrows()}
-    gap_items = [*gaps, *(f"incomplete, left out: {run_id}" for run_id in campaign.incomplete)]
-    beware = caveats.warnings(campaign)
+    """Write report.html from the figures among `files` (.png with its .txt) and the tables.
+
+    campaign: the runs, if there are any. launches: of micro-benchmarks, one row each with the
+    columns of LAUNCH. gaps: what is not drawn, and why.
+    """
+    places = {
+        launch["run_id"]: f"commit {launch['commit']}, {launch['cpu']}, {launch['world_size']} "
+        f"{launch['backend']} processes"
+        for launch in launches.to_dict("records")
+    }
+    counts, browsers, beware = [], [], []
+    if campaign is not None:
+        counts.append(f"{len(campaign.runs)} finished runs")
+        beware = caveats.warnings(campaign)
+        for _, run in campaign.runs.iterrows():
+            places[run["run_id"]] = f"commit {commit(run) or 'unknown'}, {machine(run)}"
+        browsers.append(_browser(campaign))
+    if not launches.empty:
+        counts.append(f"{len(launches)} finished launches of micro-benchmarks")
+        browsers.append(_launches(launches))
     parts = [
         "<h1>Report</h1>",
-        f"<p>{len(campaign.runs)} finished runs. Everything on this page is drawn from their "
-        "records: a cell of a table names its runs when the pointer rests on it, the last one of a "
-        "row opens to all of them with commit and machine, and each leads to the run browser at "
-        "the end.</p>",
+        f"<p>{' and '.join(counts)}. Everything on this page is drawn from their records: a cell "
+        "of a table names its runs when the pointer rests on it, the last one of a row opens to "
+        "all of them with commit and machine, and each leads to the list of runs at the end.</p>",
         *([f"<ul>{''.join(map(_item, beware))}</ul>"] if beware else []),
         '<nav><a href="#tables">Tables</a> | <a href="#figures">Figures</a> | '
         '<a href="#browser">Runs</a></nav>',
         '<h2 id="tables">Tables</h2>',
-        *(_table(table, about) for table in tables),
+        *(_table(table, places) for table in tables),
         '<h2 id="figures">Figures</h2>',
         *(_figure(file) for file in files if file.suffix == ".png"),
-        *([f"<h2>Not drawn</h2><ul>{''.join(map(_item, gap_items))}</ul>"] if gap_items else []),
-        _browser(campaign, about),
+        *([f"<h2>Not drawn</h2><ul>{''.join(map(_item, gaps))}</ul>"] if gaps else []),
+        '<h2 id="browser">Runs</h2>',
+        *browsers,
     ]
+    script = f"<script>{_SCRIPT}</script>" if campaign is not None else ""
     text = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>Report</title><style>{_STYLE}</style>'
-        "</head>\n<body>\n" + "\n".join(parts) + f"\n<script>{_SCRIPT}</script></body></html>\n"
+        "</head>\n<body>\n" + "\n".join(parts) + f"\n{script}</body></html>\n"
     )
     file = out_dir / NAME
     file.write_text(text, encoding="utf-8", newline="\n")
@@ -108,7 +132,7 @@ def _figure(file: Path) -> str:
     )
 
 
-def _table(table: Table, about: dict[str, pd.Series]) -> str:
+def _table(table: Table, places: dict[str, str]) -> str:
     notes = html.escape(" ".join(table.notes))
     columns = [table.sources.get(str(name), "run_ids") for name in table.cells]
     behind = table.numbers[list(dict.fromkeys(columns))].astype(object).fillna("")
@@ -122,7 +146,7 @@ def _table(table: Table, about: dict[str, pd.Series]) -> str:
             for name, column, cell in zip(classes, columns, cells, strict=True)
         )
         every = sorted({run_id for text in run_ids.values() for run_id in text.split()})
-        rows.append(f"<tr>{inner}<td>{_origins(every, about)}</td></tr>")
+        rows.append(f"<tr>{inner}<td>{_origins(every, places)}</td></tr>")
     head = _head([*table.cells, "from"], [*classes, ""])
     return (
         f'<h3>{html.escape(table.title)}</h3><div class="wide" tabindex="0" role="region" '
@@ -131,44 +155,58 @@ def _table(table: Table, about: dict[str, pd.Series]) -> str:
     )
 
 
-def _origins(run_ids: list[str], about: dict[str, pd.Series]) -> str:
-    """The runs behind a row, folded, by commit and machine; links into the run browser."""
+def _origins(run_ids: list[str], places: dict[str, str]) -> str:
+    """The runs behind a row, folded, by commit and machine; links into the lists at the end."""
     if not run_ids:
         return ""
     links: dict[str, list[str]] = {}
     for run_id in run_ids:
-        run = about[run_id]
-        place = html.escape(f"commit {commit(run) or 'unknown'}, {machine(run)}")
         name = html.escape(run_id)
-        links.setdefault(place, []).append(f'<a href="#run-{name}">{name}</a>')
+        links.setdefault(html.escape(places[run_id]), []).append(
+            f'<a href="#run-{name}">{name}</a>'
+        )
     texts = [f"<p>{place}: {', '.join(names)}</p>" for place, names in links.items()]
     count = f"{len(run_ids)} run{'s' if len(run_ids) > 1 else ''}"
     return f"<details><summary>{count}</summary>{''.join(texts)}</details>"
 
 
-def _browser(campaign: Campaign, about: dict[str, pd.Series]) -> str:
+def _browser(campaign: Campaign) -> str:
+    about = {run["run_id"]: run for _, run in campaign.runs.iterrows()}
     runs = ends(campaign)
     frame = runs[["run_id", *_FILTERS, "partition", "setting"]].astype(str)
     frame["accuracy %"] = [number(value, 1) for value in runs["accuracy_percent"]]
     frame["commit"] = [commit(about[run_id]) for run_id in runs["run_id"]]
     frame["machine"] = [machine(about[run_id]) for run_id in runs["run_id"]]
-    classes = [*_classes(frame)[:-1], "long"]
-    rows = []
-    for run in frame.to_dict("records"):
-        data = " ".join(f'data-{name}="{html.escape(run[name])}"' for name in _FILTERS)
-        inner = "".join(
-            f'<td class="{name}">{html.escape(cell)}</td>'
-            for name, cell in zip(classes, run.values(), strict=True)
-        )
-        rows.append(f'<tr id="run-{html.escape(run["run_id"])}" {data}>{inner}</tr>')
     filters = "".join(
         f'<label>{name} <select name="{name}"><option value="">all</option></select></label>'
         for name in _FILTERS
     )
     return (
-        f'<h2 id="browser">Runs</h2><form id="filters" onsubmit="return false">{filters}'
-        f'<output id="shown" aria-live="polite">{len(rows)} runs</output></form>'
-        f'<div class="wide" tabindex="0" role="region" aria-label="Runs"><table id="runs">'
+        f'<form id="filters" onsubmit="return false">{filters}'
+        f'<output id="shown" aria-live="polite">{len(frame)} runs</output></form>'
+        + _listed(frame, "runs", "Runs", _FILTERS)
+    )
+
+
+def _launches(launches: pd.DataFrame) -> str:
+    return "<h3>Micro-benchmarks</h3>" + _listed(
+        launches[LAUNCH].astype(str), "launches", "Launches"
+    )
+
+
+def _listed(frame: pd.DataFrame, name: str, label: str, data: Iterable[str] = ()) -> str:
+    """A table of runs or launches, a row each that links lead to; `data`: columns for filters."""
+    classes = [*_classes(frame)[:-1], "long"]
+    rows = []
+    for run in frame.to_dict("records"):
+        values = "".join(f' data-{key}="{html.escape(run[key])}"' for key in data)
+        inner = "".join(
+            f'<td class="{style}">{html.escape(cell)}</td>'
+            for style, cell in zip(classes, run.values(), strict=True)
+        )
+        rows.append(f'<tr id="run-{html.escape(run["run_id"])}"{values}>{inner}</tr>')
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table id="{name}">'
         f"{_head(frame, classes)}<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

@@ -6,6 +6,11 @@ from typing import Any
 import pandas as pd
 
 
+def joined(run_ids: pd.Series) -> str:
+    """The runs behind a cell, in one cell of a CSV file; for DataFrame.agg."""
+    return " ".join(sorted(set(run_ids)))
+
+
 def commit(run: pd.Series | dict[str, Any]) -> str:
     """The commit of a row of Campaign.runs or of a run.json, and whether files differed from it; ""
     if unknown."""

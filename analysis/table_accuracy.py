@@ -4,8 +4,9 @@ import pandas as pd
 
 from analysis import spread
 from analysis.curves import is_panel
-from analysis.ends import ends, in_panels, joined, series_cells
+from analysis.ends import ends, in_panels, series_cells
 from analysis.load import SERIES, Campaign
+from analysis.provenance import joined
 from analysis.tables import Table, number
 
 NAME = "accuracy"

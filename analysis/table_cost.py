@@ -3,8 +3,9 @@
 import pandas as pd
 
 from analysis import caveats
-from analysis.ends import ends, in_panels, joined, mean_of_all, series_cells
+from analysis.ends import ends, in_panels, mean_of_all, series_cells
 from analysis.load import PANEL, SERIES, Campaign, energy_kind, known_energy
+from analysis.provenance import joined
 from analysis.tables import Table, number
 
 NAME = "cost"

@@ -2,8 +2,9 @@
 
 import pandas as pd
 
-from analysis.ends import ends, in_panels, joined, mean_of_all, series_cells
+from analysis.ends import ends, in_panels, mean_of_all, series_cells
 from analysis.load import SERIES, Campaign, NotDrawn, modelled_devices
+from analysis.provenance import joined
 from analysis.tables import Table, number
 
 NAME = "modelled"

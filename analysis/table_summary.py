@@ -8,6 +8,7 @@ from rich.table import Table
 
 from analysis import caption, caveats
 from analysis.load import PANEL, SERIES, Campaign, known_energy, panels, series_name
+from analysis.provenance import joined
 
 NAME = "summary"
 _SHOW_COLUMNS = 100
@@ -38,8 +39,8 @@ def data(campaign: Campaign) -> pd.DataFrame:
     the sample standard deviation, missing for one run), uplink_bytes, downlink_bytes (sums over all
     rounds), uplink_ratio_to_lora (missing without a caveats lora), total_seconds (of the whole
     run), first_round_local_train_seconds, last_round_local_train_seconds, live_triplets of the last
-    round, and, where all runs' energy has one source, energy_joules of the whole run and that
-    energy_source. Columns of energy are not there where sources differ: see `energy_note`.
+    round, where all runs' energy has one source energy_joules of the whole run and that
+    energy_source (not there where sources differ: see `energy_note`), and run_ids.
     """
     groups = _per_run(campaign).groupby(SERIES, as_index=False)
     measured = {} if known_energy(campaign)[0] is None else _ENERGY
@@ -58,6 +59,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
         last_round_local_train_seconds=("local_train_seconds", "mean"),
         live_triplets=("live_triplets", "mean"),
         **measured,
+        run_ids=("run_id", joined),
     )
     ratios = [_ratio_to_lora(row, frame) for _, row in frame.iterrows()]
     frame.insert(list(frame).index("total_seconds"), "uplink_ratio_to_lora", ratios)

@@ -15,10 +15,13 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 from test_analysis import ROOT
 
-from analysis.__main__ import report
+from analysis import figure_scaling
+from analysis.__main__ import Records, report
 from analysis.load import load_campaign
+from analysis.load_micro import load_micro
 
-RECORDS = ROOT / "results" / "published" / "trec6" / "runs"
+PUBLISHED = ROOT / "results" / "published"
+RECORDS = PUBLISHED / "trec6" / "runs"
 NUM_SEEDS = 5
 MOST_SECONDS = 20.0
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -52,13 +55,13 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
         for seed in range(NUM_SEEDS):
             copy_with_seed(record, folder / "records", seed)
     start = time.process_time()
-    report(load_campaign(folder / "records"), folder / "out")
+    report(Records(campaign=load_campaign(folder / "records")), folder / "out")
     return folder / "out", time.process_time() - start
 
 
 @pytest.fixture(scope="module")
-def browser(reported: tuple[Path, float]) -> Iterator[webdriver.Chrome]:
-    """Chromium with the page open from its file."""
+def browser() -> Iterator[webdriver.Chrome]:
+    """A headless Chromium."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
     options = webdriver.ChromeOptions()
@@ -67,15 +70,15 @@ def browser(reported: tuple[Path, float]) -> Iterator[webdriver.Chrome]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    driver.get((reported[0] / "report.html").as_uri())
     yield driver
     driver.quit()
 
 
 @pytest.fixture
-def page(browser: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
-    """The page as it opens; whatever the test does must leave the console empty."""
-    browser.get(browser.current_url.split("#")[0])
+def page(reported: tuple[Path, float], browser: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
+    """The page as it opens from its file; whatever the test does must leave the console empty."""
+    browser.get("about:blank")  # where it was another test, at another place of the same page
+    browser.get((reported[0] / "report.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
 
@@ -148,6 +151,28 @@ def test_a_row_of_a_table_leads_to_its_runs(page: webdriver.Chrome) -> None:
     assert target.is_displayed()
     assert target.find_element(By.TAG_NAME, "td").text == run_id
     assert shown(page) == ("210 of 210 runs", 210)
+
+
+def test_micro_benchmarks_have_a_page_with_their_launches(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    """The published ones: there are no runs of rounds to filter."""
+    scaling = figure_scaling.load(PUBLISHED / "scaling")
+    report(Records(micro=load_micro(PUBLISHED / "micro"), scaling=scaling), tmp_path)
+    page = browser
+    page.get((tmp_path / "report.html").as_uri())
+    for figure in ("collectives_density_overlap_1", "collectives_scaling", "scaling"):
+        assert page.find_element(By.ID, figure).is_displayed()
+    assert page.find_elements(By.CSS_SELECTOR, "#runs, #filters") == []
+    for row in ("//tr[td[1]='MPICH' and td[2]='4' and td[4]='6']", "//tr[td[1]='weak']"):
+        found = page.find_element(By.XPATH, row)
+        found.find_element(By.TAG_NAME, "summary").send_keys(Keys.ENTER)
+        link = found.find_element(By.TAG_NAME, "a")
+        run_id = link.text
+        link.send_keys(Keys.ENTER)
+        target = page.find_element(By.CSS_SELECTOR, "#launches tr:target")
+        assert target.find_element(By.TAG_NAME, "td").text == run_id
+    assert page.get_log("browser") == []
 
 
 def shown(page: webdriver.Chrome) -> tuple[str, int]:

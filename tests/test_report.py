@@ -24,7 +24,7 @@ from analysis import (
     table_cost,
     table_headline,
 )
-from analysis.__main__ import report
+from analysis.__main__ import Records, report
 from analysis.load import Campaign, NotDrawn, load_campaign
 
 
@@ -144,7 +144,7 @@ def test_headline_readings(campaign: Campaign) -> None:
 
 def test_one_method_makes_a_page_with_gaps(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "fedara", 0)
-    files, gaps = report(load_campaign(tmp_path / "records"), tmp_path)
+    files, gaps = report(Records(campaign=load_campaign(tmp_path / "records")), tmp_path)
     text = files[-1].read_text()
     assert files[-1].name == "report.html"
     assert any(gap.startswith("target: no evaluated run of lora") for gap in gaps)

@@ -11,7 +11,7 @@ import pytest
 from test_analysis import write_record
 from typer.testing import CliRunner
 
-from analysis import figure_collectives, table_collectives
+from analysis import figure_collectives, table_collectives, tables
 from analysis.__main__ import app
 from analysis.load import AnalysisError, has_rounds, load_campaign
 from analysis.load_micro import load_micro
@@ -258,7 +258,8 @@ def test_ratio_is_the_median_over_launches(records: Path, tmp_path: Path) -> Non
     frame = table_collectives.data(micro)
     assert frame["ratio"].tolist() == [2.0] * 4
     assert (frame["min_ratio"].tolist(), frame["max_ratio"].tolist()) == ([1.0] * 4, [3.0] * 4)
-    markdown = table_collectives.write(micro, tmp_path / "out")[0].read_text()
+    assert frame["run_ids"][0] == " ".join(f"micro-collectives-mpi-p2-{i}" for i in range(3))
+    markdown = tables.write(table_collectives.table(micro), tmp_path / "out")[0].read_text()
     assert "| MPICH | 4 | 1e+06 | 3 |" in markdown
     assert "2.000 (1.000 to 3.000)" in markdown
 
@@ -296,8 +297,9 @@ def test_command_writes_the_same_bytes_twice(records: Path, tmp_path: Path) -> N
     names = sorted(file.name for file in outs[0].iterdir())
     figures = [f"collectives_{kind}" for kind in ("density_overlap_1", "scaling")]
     assert names == [
-        *("collectives_allgather.csv", "collectives_allgather.md"),
+        *(f"collectives_allgather.{end}" for end in ("csv", "md", "tex")),
         *(f"{figure}.{end}" for figure in figures for end in ("pdf", "png", "txt")),
+        "report.html",
     ]
     for name in names:
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name

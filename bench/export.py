@@ -58,6 +58,8 @@ def export(run_dir: Path, out: Path, client_id: int | None) -> str:
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty; allowed: a new or an empty folder")
     trained = load_trained(run_dir, client_id)
+    if trained.config.model.name == "toy":
+        raise InputError(f"{run_dir}: 'toy' is no transformers model; allowed: runs of the others")
     pairs = lora_pairs(trained.model)
     in_encoder = [name for name in whole_parameters(trained.model) if trained.is_encoder(name)]
     if pairs and not in_encoder:  # a LoRA folder holds no parameters that trained whole

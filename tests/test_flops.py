@@ -71,7 +71,7 @@ def pooled(architecture: str) -> nn.Module:
     encoder = transformers.AutoModel.from_config(ENCODERS[architecture])
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
-    model = MeanPooled(encoder, 3)
+    model = MeanPooled(encoder, encoder.config.hidden_size, 3)
     inject(model, "all-linear", ("classifier.weight", "classifier.bias"))
     return model
 

@@ -46,6 +46,29 @@ def test_minilm_gives_logits_that_do_not_depend_on_padding() -> None:
     assert torch.allclose(both[0], alone[0], atol=1e-5)
 
 
+def test_toy_is_berts_shape_and_names_and_sees_no_padding() -> None:
+    """Of the same state as transformers' BERT it has the same output: no token types, no pooler."""
+    model = build_model(ModelConfig(name="toy"), num_classes=3, seed=0).model.eval()
+    bert = build_model(ModelConfig(name="tiny"), num_classes=3, seed=0).model.eval()
+    missing, unexpected = bert.load_state_dict(model.state_dict(), strict=False)
+    assert (missing, unexpected) == (["encoder.embeddings.token_type_embeddings.weight"], [])
+    torch.nn.init.zeros_(bert.encoder.embeddings.token_type_embeddings.weight)
+    texts = ["carries tea", "the wooden spoon stirs the soup"]
+    data = encode(ModelConfig(name="toy"), texts, np.zeros(2))
+    batch = data.batch(torch.arange(2), torch.device("cpu"))
+    del batch["labels"]
+    torch.testing.assert_close(model(**batch), bert(**batch), rtol=0, atol=1e-5)
+    alone = data.batch(torch.tensor([0]), torch.device("cpu"))
+    del alone["labels"]
+    torch.testing.assert_close(model(**alone)[0], model(**batch)[0], rtol=0, atol=1e-6)
+
+
+def test_toy_has_limits() -> None:
+    for wrong, said in (({"max_length": 129}, "128 positions"), ({"pooling": "model"}, "own head")):
+        with pytest.raises(InputError, match=said):
+            build_model(ModelConfig(name="toy", **wrong), num_classes=3, seed=0)
+
+
 def test_both_attentions_compute_the_same_and_count_the_same() -> None:
     """Padded texts, the backward pass included."""
     texts = ["carries tea", "the wooden spoon stirs the soup"]

@@ -1,6 +1,7 @@
 """Tests of report.html in a headless Chromium, on a report over 200 runs that must be quick."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ PUBLISHED = ROOT / "results" / "published"
 RECORDS = PUBLISHED / "trec6" / "runs"
 NUM_SEEDS = 5
 MOST_SECONDS = 20.0
+# Two workers share the caches of a small machine, and each gets less done in a second of its core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    MOST_SECONDS *= 1.5
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 

@@ -1,6 +1,7 @@
 """The command line: fedara run, sweep, submit, status, report, list, export, doctor, micro."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -465,4 +466,19 @@ def _refuse(error: InputError, *, quiet: bool = False) -> NoReturn:
 
 
 def main() -> None:
+    """The console script."""
+    plain = warnings.formatwarning
+
+    def format_warning(  # ours are for readers: one line, without the place in the code
+        message: Warning | str,
+        category: type[Warning],
+        file: str,
+        number: int,
+        line: str | None = None,
+    ) -> str:
+        if Path(file).parent == Path(__file__).parent:
+            return f"warning: {message}\n"
+        return plain(message, category, file, number, line)
+
+    warnings.formatwarning = format_warning
     app(prog_name="fedara")

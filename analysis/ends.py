@@ -5,6 +5,7 @@ import pandas as pd
 from analysis.curves import is_panel
 from analysis.load import SERIES, Campaign, known_energy, modelled_devices, panels, series_name
 
+LATE = 3  # evaluations: where few unlike clients are averaged, one of them is far off by chance
 _OF_LAST_EVALUATION = [
     "accuracy",
     "macro_f1",
@@ -28,8 +29,9 @@ def ends(campaign: Campaign) -> pd.DataFrame:
     """One row per run, in the order of SERIES and seed; a column that no run has is empty.
 
     Columns: run_id, dataset, partition, method, setting, seed, total_seconds, energy_joules, alpha,
-    num_rounds; of the last evaluated round accuracy_percent, macro_f1 and client_accuracy_*; of the
-    last round the cumulative bytes, live_triplets and state_digest; over rounds the largest
+    num_rounds; of the last evaluated round accuracy_percent, macro_f1 and client_accuracy_*;
+    late_accuracy_percent, the mean of the last LATE evaluations, missing where there are fewer; of
+    the last round the cumulative bytes, live_triplets and state_digest; over rounds the largest
     peak_*_bytes; summed over all rounds (all_X) and of the last one (last_X) local_train_seconds,
     local_train_joules, flops, and of each device D modelled_seconds.D and modelled_joules.D,
     missing where not every round holds them. Joules that are not modelled on devices are missing
@@ -40,7 +42,10 @@ def ends(campaign: Campaign) -> pd.DataFrame:
     frame = campaign.runs[own].set_index("run_id")
     for name, column in _CONDITIONS.items():
         frame[name] = campaign.runs.set_index("run_id").get(column, float("nan"))
-    evaluated = rounds.dropna(subset=["accuracy"]).groupby("run_id").tail(1).set_index("run_id")
+    evaluations = rounds.dropna(subset=["accuracy"]).groupby("run_id")
+    late = evaluations.tail(LATE).groupby("run_id")["accuracy"]
+    frame["late_accuracy_percent"] = 100 * late.mean()[late.size() == LATE]
+    evaluated = evaluations.tail(1).set_index("run_id")
     for name in _OF_LAST_EVALUATION:
         frame[name] = evaluated.get(name, float("nan"))
     last = rounds.groupby("run_id").tail(1).set_index("run_id")

@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis import spread
 from analysis.curves import is_panel
-from analysis.ends import ends, in_panels, series_cells
+from analysis.ends import LATE, ends, in_panels, mean_of_all, series_cells
 from analysis.load import SERIES, Campaign
 from analysis.provenance import joined
 from analysis.tables import Table, number
@@ -16,8 +16,9 @@ _REFERENCE = "fedara"
 def data(campaign: Campaign) -> pd.DataFrame:
     """One row per data set, partition, method and setting.
 
-    Columns: those, alpha, num_runs, accuracy_percent_{mean,low,high}, run_ids, and of runs paired
-    with FedARA's by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus
+    Columns: those, alpha, num_runs, accuracy_percent_{mean,low,high}, late_accuracy_percent_mean
+    (of the last three evaluations; missing where a run has fewer), run_ids, and of runs paired with
+    FedARA's by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus
     this), p_value and p_holm, corrected over all tests of the table. No test below 3 pairs, or
     where FedARA has several settings.
     """
@@ -28,6 +29,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
         accuracy_percent_mean=("accuracy_percent", "mean"),
         accuracy_percent_low=("accuracy_percent", spread.low),
         accuracy_percent_high=("accuracy_percent", spread.high),
+        late_accuracy_percent_mean=("late_accuracy_percent", mean_of_all),
         run_ids=("run_id", joined),
     )
     tests = pd.DataFrame([_test(row, runs) for _, row in frame.iterrows()], index=frame.index)
@@ -50,6 +52,8 @@ def table(campaign: Campaign) -> Table:
         else f"{row['accuracy_percent_low']:.1f} to {row['accuracy_percent_high']:.1f}"
         for _, row in frame.iterrows()
     ]
+    late = f"last {LATE} evaluations %"
+    cells[late] = frame["late_accuracy_percent_mean"].map(lambda value: number(value, 1))
     cells["fedara minus this"] = frame["difference_points"].map(lambda value: number(value, 1))
     cells["pairs"] = frame["num_pairs"].map(lambda value: number(value, 0))
     cells["p (Holm)"] = frame["p_holm"].map(lambda value: number(value, 3))
@@ -62,6 +66,8 @@ def table(campaign: Campaign) -> Table:
     )
     notes = [
         "Accuracy of the last evaluated round, mean over n runs; pairs: seeds that fedara shares.",
+        f"Last {LATE} evaluations: the mean of each run's, which may be on fewer examples (see the "
+        "figures' conditions).",
         *(spread.SENTENCE, tests, "accuracy.csv names the runs behind each row."),
     ]
     title = "Accuracy by method, data set and partition"

@@ -106,6 +106,19 @@ def test_what_the_records_do_not_hold_is_said(campaign: Campaign) -> None:
             figure.data(campaign)
 
 
+def test_the_mean_of_the_last_three_evaluations(campaign: Campaign, tmp_path: Path) -> None:
+    """Missing where there are two."""
+    two = row_of(table_accuracy.data(campaign), method="lora")
+    assert pd.isna(two["late_accuracy_percent_mean"])
+    for run in tmp_path.glob("*-lora-*"):
+        rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+        for row, accuracy in zip(rows, (0.1, 0.5, 0.6), strict=True):
+            row["accuracy"] = accuracy
+        (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    three = row_of(table_accuracy.data(load_campaign(tmp_path)), method="lora")
+    assert three["late_accuracy_percent_mean"] == pytest.approx(40.0)
+
+
 def test_paired_tests_need_three_seeds(campaign: Campaign) -> None:
     frame = table_accuracy.data(campaign)
     lora = row_of(frame, method="lora")

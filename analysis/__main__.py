@@ -94,12 +94,13 @@ def report(
     written, and for each figure and table that the records do not allow why not.
     """
     makers: list[tuple[str, Callable[[], list[Path] | tables.Table]]] = []
-    beware: list[str] = []
     campaign, micro, scaling = records.campaign, records.micro, records.scaling
     if campaign is not None:
         beware = caveats.warnings(campaign)
         makers += [(fig.NAME, partial(fig.draw, campaign, out_dir)) for fig in _FIGURES]
-        makers += [(maker.NAME, partial(maker.table, campaign)) for maker in _TABLES]
+        makers += [
+            (maker.NAME, partial(_warned, maker.table, campaign, beware)) for maker in _TABLES
+        ]
         makers.append((table_summary.NAME, partial(table_summary.write, campaign, out_dir)))
     if micro is not None:
         draw = partial(figure_collectives.draw, micro, out_dir, costs)
@@ -118,8 +119,8 @@ def report(
             gaps.append(f"{name}: {reason}")
             continue
         if isinstance(made, tables.Table):
-            shown.append(replace(made, notes=[*made.notes, *beware]))
-            files += tables.write(shown[-1], out_dir)
+            shown.append(made)
+            files += tables.write(made, out_dir)
         else:
             files += made
     left_out = [f"incomplete, left out: {run_id}" for run_id in records.incomplete]
@@ -127,6 +128,13 @@ def report(
         campaign, records.launches, out_dir, files=files, tables=shown, gaps=[*gaps, *left_out]
     )
     return [*files, page_file], gaps
+
+
+def _warned(
+    make: Callable[[Campaign], tables.Table], campaign: Campaign, beware: list[str]
+) -> tables.Table:
+    table = make(campaign)
+    return replace(table, notes=[*table.notes, *beware])
 
 
 def report_changes(a_dir: Path, b_dir: Path, out_dir: Path) -> tuple[list[str], list[Path]]:

@@ -57,7 +57,7 @@ class ImportanceMeter:
                 uncertainty[part] = BETA2 * unsure + (1 - BETA2) * deviation
 
     def scores(self, model: nn.Module) -> dict[str, Tensor]:
-        """Adapter name -> (r_live,) float32 on the CPU, in name order."""
+        """Adapter name -> (r_live,) float32 on the CPU, in name order; 0 before any gradient."""
         result = {}
         for name, adapter in named_adapters(model):
             if not adapter.num_live:
@@ -68,6 +68,8 @@ class ImportanceMeter:
             elif self.kind == "norm":
                 norms = [weight.norm(dim=1) for weight in parts.values()]
                 score = torch.stack(norms).prod(dim=0)
+            elif name not in self._sums:
+                score = torch.zeros(adapter.num_live)
             else:
                 score = torch.stack([self._weight_scores(name, part) for part in parts]).sum(dim=0)
             result[name] = score.cpu()

@@ -16,6 +16,7 @@ from torch import Tensor
 import bench
 from bench import rounds
 from bench.checkpoint import find_checkpoint, restore, save_checkpoint
+from bench.estimate import round_bytes
 from bench.rounds import Job, draw_cohort, place, train_client
 from fedara_core import methods
 from fedara_core.adapters import named_adapters
@@ -118,6 +119,15 @@ def test_uplink_bytes_are_the_packed_uploads(complete: Complete) -> None:
         assert [upload.num_bytes for upload in sent] == [len(pack([upload])) for upload in sent]
         assert played.row["cohort"] == [upload.client_id for upload in sent]
         assert played.row["uplink_bytes"] == len(pack(sent))
+
+
+def test_bytes_of_the_first_round_are_known_before_training(complete: Complete) -> None:
+    """Exactly, unless each client chooses rows, which may be wider or narrower."""
+    row = complete.rounds[0].row
+    up, down = round_bytes(complete.job.config)
+    tolerance = 0.2 if complete.job.method.own_rows else 0.0
+    assert up == pytest.approx(row["uplink_bytes"], rel=tolerance)
+    assert down == row["downlink_bytes"]
 
 
 def test_downlink_bytes_are_a_packed_state(complete: Complete) -> None:

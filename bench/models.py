@@ -84,19 +84,21 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> Classifi
         prefix = f"model.{own.model.base_model_prefix}."
         head = tuple(name for name, _ in own.named_parameters() if not name.startswith(prefix))
         return Classifier(model=own, head=head)
-    if config.name == "toy":
-        mean = MeanPooled(_toy(config), toy_model.HIDDEN, num_classes)
-    else:
-        encoder = _load(config, "AutoModel", num_classes)
-        if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # not on the way to the mean: an adapter there is dead weight
-        mean = MeanPooled(encoder, encoder.config.hidden_size, num_classes)
+    encoder, hidden_size = _encoder(config, num_classes)
+    mean = MeanPooled(encoder, hidden_size, num_classes)
     return Classifier(model=mean, head=("classifier.weight", "classifier.bias"))
 
 
-def _toy(config: ModelConfig) -> nn.Module:
-    _require_positions(config, toy_model.NUM_POSITIONS)
-    return toy_model.ToyEncoder(_TOY_DROPOUT if config.dropout is None else config.dropout)
+def _encoder(config: ModelConfig, num_classes: int) -> tuple[nn.Module, int]:
+    """An encoder for the mean, and its hidden size."""
+    if config.name == "toy":
+        _require_positions(config, toy_model.NUM_POSITIONS)
+        dropout = _TOY_DROPOUT if config.dropout is None else config.dropout
+        return toy_model.ToyEncoder(dropout), toy_model.HIDDEN
+    encoder = _load(config, "AutoModel", num_classes)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # not on the way to the mean: an adapter there would be dead weight
+    return encoder, encoder.config.hidden_size
 
 
 def _require_positions(config: ModelConfig, positions: int) -> None:

@@ -57,7 +57,10 @@ class ImportanceMeter:
                 uncertainty[part] = BETA2 * unsure + (1 - BETA2) * deviation
 
     def scores(self, model: nn.Module) -> dict[str, Tensor]:
-        """Adapter name -> (r_live,) float32 on the CPU, in name order; 0 before any gradient."""
+        """Adapter name -> (r_live,) float32 on the CPU, in name order.
+
+        Scores of gradients are sums over batches, and 0 before any.
+        """
         result = {}
         for name, adapter in named_adapters(model):
             if not adapter.num_live:

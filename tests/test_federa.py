@@ -46,13 +46,13 @@ def test_the_start_is_the_best_low_rank_part_of_each_weight(tiny_job: MakeJob) -
 
 
 def test_the_start_leaves_the_function_as_it_was(tiny_job: MakeJob) -> None:
-    job = tiny_job(*FEDERA)
+    job = tiny_job(*FEDERA, "model.name=tiny")
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model
     before = logits(job, plain)
     job.method.download(job.model, job.state, None)
     torch.testing.assert_close(logits(job, job.model), before, rtol=0, atol=1e-5)
     job.method.download(job.model, replace(job.state, fixed={}), None)
-    assert (logits(job, job.model) - before).abs().max() > 1e-3  # the delta does it
+    assert (logits(job, job.model) - before).abs().max() > 1e-2  # the delta does it
 
 
 def test_the_start_does_not_hang_on_the_signs_of_an_svd(

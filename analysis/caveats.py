@@ -1,6 +1,7 @@
 """What in a campaign does not compare: unlike machines, unlike seeds, a method on its own."""
 
 import json
+from functools import lru_cache
 
 import pandas as pd
 
@@ -17,6 +18,7 @@ _MACHINE = {
 MARK = "machines differ: seconds do not compare"  # beside such seconds, or in their place
 
 
+@lru_cache(maxsize=1)  # each figure and table asks, and none changes the answer
 def mixed_machines(campaign: Campaign) -> dict[tuple[str, str], str]:
     """By panel whose runs ran on unlike machines what differs, such as "CPU (A or B)"."""
     mixed = {}
@@ -42,6 +44,7 @@ def shared_processes(campaign: Campaign) -> set[tuple[str, str]]:
     return shared
 
 
+@lru_cache(maxsize=1)
 def sentences(campaign: Campaign) -> list[str]:
     """One sentence for each reason to read figures and tables with care, panel by panel."""
     mixed, shared = mixed_machines(campaign), shared_processes(campaign)

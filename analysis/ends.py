@@ -22,6 +22,8 @@ _OF_LAST_ROUND = [
 ]
 _MAXIMA = ["peak_memory_bytes", "peak_device_memory_bytes"]
 _ALL_AND_LAST = ["local_train_seconds", "local_train_joules", "flops"]
+# FedARA without one of them is its ablation.
+_PARTS = ["method.rank_allocation", "method.module_pruning"]
 _CONDITIONS = {"alpha": "partition.alpha", "num_rounds": "federation.num_rounds"}
 
 
@@ -29,7 +31,8 @@ def ends(campaign: Campaign) -> pd.DataFrame:
     """One row per run, in the order of SERIES and seed; a column that no run has is empty.
 
     Columns: run_id, dataset, partition, method, setting, seed, total_seconds, energy_joules, alpha,
-    num_rounds; of the last evaluated round accuracy_percent, macro_f1 and client_accuracy_*;
+    num_rounds; is_ablation: a part of the method is switched off; of the last evaluated round
+    accuracy_percent, macro_f1 and client_accuracy_*;
     late_accuracy_percent, the mean of the last LATE evaluations, missing where there are fewer; of
     the last round the cumulative bytes, live_triplets and state_digest; over rounds the largest
     peak_*_bytes; summed over all rounds (all_X) and of the last one (last_X) local_train_seconds,
@@ -42,6 +45,8 @@ def ends(campaign: Campaign) -> pd.DataFrame:
     frame = campaign.runs[own].set_index("run_id")
     for name, column in _CONDITIONS.items():
         frame[name] = campaign.runs.set_index("run_id").get(column, float("nan"))
+    parts = campaign.runs.set_index("run_id").reindex(columns=_PARTS)
+    frame["is_ablation"] = (parts == False).any(axis=1)  # noqa: E712 (of the other methods: missing)
     evaluations = rounds.dropna(subset=["accuracy"]).groupby("run_id")
     late = evaluations.tail(LATE).groupby("run_id")["accuracy"]
     frame["late_accuracy_percent"] = 100 * late.mean()[late.size() == LATE]

@@ -19,8 +19,8 @@ def data(campaign: Campaign) -> pd.DataFrame:
     Columns: those, alpha, num_runs, accuracy_percent_{mean,low,high}, late_accuracy_percent_mean
     (of the last three evaluations; missing where a run has fewer), run_ids, and of runs paired with
     FedARA's by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus
-    this), p_value and p_holm, corrected over all tests of the table. No test below 3 pairs, or
-    where FedARA has several settings.
+    this), p_value and p_holm, corrected over all tests of the table. FedARA's ablations are tested
+    against it, too. No test below 3 pairs, or where the whole FedARA has several settings.
     """
     runs = ends(campaign).dropna(subset=["accuracy_percent"])
     frame = runs.groupby(SERIES, as_index=False).agg(
@@ -77,8 +77,10 @@ def table(campaign: Campaign) -> Table:
 
 def _test(row: pd.Series, runs: pd.DataFrame) -> dict[str, object]:
     panel = runs[is_panel(runs, (row["dataset"], row["partition"]))]
-    reference = panel[panel["method"] == _REFERENCE]
-    if row["method"] == _REFERENCE or reference["setting"].nunique() != 1:
+    reference = panel[(panel["method"] == _REFERENCE) & ~panel["is_ablation"]]
+    if reference["setting"].nunique() != 1:
+        return {}
+    if (row["method"], row["setting"]) == (_REFERENCE, reference["setting"].iloc[0]):
         return {}
     mine = panel[(panel["method"] == row["method"]) & (panel["setting"] == row["setting"])]
     pairs = reference.merge(mine, on="seed", suffixes=("", "_other"))

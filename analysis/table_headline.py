@@ -33,7 +33,7 @@ _ABSENT = "not in these records"
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """One row per data set, partition, setting of FedARA and reading.
+    """One row per data set, partition, setting of the whole FedARA (no ablation) and reading.
 
     Columns: dataset, partition, setting, paper, reading, ours (text with unit, or why it is
     missing), num_runs, run_ids. Panels in which LoRA has several settings, as in a tuning campaign,
@@ -56,7 +56,8 @@ def data(campaign: Campaign) -> pd.DataFrame:
         if others.empty or lora["setting"].nunique() > 1:
             continue
         gap = caveats.MARK if panel in mixed else ""
-        for setting, fedara in group[group["method"] == "fedara"].groupby("setting"):
+        whole = group[(group["method"] == "fedara") & ~group["is_ablation"]]
+        for setting, fedara in whole.groupby("setting"):
             place = dict(zip(PANEL, panel, strict=True)) | {"setting": setting}
             found = [
                 *_accuracies(fedara, others),

@@ -30,6 +30,7 @@ def write_record(
     folder: Path,
     method: str,
     seed: int,
+    /,
     *,
     alpha: float = 0.1,
     lr: float = 0.001,

@@ -156,6 +156,23 @@ def test_headline_readings(campaign: Campaign) -> None:
     assert "energy" in table_cost.table(campaign).notes[-1].lower()
 
 
+def test_an_ablation_is_compared_with_fedara_and_is_not_it(
+    campaign: Campaign, tmp_path: Path
+) -> None:
+    svd_only = {"name": "fedara", "rank_allocation": False, "module_pruning": False}
+    for seed in range(3):
+        write_record(tmp_path, "fedara", seed, method=svd_only)
+    campaign = load_campaign(tmp_path)
+    accuracy = table_accuracy.data(campaign).set_index(["method", "setting"])
+    assert accuracy.loc["lora", "num_pairs"].tolist() == [3]
+    pairs = accuracy.loc["fedara", "num_pairs"]
+    assert len(pairs) == 2
+    assert [setting for setting in pairs.index if pairs[setting] == 3] == [
+        "rank_allocation=False, module_pruning=False"
+    ]
+    assert table_headline.data(campaign)["setting"].nunique() == 1
+
+
 def test_one_method_makes_a_page_with_gaps(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "fedara", 0)
     files, gaps = report(Records(campaign=load_campaign(tmp_path / "records")), tmp_path)

@@ -174,7 +174,9 @@ def reproduce(
 ) -> None:
     """Run a record's config again and compare: the same bits, or an accuracy close to it.
 
-    Exit code 1 if it is neither. A data set that was a folder has to be named again.
+    Close: within so many points of the record's, or inside the 95 % interval over its seeds, where
+    the record's folder has others. Exit code 1 if it is neither. A data set that was a folder has
+    to be named again.
 
     \b
       fedara reproduce results/published/quickstart/RUN_ID

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from analysis import spread
+from analysis.load import SERIES, AnalysisError, load_campaign
 from bench.plan import load_points
 from bench.record import Recorder
 from bench.rounds import load_texts
@@ -26,17 +28,27 @@ class Verdict:
     reproduced: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeedInterval:
+    """The 95 % interval of the mean accuracy over a record's seeds, in percent."""
+
+    low: float
+    high: float
+    num_seeds: int
+
+
 def reproduce(
     run_dir: Path, results: Path, overrides: list[str], within_points: float, job: Communicator
 ) -> bool:
     """Run the config of a finished record again, below `results`, and say how it compares.
 
     True if every round has the record's bits, or the last accuracy is within so many points of the
-    record's. InputError if there is no finished record or the data are others.
+    record's, or inside the interval over its seeds. InputError if there is no finished record or
+    the data are others.
     """
     record = run_dir / "run.json"
 
-    def check() -> None:
+    def check() -> SeedInterval | None:
         if not (run_dir / "DONE").exists():
             raise InputError(f"{run_dir}: no finished record (run.json and DONE)")
         (config,) = load_points(record, overrides)
@@ -48,18 +60,41 @@ def reproduce(
             )
         if Recorder(results, config).run_dir.resolve() == run_dir.resolve():
             raise InputError(f"--results {results}: the record's own folder; allowed: another one")
+        return seed_interval(run_dir)
 
-    together(job, check)
+    interval = together(job, check)
     run_all(record, results, overrides, job)
     (config,) = load_points(record, overrides)
-    verdict = compare(run_dir, Recorder(results, config).run_dir, within_points)
+    verdict = compare(run_dir, Recorder(results, config).run_dir, within_points, interval)
     console = Console(quiet=job.world_rank != 0, highlight=False, markup=False)
     for line in verdict.lines:
         console.print(line, soft_wrap=True)
     return verdict.reproduced
 
 
-def compare(record: Path, again: Path, within_points: float) -> Verdict:
+def seed_interval(run_dir: Path) -> SeedInterval | None:
+    """Of the finished runs beside this one that differ from it in the seed alone, and itself.
+
+    None if there is no other. Raises InputError where a record in that folder can not be read.
+    """
+    try:
+        campaign = load_campaign(run_dir.resolve().parent)
+    except AnalysisError as error:
+        raise InputError(str(error)) from None
+    runs = campaign.runs.set_index("run_id")
+    own = runs.loc[_read(run_dir)["run_id"], SERIES]
+    seeds = runs[(runs[SERIES] == own).all(axis=1)].index
+    evaluated = campaign.rounds.dropna(subset=["accuracy"]).groupby("run_id")["accuracy"]
+    accuracies = 100 * evaluated.last()[seeds]
+    if len(accuracies) < 2:
+        return None
+    low, high = spread.interval(accuracies)
+    return SeedInterval(low=low, high=high, num_seeds=len(accuracies))
+
+
+def compare(
+    record: Path, again: Path, within_points: float, interval: SeedInterval | None
+) -> Verdict:
     """Two finished runs of one config: their bits round by round, and their last accuracy."""
     theirs, ours = _rounds(record), _rounds(again)
     pairs = list(zip(theirs, ours, strict=True))
@@ -74,6 +109,13 @@ def compare(record: Path, again: Path, within_points: float) -> Verdict:
         f"last accuracy {new:.2f} %, the record's {old:.2f} %: {new - old:+.2f} points, "
         f"{'within' if reproduced else 'outside'} the {within_points:g} that are allowed"
     )
+    if interval:
+        inside = interval.low <= new <= interval.high
+        reproduced = reproduced or inside
+        lines.append(
+            f"{'inside' if inside else 'outside'} the 95 % interval of the record's "
+            f"{interval.num_seeds} seeds, {interval.low:.2f} to {interval.high:.2f} %"
+        )
     return Verdict(lines=lines, reproduced=reproduced)
 
 

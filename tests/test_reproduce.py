@@ -57,6 +57,27 @@ def test_other_bits_are_judged_by_the_accuracy(record: Path) -> None:
     assert again(record, "--within-points", "3.5").code == 0
 
 
+def test_other_bits_may_lie_in_the_interval_over_seeds(record: Path) -> None:
+    """Of the runs beside the record that differ in the seed alone."""
+    accuracy = rounds_of(record)[-1]["accuracy"]
+    for seed, change_by in ((1, -0.04), (2, -0.08)):
+        other = Path(shutil.copytree(record, record.with_name(f"seed{seed}")))
+        run = json.loads((other / "run.json").read_text())
+        run |= {"run_id": other.name, "config": run["config"] | {"seed": seed}}
+        (other / "run.json").write_text(json.dumps(run))
+        change(other, 5, accuracy=accuracy + change_by)
+    change(record, 5, accuracy=accuracy - 0.03, state_digest="0")
+    low, high = 100 * accuracy - 8, 100 * accuracy - 3  # the new run, at accuracy, is above it
+    done = again(record)
+    assert done.code == 1
+    assert f"outside the 95 % interval of the record's 3 seeds, {low:.2f} to {high:.2f}" in done.out
+    change(record.with_name("seed1"), 5, accuracy=accuracy + 0.01)
+    done = again(record)
+    assert done.code == 0
+    assert "outside the 2 that are allowed" in done.out
+    assert "inside the 95 % interval of the record's 3 seeds" in done.out
+
+
 def test_what_is_refused(record: Path) -> None:
     same = fedara_here("reproduce", record, "--results", record.parent)
     assert same.code == 2

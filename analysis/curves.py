@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from pandas.api.types import is_integer_dtype
 
 from analysis import caption, spread, style
-from analysis.load import PANEL, SERIES, AnalysisError, Campaign, by_series, panels
+from analysis.load import PANEL, SERIES, AnalysisError, Campaign, by_series, is_panel, panels
 
 _MAX_COLUMNS = 3
 _PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
@@ -178,7 +178,3 @@ def _spans_decades(frame: pd.DataFrame, x: str) -> bool:
 
 def _panels_of(frame: pd.DataFrame) -> set[tuple[str, str]]:
     return set(frame[PANEL].itertuples(index=False, name=None))
-
-
-def is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
-    return (frame["dataset"] == panel[0]) & (frame["partition"] == panel[1])

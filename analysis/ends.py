@@ -2,8 +2,15 @@
 
 import pandas as pd
 
-from analysis.curves import is_panel
-from analysis.load import SERIES, Campaign, known_energy, modelled_devices, panels, series_name
+from analysis.load import (
+    SERIES,
+    Campaign,
+    is_panel,
+    known_energy,
+    modelled_devices,
+    panels,
+    series_name,
+)
 
 LATE = 3  # evaluations: where few unlike clients are averaged, one of them is far off by chance
 _OF_LAST_EVALUATION = [
@@ -46,7 +53,7 @@ def ends(campaign: Campaign) -> pd.DataFrame:
     for name, column in _CONDITIONS.items():
         frame[name] = campaign.runs.set_index("run_id").get(column, float("nan"))
     parts = campaign.runs.set_index("run_id").reindex(columns=_PARTS)
-    frame["is_ablation"] = (parts == False).any(axis=1)  # noqa: E712 (of the other methods: missing)
+    frame["is_ablation"] = parts.eq(False).any(axis=1)
     evaluations = rounds.dropna(subset=["accuracy"]).groupby("run_id")
     late = evaluations.tail(LATE).groupby("run_id")["accuracy"]
     frame["late_accuracy_percent"] = 100 * late.mean()[late.size() == LATE]

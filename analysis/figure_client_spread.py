@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import caption, style
-from analysis.curves import is_panel, label_inches
+from analysis.curves import label_inches
 from analysis.ends import ends
-from analysis.load import SERIES, Campaign, NotDrawn, panels, series_name
+from analysis.load import SERIES, Campaign, NotDrawn, is_panel, panels, series_name
 
 NAME = "client_spread"
 _SPANS_INCHES = 4.2

@@ -7,8 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import caption, style
-from analysis.curves import is_panel
-from analysis.load import SERIES, Campaign, NotDrawn, by_series, panels, series_name
+from analysis.load import SERIES, Campaign, NotDrawn, by_series, is_panel, panels, series_name
 
 NAME = "live_triplets"
 _MAX_LABELS = 48

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import caption, caveats, spread, style
-from analysis.curves import add_legend, draw_lines, is_panel, seeds_text
-from analysis.load import PANEL, SERIES, Campaign, NotDrawn, known_energy, panels
+from analysis.curves import add_legend, draw_lines, seeds_text
+from analysis.load import PANEL, SERIES, Campaign, NotDrawn, is_panel, known_energy, panels
 
 NAME = "local_train"
 _METHODS = ["fedara", "lora"]

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 
 from analysis import caption, spread, style
-from analysis.curves import add_legend, columns_of, grid, is_panel, seeds_text, series_label
+from analysis.curves import add_legend, columns_of, grid, seeds_text, series_label
 from analysis.ends import ends
-from analysis.load import PANEL, SERIES, Campaign, NotDrawn, panels
+from analysis.load import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels
 
 NAME = "pareto"
 

@@ -7,8 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import caption, style
-from analysis.curves import is_panel
-from analysis.load import PANEL, Campaign, NotDrawn, panels
+from analysis.load import PANEL, Campaign, NotDrawn, is_panel, panels
 
 NAME = "partition"
 _COLUMNS = 2

@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import caption, caveats, style
-from analysis.curves import is_panel, label_inches
-from analysis.load import SERIES, Campaign, NotDrawn, panels, series_name
+from analysis.curves import label_inches
+from analysis.load import SERIES, Campaign, NotDrawn, is_panel, panels, series_name
 
 NAME = "phases"
 # In the order of a round; colours from dark to light and hatches, so that they differ in grey.

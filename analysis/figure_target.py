@@ -7,8 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import caption, caveats, spread, style
-from analysis.curves import is_panel, label_inches
-from analysis.load import PANEL, SERIES, Campaign, NotDrawn, panels, series_name
+from analysis.curves import label_inches
+from analysis.load import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels, series_name
 from analysis.target import PART_OF_LORA, costs_to_target
 
 NAME = "target"

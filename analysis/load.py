@@ -179,6 +179,11 @@ def panels(campaign: Campaign) -> list[tuple[str, str]]:
     return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
 
 
+def is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
+    """Which rows are of this data set and partition."""
+    return (frame["dataset"] == panel[0]) & (frame["partition"] == panel[1])
+
+
 def by_series(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(method, setting, its rows), of rows of one panel."""
     for (method, setting), group in frame.groupby(["method", "setting"]):

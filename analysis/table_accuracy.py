@@ -3,9 +3,8 @@
 import pandas as pd
 
 from analysis import spread
-from analysis.curves import is_panel
 from analysis.ends import LATE, ends, in_panels, mean_of_all, series_cells
-from analysis.load import SERIES, Campaign
+from analysis.load import SERIES, Campaign, is_panel
 from analysis.provenance import joined
 from analysis.tables import Table, number
 

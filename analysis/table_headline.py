@@ -6,13 +6,13 @@ from typing import Any
 import pandas as pd
 
 from analysis import caveats
-from analysis.curves import is_panel
 from analysis.ends import LATE, ends, mean_of_all
 from analysis.load import (
     PANEL,
     Campaign,
     NotDrawn,
     energy_kind,
+    is_panel,
     known_energy,
     modelled_devices,
     panels,

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from analysis import spread
+from analysis.ends import ends
 from analysis.load import SERIES, AnalysisError, load_campaign
 from bench.plan import load_points
 from bench.record import Recorder
@@ -78,14 +79,11 @@ def seed_interval(run_dir: Path) -> SeedInterval | None:
     None if there is no other. Raises InputError where a record in that folder can not be read.
     """
     try:
-        campaign = load_campaign(run_dir.resolve().parent)
+        runs = ends(load_campaign(run_dir.resolve().parent)).set_index("run_id")
     except AnalysisError as error:
         raise InputError(str(error)) from None
-    runs = campaign.runs.set_index("run_id")
     own = runs.loc[_read(run_dir)["run_id"], SERIES]
-    seeds = runs[(runs[SERIES] == own).all(axis=1)].index
-    evaluated = campaign.rounds.dropna(subset=["accuracy"]).groupby("run_id")["accuracy"]
-    accuracies = 100 * evaluated.last()[seeds]
+    accuracies = runs[(runs[SERIES] == own).all(axis=1)]["accuracy_percent"]
     if len(accuracies) < 2:
         return None
     low, high = spread.interval(accuracies)

@@ -232,8 +232,14 @@ def test_nothing_outlives_an_interrupted_sweep(
         return ""
 
     monkeypatch.setattr(sweep, "_title", interrupt)
-    with (tmp_path / "out").open("w") as out, pytest.raises(raised):
-        sweep.run_sweep(make_plan(TINY, tmp_path, []), 2, 1, Console(file=out))
+    plan = make_plan(TINY, tmp_path, [])
+    # As in a terminal: a shell's background job, such as `make test &`, starts with ^C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with (tmp_path / "out").open("w") as out, pytest.raises(raised):
+            sweep.run_sweep(plan, 2, 1, Console(file=out))
+    finally:
+        signal.signal(signal.SIGINT, before)
     (run,) = started
     assert run.process.returncode is not None
 

@@ -26,6 +26,7 @@ from analysis import (
 )
 from analysis.__main__ import Records, report
 from analysis.load import Campaign, NotDrawn, load_campaign
+from analysis.target import costs_to_target
 
 
 def test_fedara_report_imports_neither_torch_nor_mpi(tmp_path: Path) -> None:
@@ -78,6 +79,21 @@ def test_costs_to_target(campaign: Campaign) -> None:
     assert (fedara["num_reached"], fedara["num_runs"]) == (3, 3)
     assert fedara["uplink_bytes_ratio"] == pytest.approx(1800 / 3000)
     assert fedara["seconds_ratio"] == pytest.approx(1.0)
+
+
+def test_each_seed_has_a_target_of_its_own(campaign: Campaign, tmp_path: Path) -> None:
+    # Seed 0 is 40 points harder for all: 0.95 * 30 = 28.5 %. Seed 3 has no run of lora.
+    write_record(tmp_path, "fedara", 3)
+    for path in tmp_path.glob("*-seed0-*/rounds.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row |= {"accuracy": row["accuracy"] - 0.4} if "accuracy" in row else {}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paid = costs_to_target(load_campaign(tmp_path)).set_index(["method", "seed"])
+    assert set(paid.loc["fedara"].index) == {0, 1, 2}
+    assert paid.loc[("fedara", 0), "target_accuracy_percent"] == pytest.approx(28.5)
+    assert paid.loc[("fedara", 1), "target_accuracy_percent"] == pytest.approx(68.4)
+    assert paid["uplink_bytes"].drop("head_only").notna().all()
 
 
 def test_pareto_front(campaign: Campaign) -> None:

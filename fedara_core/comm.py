@@ -5,6 +5,7 @@ A launcher is recognised by what it puts into the environment; nothing is import
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ KINDS = ("auto", "serial", "mpi", "mpi-node", "torch")
 MAX_COUNT = (1 << 31) - 1  # what one call of an MPI-3 library can count
 _KEPT = 1 << 28  # a larger buffer than this is not kept for the next call
 _PIECE = 1 << 28  # bytes broadcast at a time
+_FORWARD_SECONDS = 0.5  # what a launcher gets to forward the last words of a process that aborts
 _HOST_PROCESSES = "FEDARA_HOST_PROCESSES"  # a test's hosts: so many consecutive processes share one
 
 # Number of processes as each launcher tells it. A batch script's own step has no launcher.
@@ -250,6 +252,9 @@ class MpiCommunicator(Communicator):
         self._comm.Barrier()
 
     def abort(self) -> NoReturn:
+        # The launcher reads output and aborts from separate descriptors: on a busy machine mpiexec
+        # was seen to end at the abort with the traceback unread.
+        time.sleep(_FORWARD_SECONDS)
         self._comm.Abort(1)
         os._exit(1)
 

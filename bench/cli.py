@@ -265,7 +265,9 @@ def doctor() -> None:
 
 @micro.command()
 def overhead(
-    repeats: Annotated[int, typer.Option(help="Pairs of rounds; the median ratio counts.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Pairs of rounds; the median ratio counts.")
+    ] = 5,
     model: Annotated[str, typer.Option(help="The model to train.")] = "minilm",
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 64,
 ) -> None:

@@ -79,6 +79,15 @@ class AdapterSection(_Section):
     client_lora_ranks: list[ClientLoraRank] = []
 
     @model_validator(mode="after")
+    def _targets_some(self) -> "AdapterSection":
+        if not self.targets:
+            raise ValueError(
+                f"targets = {self.targets!r} adapts nothing, which is method.name = 'head_only'; "
+                "allowed: all-linear, or names of layers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _client_lora_ranks_fit(self) -> "AdapterSection":
         for entry in self.client_lora_ranks:
             if entry.lora_rank > self.lora_rank:
@@ -117,7 +126,7 @@ class DatasetConfig(_Section):
 
 class PartitionConfig(_Section):
     scheme: Literal["iid", "dirichlet", "shards", "quantity"] = "dirichlet"
-    alpha: float = Field(0.1, gt=0)
+    alpha: float = Field(0.1, gt=0, le=1e6)
     labels_per_client: int = Field(2, ge=1)
     min_examples: int = Field(1, ge=1)
 
@@ -186,7 +195,7 @@ class TrainConfig(_Section):
     max_grad_norm: Annotated[_Positive | None, BeforeValidator(_none)] = 1.0
     local_steps: int | None = Field(None, ge=1)
     local_epochs: int | None = Field(None, ge=1)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=1 << 20)
     precision: Literal["fp32", "bf16"] = "fp32"
 
     @model_validator(mode="after")
@@ -224,7 +233,7 @@ class EvaluateConfig(_Section):
     every: int = Field(1, ge=1)
     split: Literal["test", "validation"] = "test"
     eval_examples: int | None = Field(None, ge=1)
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=1 << 20)
 
 
 class SystemConfig(_Section):
@@ -240,8 +249,10 @@ class SystemConfig(_Section):
 
     @model_validator(mode="after")
     def _threads_positive(self) -> "SystemConfig":
-        if self.threads != "auto" and self.threads < 1:
-            raise ValueError(f"threads = {self.threads} is not allowed; allowed: auto, or 1 and up")
+        if self.threads != "auto" and not 1 <= self.threads <= 4096:
+            raise ValueError(
+                f"threads = {self.threads} is not allowed; allowed: auto, or 1 to 4096"
+            )
         return self
 
 
@@ -306,6 +317,12 @@ class RunConfig(_Section):
             raise ValueError(
                 f"codec.down = {self.codec.down!r}: what method.name = {self.method.name!r} sends "
                 "down is not what trains, or differs by client; allowed: fp32"
+            )
+        if self.codec.error_feedback and not method.steady_rows:
+            raise ValueError(
+                f"codec.error_feedback = true: method.name = {self.method.name!r} uploads other "
+                "rows or another basis from round to round, and errors are of the last one; "
+                "allowed: false"
             )
         return self
 
@@ -400,7 +417,28 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
             for key, value in [*zip(grid, values, strict=True), *chosen]:
                 merged = _merge(merged, _nested(key, value))
             runs.append(parse_run(merged))
-    return list({run.run_id: run for run in runs}.values())
+    chosen_runs: dict[str, RunConfig] = {}
+    for run in runs:
+        first = chosen_runs.setdefault(run.run_id, run)
+        if first != run:
+            raise InputError(
+                f"sweep: two points differ only in {_unlike(first, run)}, which names no run of "
+                "its own; allowed: one of its values, and another --results for each further one"
+            )
+    return list(chosen_runs.values())
+
+
+def _unlike(first: RunConfig, second: RunConfig) -> str:
+    """The keys in which two configs differ."""
+    one, other = first.model_dump(), second.model_dump()
+    keys = [
+        f"{section}.{key}"
+        for section, settings in one.items()
+        if isinstance(settings, dict)
+        for key in settings
+        if settings[key] != other[section].get(key)
+    ]
+    return ", ".join(keys)
 
 
 def load_record(path: Path, overrides: list[str]) -> RunConfig:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench import checkpoint
 from bench.config import RunConfig, parse_run
 from bench.models import MeanPooled, save_tokenizer
-from bench.rounds import build, identity
+from bench.rounds import build, identity, without_residual
 from fedara_core.adapters import Adapter, named_adapters
 from fedara_core.errors import InputError
 from fedara_core.method import Client, ServerState, whole_parameters
@@ -101,7 +101,8 @@ def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
         )
     client = None
     if client_id is not None:
-        client = Client(client_id=client_id, num_examples=0, model=model, kept=kept[client_id])
+        own = without_residual(kept[client_id])
+        client = Client(client_id=client_id, num_examples=0, model=model, kept=own)
     method.download(model, state, client)
     return Trained(config=config, model=model.eval(), state=state, labels=run["labels"])
 

@@ -52,7 +52,12 @@ def reproduce(
     def check() -> SeedInterval | None:
         if not (run_dir / "DONE").exists():
             raise InputError(f"{run_dir}: no finished record (run.json and DONE)")
-        (config,) = load_points(record, overrides)
+        (config,), (own,) = load_points(record, overrides), load_points(record, [])
+        if config.deciding() != own.deciding():
+            raise InputError(
+                f"--set {' '.join(overrides)}: another run than the record's; allowed: what "
+                "changes no result, such as dataset.name=file:DIR for where its data lie"
+            )
         wanted, found = _read(run_dir)["dataset_digest"], load_texts(config.dataset).digest
         if wanted != found:
             raise InputError(

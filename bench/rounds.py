@@ -554,8 +554,13 @@ def _client(job: Job, client_id: int) -> Client:
         client_id=client_id,
         num_examples=len(job.shards[client_id]),
         model=job.model,
-        kept={n: t for n, t in job.kept.get(client_id, {}).items() if n != _RESIDUAL},
+        kept=without_residual(job.kept.get(client_id, {})),
     )
+
+
+def without_residual(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a client keeps for its method: all but what its codec left out."""
+    return {name: tensor for name, tensor in kept.items() if name != _RESIDUAL}
 
 
 def client_batches(job: Job, round_index: int, client_id: int) -> Iterator[Batch]:
@@ -723,7 +728,8 @@ def _resume_or_start(
         return found.data
 
     data = communicator.broadcast(together(communicator, read))
-    state, kept = checkpoint.restore(job.state, data, belongs_to)
+    # Together: hosts may differ in their data, and one that gave up alone would hang the others.
+    state, kept = together(communicator, lambda: checkpoint.restore(job.state, data, belongs_to))
     job.kept.clear()
     for client_id, tensors in kept.items():
         if _home(client_id, communicator.world_size) == communicator.world_rank:

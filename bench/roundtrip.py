@@ -8,7 +8,7 @@ bytes.
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
             for seconds in own.values():
                 seconds.clear()
             measured.clear()
-    packed = torch.zeros(_packed_bytes(job, communicator), dtype=torch.uint8)
+    packed = torch.zeros(_packed_bytes(job, row, communicator), dtype=torch.uint8)
     bare_call = bare_allgather(packed, communicator)
     if bare_call is not None:
         _timed(bare_call, communicator)
@@ -203,11 +203,10 @@ def _timed(call: Any, communicator: Communicator) -> float:
     return time.perf_counter() - start
 
 
-def _packed_bytes(job: Job, communicator: Communicator) -> int:
-    """Bytes of the messages of the process with most clients, values alone."""
+def _packed_bytes(job: Job, row: Mapping[str, Any], communicator: Communicator) -> int:
+    """Bytes of the messages of the process with most clients, by a round's mean message."""
     placed = place(job, range(len(job.shards)), communicator.world_size)
-    num_values = len(job.method.reference(job.state))
-    return 4 * num_values * max(map(len, placed))
+    return round(row["uplink_bytes"] / len(job.shards) * max(map(len, placed)))
 
 
 def _parameters(job: Job) -> list[Tensor]:

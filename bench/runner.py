@@ -49,7 +49,10 @@ def run_all(
                 raise Interrupted(f"interrupted by {signal_name}; start again to go on")
             recorder = Recorder(results, config)
             try:
-                with _alone(recorder, communicator, console):
+                with _alone(recorder, communicator, console) as done:
+                    if done:  # by the job that had the folder until now
+                        console.print(f"{title}: finished meanwhile, skipped")
+                        continue
                     _run_point(title, config, communicator, recorder, console, energies, asked)
             except Diverged as error:  # the same on every process; the other points still run
                 console.print(f"{title}: {error}", soft_wrap=True)
@@ -91,8 +94,9 @@ def _run_point(
 
 
 @contextmanager
-def _alone(recorder: Recorder, communicator: Communicator, console: Console) -> Iterator[None]:
-    """Hold the run's folder: world_rank 0 for all. InputError where another job does."""
+def _alone(recorder: Recorder, communicator: Communicator, console: Console) -> Iterator[bool]:
+    """Hold the run's folder: world_rank 0 for all; gives whether the run is done by now. InputError
+    where another job holds it."""
     with ExitStack() as stack:
 
         def lock() -> None:
@@ -108,7 +112,7 @@ def _alone(recorder: Recorder, communicator: Communicator, console: Console) -> 
                 console.print(taken_over, soft_wrap=True)
 
         together(communicator, lock)
-        yield
+        yield communicator.broadcast(b"\1" if recorder.done else b"\0") == b"\1"
 
 
 class _Energies:

@@ -175,7 +175,8 @@ class Method:
     own. uses_client_lora_ranks: the method has a use for clients of unequal lora_rank.
     needs_factors: `aggregate` uses each client's values, not only their weighted mean. own_rows:
     clients choose or are dealt the rows that they upload. sends_trained: a server sends what trains
-    (not, say, factors of a change of W0), so that it can be coded.
+    (not, say, factors of a change of W0), so that it can be coded. steady_rows: a place in one
+    round's upload is the same place in the last one's, so that an error can be fed back.
     """
 
     stateful: ClassVar[bool] = False
@@ -183,6 +184,7 @@ class Method:
     needs_factors: ClassVar[bool] = False
     own_rows: ClassVar[bool] = False
     sends_trained: ClassVar[bool] = True
+    steady_rows: ClassVar[bool] = True
 
     def init(
         self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int

@@ -176,6 +176,7 @@ def test_a_default_or_whole_number_written_out_is_the_same_run() -> None:
     ("sweep", "words"),
     [
         ("[sweep]\nseed = 3", ["sweep.seed", "3", "list"]),
+        ('[sweep]\n"system.threads" = [1, 2]', ["differ only in system.threads", "--results"]),
         ("[sweep]\nseed = []", ["sweep.seed", "[]", "list"]),
         ("[sweep]\nmethod.name = ['lora']", ["sweep.method", "list"]),  # the key needs quotes
         ("[sweep]\nsede = [1]", ["unknown key sede", "seed"]),

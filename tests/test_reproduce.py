@@ -82,6 +82,9 @@ def test_what_is_refused(record: Path) -> None:
     same = fedara_here("reproduce", record, "--results", record.parent)
     assert same.code == 2
     assert "the record's own folder" in same.err
+    longer = again(record, "--set", "federation.num_rounds=5")
+    assert longer.code == 2
+    assert "another run than the record's" in longer.err
     run = json.loads((record / "run.json").read_text())
     (record / "run.json").write_text(json.dumps(run | {"dataset_digest": "0123"}))
     other = again(record)

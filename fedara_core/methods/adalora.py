@@ -60,6 +60,7 @@ class AdaLora(Method):
 
     needs_factors: ClassVar[bool] = True
     own_rows: ClassVar[bool] = True
+    steady_rows: ClassVar[bool] = False
 
     final_budget: float = 2 / 3
     warmup_fraction: float = 0.1

@@ -50,6 +50,7 @@ class FedAraExact(Method):
     """
 
     needs_factors: ClassVar[bool] = True
+    steady_rows: ClassVar[bool] = False
 
     final_budget: float = 0.25
     warmup_fraction: float = 0.1

@@ -15,6 +15,7 @@ Deviation: how S is shared between A and B, and where scale enters, could not be
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ from fedara_core.wire import message_bytes
 @dataclass(frozen=True, kw_only=True)
 class FeDeRA(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
+
+    sends_trained: ClassVar[bool] = False  # A0 and B0 go down, too, uncoded
 
     def init(
         self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int

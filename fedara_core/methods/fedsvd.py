@@ -15,6 +15,7 @@ Deviation: A's random draw is orthonormal too (the authors' code starts from LoR
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ from fedara_core.wire import Upload
 @dataclass(frozen=True, kw_only=True)
 class FedSvd(Method):
     """No hyperparameters of its own: the SVD runs after every round, the authors' default."""
+
+    steady_rows: ClassVar[bool] = False  # the basis is another after each SVD
 
     def init(
         self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int

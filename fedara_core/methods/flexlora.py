@@ -42,6 +42,7 @@ class FlexLora(Method):
     uses_client_lora_ranks: ClassVar[bool] = True
     needs_factors: ClassVar[bool] = True
     own_rows: ClassVar[bool] = True
+    steady_rows: ClassVar[bool] = False
 
     def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
         if client is not None:

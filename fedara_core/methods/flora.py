@@ -45,6 +45,7 @@ class FLora(Method):
     uses_client_lora_ranks: ClassVar[bool] = True
     needs_factors: ClassVar[bool] = True
     own_rows: ClassVar[bool] = True
+    steady_rows: ClassVar[bool] = False
 
     def init(
         self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int

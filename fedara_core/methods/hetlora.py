@@ -42,6 +42,8 @@ from fedara_core.method import (
 )
 from fedara_core.wire import Upload
 
+_TINY = 1e-150  # weighs nothing beside any other norm
+
 
 @dataclass(frozen=True, kw_only=True)
 class HetLora(Method):
@@ -100,7 +102,8 @@ class HetLora(Method):
             rank_masks = first_rows(state.rank_masks, sent)
             trained, _, _ = split_values(upload.values, state, form, rank_masks=rank_masks)
             own = {name: rows[:sent].double() for name, rows in trained.items()}
-            norm = product_norm(own, state.adapter)
+            # Nobody has learned anything where all are zero: then they count alike.
+            norm = product_norm(own, state.adapter) or _TINY
             total += norm
             for name, rows in own.items():
                 sums[name][:sent] += norm * rows  # further down this client adds zeros

@@ -58,6 +58,7 @@ class LoraA2(Method):
     uses_client_lora_ranks: ClassVar[bool] = True
     needs_factors: ClassVar[bool] = True
     own_rows: ClassVar[bool] = True
+    steady_rows: ClassVar[bool] = False
 
     budget: float = 0.5
     probe_steps: int = 2

@@ -31,6 +31,7 @@ class RoLora(Method):
     """No hyperparameters of its own."""
 
     sends_trained: ClassVar[bool] = False
+    steady_rows: ClassVar[bool] = False
 
     def form(self, state: ServerState) -> LowRank:
         resting = "B" if state.round_index % 2 else "A"

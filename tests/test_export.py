@@ -124,6 +124,18 @@ def test_an_exported_run_has_the_same_logits(
         assert not torch.allclose(untrained.eval()(**tokens()), expected, atol=1e-2)
 
 
+def test_what_a_codec_left_out_is_no_part_of_a_client(
+    tmp_path: Path, tiny_job: Callable[..., Job], play: Callable[..., list]
+) -> None:
+    words = ("method.name=fedsa_lora", "codec.up=int8", "codec.error_feedback=true")
+    run_dir = finished_run(tmp_path, tiny_job, play, *words)
+    data = load_file(run_dir / "checkpoint.safetensors")
+    clients = [key for key in data if key.endswith("codec_residual")]
+    assert clients
+    client_id = int(clients[0].split("/")[0].split("-")[1])
+    assert load_trained(run_dir, client_id).config.method.name == "fedsa_lora"
+
+
 def test_a_pruned_run_has_a_rank_pattern(
     tmp_path: Path, tiny_job: Callable[..., Job], play: Callable[..., list]
 ) -> None:

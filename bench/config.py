@@ -349,11 +349,16 @@ class RunConfig(_Section):
         # Of the decimal as written: 10 x 1.1 is 11, and a little more in binary.
         return math.ceil(self.federation.cohort * Fraction(str(self.clients.over_selection)))
 
-    def canonical(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Every setting with its default filled in, the method's hyperparameters included."""
         hyperparameters = dataclasses.asdict(make_method(self.method))
         settings = self.model_dump(mode="json")
         settings["method"] = {"name": self.method.name, **hyperparameters}
+        return settings
+
+    def canonical(self) -> dict[str, Any]:
+        """The settings without where files lie on this machine."""
+        settings = self.settings()
         # Where a folder lies is no setting (the record holds the data's digest); its name is.
         if self.dataset.name.startswith("file:"):
             settings["dataset"]["name"] = f"file:{self.dataset.short_name}"
@@ -420,7 +425,7 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
     chosen_runs: dict[str, RunConfig] = {}
     for run in runs:
         first = chosen_runs.setdefault(run.run_id, run)
-        if first != run:
+        if first.settings() != run.settings():
             raise InputError(
                 f"sweep: two points differ only in {_unlike(first, run)}, which names no run of "
                 "its own; allowed: one of its values, and another --results for each further one"
@@ -429,16 +434,15 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
 
 
 def _unlike(first: RunConfig, second: RunConfig) -> str:
-    """The keys in which two configs differ."""
-    one, other = first.model_dump(), second.model_dump()
+    """The keys in which two configs of one run_id differ."""
+    one, other = first.settings(), second.settings()
     keys = [
         f"{section}.{key}"
-        for section, settings in one.items()
-        if isinstance(settings, dict)
-        for key in settings
-        if settings[key] != other[section].get(key)
+        for section in one.keys() - {"seed"}
+        for key in one[section]
+        if one[section][key] != other[section][key]
     ]
-    return ", ".join(keys)
+    return ", ".join(sorted(keys))
 
 
 def load_record(path: Path, overrides: list[str]) -> RunConfig:

@@ -136,6 +136,8 @@ def test_sweep_is_points_times_grid_in_the_order_written(tmp_path: Path) -> None
 def test_equal_points_are_run_once(tmp_path: Path) -> None:
     path = write(tmp_path, "[sweep]\nseed = [3, 4, 3]\npoints = [{}, { seed = 4 }, {}]\n")
     assert [config.seed for config in load_runs(path, [])] == [3, 4]
+    path = write(tmp_path, "[sweep]\npoints = [{}, { method.final_budget = 0.25 }]\n")
+    assert len(load_runs(path, [])) == 1  # the second writes its default out
 
 
 def test_set_fixes_a_swept_key(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from bench.meter import PHASES, Measured, Meter
 from bench.micro_collectives import bare_allgather
 from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
 from bench.rounds import Job, advance, place
-from bench.runner import set_threads
+from bench.runner import keep_freed_memory, set_threads
 from fedara_core.codec import CODECS
 from fedara_core.comm import Communicator
 from fedara_core.errors import InputError
@@ -77,6 +77,7 @@ def parse_settings(
 def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
     set_threads(1, communicator)
+    keep_freed_memory()
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     record = MicroRecord(BENCHMARK, settings, results, communicator, {})
     for row in _rows(settings, communicator):

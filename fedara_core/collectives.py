@@ -34,7 +34,7 @@ from fedara_core.codec import decode_rows, encode_rows, message_widths, row_byte
 from fedara_core.comm import Communicator
 from fedara_core.paths import PATHS
 from fedara_core.seeds import generator
-from fedara_core.wire import Upload, add_reference, pack, unpack
+from fedara_core.wire import Upload, add_reference, message_bytes, pack, unpack
 
 BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
 _SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
@@ -164,9 +164,9 @@ class RunningMean:
         mean = self._total.result(sum(head.num_examples for head in self._heads)).values
         if self._heads[0].codec != "fp32":
             mean = add_reference(mean, self._reference)
-        uploads = [replace(head, values=mean) for head in self._heads]
-        num_bytes = sum(upload.num_bytes for upload in uploads)
-        return [replace(u, codec="fp32", payload=None) for u in uploads], num_bytes
+        heads = self._heads
+        num_bytes = sum(message_bytes(len(mean), len(h.bits), h.codec) for h in heads)
+        return [replace(h, values=mean, codec="fp32", payload=None) for h in heads], num_bytes
 
 
 class _RunningSum:
@@ -243,11 +243,12 @@ class _RunningSum:
         live: slice | Tensor = slice(None)
         if not union[first:last].all():
             live = union[first:last].repeat_interleave(widths[first:last])
+        mean = self._total.div_(divisor).float()
         if self._path == "dense":
-            return self._communicator.allreduce(self._total.div_(divisor).float())[live]
-        values = self._total.div_(divisor)[live].float()
+            self._communicator.allreduce(mean)
+        values = mean[live]
         if self._path == "allreduce":
-            values = self._communicator.allreduce(values)
+            self._communicator.allreduce(values)
         elif self._path == "split":
             widths = torch.where(union, widths, 0)
             counts = [4 * int(widths[a:b].sum()) for a, b in pairwise(self._cuts)]

@@ -77,9 +77,9 @@ class Communicator:
         """
         return buffers
 
-    def allreduce(self, values: Tensor) -> Tensor:
-        """Sum over processes of a float32 tensor of equal shape everywhere. Order is not fixed."""
-        return values
+    def allreduce(self, values: Tensor) -> None:
+        """Make a float32 vector (n,), as long everywhere, its sum over processes. Order is not
+        fixed."""
 
     def barrier(self) -> None:
         """Return once every process is here."""
@@ -236,14 +236,10 @@ class MpiCommunicator(Communicator):
         self._count(sent + size_bytes, sizes + size_bytes)
         return list(torch.split(received, sizes.tolist()))
 
-    def allreduce(self, values: Tensor) -> Tensor:
-        result = torch.empty_like(values)
-        mine = values.contiguous()
-        for first in range(0, values.numel(), MAX_COUNT):
-            last = first + MAX_COUNT
-            self._comm.Allreduce(mine[first:last].numpy(), result[first:last].numpy())
+    def allreduce(self, values: Tensor) -> None:
+        for piece in torch.split(values, MAX_COUNT):
+            self._comm.Allreduce(self._mpi.IN_PLACE, piece.numpy())
         self._count_allreduce(values.numel() * values.element_size())
-        return result
 
     def _broadcast_piece(self, piece: np.ndarray) -> None:
         self._comm.Bcast([piece, self._mpi.BYTE], root=0)
@@ -413,11 +409,11 @@ class TorchCommunicator(Communicator):
         self._count(sent + size_bytes, sizes + size_bytes)
         return list(torch.split(received.cpu(), sizes.tolist()))
 
-    def allreduce(self, values: Tensor) -> Tensor:
-        result = values.to(self._device, copy=True)
-        self._dist.all_reduce(result)
+    def allreduce(self, values: Tensor) -> None:
+        there = values.to(self._device)
+        self._dist.all_reduce(there)
         self._count_allreduce(values.numel() * values.element_size())
-        return result.cpu()
+        values.copy_(there)
 
     def _broadcast_piece(self, piece: np.ndarray) -> None:
         buffer = torch.from_numpy(piece).to(self._device)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,7 +66,8 @@ class ServerState:
     @cached_property
     def live_triplets(self) -> dict[str, int]:
         """Number of live triplets by adapter, in name order."""
-        return {name: int(self.rank_masks[name].sum()) for name in sorted(self.rank_masks)}
+        masks = self.rank_masks
+        return {name: int(np.count_nonzero(masks[name].numpy())) for name in sorted(masks)}
 
     @property
     def num_triplets(self) -> int:
@@ -437,7 +439,8 @@ def split_values(
     rank_masks = state.rank_masks if rank_masks is None else rank_masks
     rows: Rows = {}
     for name, old in sorted(state.rows.items()):
-        mask, num_live = rank_masks[name], int(rank_masks[name].sum())
+        mask = rank_masks[name]
+        num_live = int(np.count_nonzero(mask.numpy()))
         sent = columns(form, state.adapter.shapes[name], parts)
         if num_live == len(mask) and len(sent) == old.shape[1]:
             rows[name] = take(*old.shape).clone()  # all of it is new

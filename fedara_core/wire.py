@@ -6,6 +6,7 @@ values (u16 high part, u32 low part), client_id (u32), num_examples (u32), numbe
 train_loss (f32). Messages are concatenated without padding.
 """
 
+import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ class Upload:
     @property
     def is_finite(self) -> bool:
         """Whether all values are numbers; a sum tells it fast, unless finite ones add up to inf."""
-        return bool(self.values.sum().isfinite() or self.values.isfinite().all())
+        return math.isfinite(self.values.sum().item()) or bool(self.values.isfinite().all())
 
     @property
     def coded(self) -> Tensor:

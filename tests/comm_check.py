@@ -127,14 +127,12 @@ def check_known_counts(communicator: Communicator) -> None:
 
 def check_allreduce(communicator: Communicator) -> None:
     world_size = communicator.world_size
-    base = torch.arange(60, dtype=torch.float32).reshape(3, 20)
-    mine = base * (communicator.world_rank + 1)
-    kept = mine.clone()
-    result, traffic = moved(communicator, partial(communicator.allreduce, mine))
-    assert torch.equal(result, base * (world_size * (world_size + 1) // 2))
-    assert torch.equal(mine, kept)
-    # 60 floats; 2 (P-1)/P of 240 bytes: 0, 240, 320, 360.
-    assert traffic == ({1: 0, 2: 240, 3: 320, 4: 360}[world_size],) * 2, traffic
+    base = torch.arange(2400, dtype=torch.float32)
+    values = base * (communicator.world_rank + 1)
+    _, traffic = moved(communicator, partial(communicator.allreduce, values))
+    assert torch.equal(values, base * (world_size * (world_size + 1) // 2))
+    # 2 (P-1)/P of 9600 bytes.
+    assert traffic == ({1: 0, 2: 9600, 3: 12800, 4: 14400}[world_size],) * 2, traffic
 
 
 def check_bytes(communicator: Communicator) -> None:

@@ -158,6 +158,15 @@ def set_threads(wanted: int | str, communicator: Communicator) -> None:
     torch.set_num_threads(min(int(number) for number in everyone))
 
 
+def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) -> int:
+    if isinstance(wanted, int):
+        return wanted
+    for key in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        if environ.get(key, "").isdigit():
+            return max(1, int(environ[key]))
+    return max(1, len(os.sched_getaffinity(0)) // host_size)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to 64 MB of freed memory for the next allocation (mallopt(3)).
 
@@ -171,15 +180,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-
-
-def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) -> int:
-    if isinstance(wanted, int):
-        return wanted
-    for key in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
-        if environ.get(key, "").isdigit():
-            return max(1, int(environ[key]))
-    return max(1, len(os.sched_getaffinity(0)) // host_size)
 
 
 def _pending(

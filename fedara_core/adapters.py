@@ -271,7 +271,6 @@ class Layout:
         self.key = key
         self.fixed = fixed
         self.parameters = [p for adapter in adapters for p in adapter.parts.values()]
-        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.rows: Rows | None = None  # what `sources` are of
         self.rank_masks: Masks | None = None
         self.sources: list[Tensor] = []  # for each parameter
@@ -296,7 +295,8 @@ class Layout:
                 continue
             if not adapter.num_live:  # kept in the model with a row of zeros
                 rows = rows.new_zeros(1, adapter.form.width(adapter.shape))
-            self.sources += adapter.form.split(rows.to(self.device), adapter.shape).values()
+            device = adapter.base.weight.device
+            self.sources += adapter.form.split(rows.to(device), adapter.shape).values()
 
     def copy_in(self) -> None:
         """Give the parameters the values of `sources`, and no gradients."""
@@ -399,7 +399,7 @@ def write_rows(
 
 
 def _live(rows: Tensor, rank_mask: Tensor) -> Tensor:
-    return rows if rank_mask.numpy().all() else rows[rank_mask]
+    return rows if rank_mask.all() else rows[rank_mask]
 
 
 def read_rows(model: nn.Module) -> Rows:

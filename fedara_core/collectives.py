@@ -34,7 +34,7 @@ from fedara_core.codec import decode_rows, encode_rows, message_widths, row_byte
 from fedara_core.comm import Communicator
 from fedara_core.paths import PATHS
 from fedara_core.seeds import generator
-from fedara_core.wire import Upload, add_reference, message_bytes, pack, unpack
+from fedara_core.wire import Upload, add_reference, pack, unpack
 
 BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
 _SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
@@ -164,9 +164,9 @@ class RunningMean:
         mean = self._total.result(sum(head.num_examples for head in self._heads)).values
         if self._heads[0].codec != "fp32":
             mean = add_reference(mean, self._reference)
-        heads = self._heads
-        num_bytes = sum(message_bytes(len(mean), len(h.bits), h.codec) for h in heads)
-        return [replace(h, values=mean, codec="fp32", payload=None) for h in heads], num_bytes
+        uploads = [replace(head, values=mean) for head in self._heads]
+        num_bytes = sum(upload.num_bytes for upload in uploads)
+        return [replace(u, codec="fp32", payload=None) for u in uploads], num_bytes
 
 
 class _RunningSum:

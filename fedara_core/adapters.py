@@ -9,6 +9,7 @@ also hold tensors that are no rows and never train, such as a change of W0 from 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -198,7 +199,7 @@ def inject(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) 
         setattr(model.get_submodule(parent), child, Adapter(name, linear[name]))
     # Walking the modules costs more than a download; a list of pairs is no submodule.
     model.found_adapters = sorted_adapters(model)  # type: ignore[assignment]
-    model.base_parameters = sorted(model.named_parameters())  # type: ignore[assignment]
+    model.base_parameters = dict(sorted(model.named_parameters()))  # type: ignore[assignment]
 
 
 def sorted_adapters(model: nn.Module) -> list[tuple[str, Adapter]]:
@@ -259,22 +260,67 @@ class AdapterConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Neighbours:
+    """Adapters that follow each other, of one shape and with as many live rows each.
+
+    parts, sources: part -> (all their rows, width), in the layout's memory and in its source.
+    """
+
+    place: slice  # among the layout's adapters
+    form: Form
+    shape: Shape
+    parts: Mapping[str, Tensor]
+    sources: Mapping[str, Tensor]
+
+    def chosen(self, parts: tuple[str, ...] | None) -> list[Tensor]:
+        """These parts (by default those that train), in row order."""
+        return [
+            tensor
+            for part, tensor in self.parts.items()
+            if (part not in self.form.frozen if parts is None else part in parts)
+        ]
+
+
 class Layout:
     """The parameters that one `write_rows` made, for the next ones to write into.
 
-    As long as the same adapters have as many live rows of the same form, a download is a copy into
-    the parameters that are there, and an upload a copy out of them.
+    They lie in one piece of memory: as long as the same adapters have as many live rows of the same
+    form, a download is one copy of that piece. In it neighbours lie part by part, so that an upload
+    takes one call for all of them.
     """
 
     def __init__(self, adapters: Sequence[Adapter], key: tuple[object, ...], fixed: Fixed) -> None:
         self.adapters = adapters
         self.key = key
         self.fixed = fixed
-        self.parameters = [p for adapter in adapters for p in adapter.parts.values()]
-        self.rows: Rows | None = None  # what `sources` are of
+        self.rows: Rows | None = None  # what `_source` is of
         self.rank_masks: Masks | None = None
-        self.sources: list[Tensor] = []  # for each parameter
-        self.readers: dict[object, tuple[Tensor, list[Tensor], list[Tensor]]] = {}
+        self._parameters = [p for adapter in adapters for p in adapter.parts.values()]
+        self._chosen: dict[object, tuple[list[list[Tensor]], list[tuple[int, int]]]] = {}
+        device = adapters[0].base.weight.device if adapters else None
+        size = sum(parameter.numel() + _LINE for parameter in self._parameters)
+        self._memory = torch.zeros(size, device=device)
+        self._source = torch.zeros(size, device=device)
+        self._groups: list[_Neighbours] = []
+        start = first = 0
+        for (shape, num_live), alike in groupby(adapters, lambda a: (a.shape, a.num_live)):
+            group = list(alike)
+            parts, sources = {}, {}
+            for part, parameter in group[0].parts.items():
+                num_rows, width = parameter.shape
+                end = start + len(group) * parameter.numel()
+                parts[part] = self._memory[start:end].view(-1, width)
+                sources[part] = self._source[start:end].view(-1, width)
+                for adapter, own in zip(group, torch.split(parts[part], num_rows), strict=True):
+                    adapter.parts[part].data = own.copy_(adapter.parts[part].data)
+                start = end + -end % _LINE
+            place, form = slice(first, first + len(group)), group[0].form
+            first = place.stop
+            if form is not None and num_live:  # without live rows zeros stay zeros
+                self._groups.append(
+                    _Neighbours(place=place, form=form, shape=shape, parts=parts, sources=sources)
+                )
         for adapter in adapters:
             adapter.layout = self
 
@@ -289,69 +335,40 @@ class Layout:
 
     def write(self, live: Sequence[Tensor]) -> None:
         """Take each adapter's live rows (r, width) as the parameters' values."""
-        self.sources = []
-        for adapter, rows in zip(self.adapters, live, strict=True):
-            if adapter.form is None:
-                continue
-            if not adapter.num_live:  # kept in the model with a row of zeros
-                rows = rows.new_zeros(1, adapter.form.width(adapter.shape))
-            device = adapter.base.weight.device
-            self.sources += adapter.form.split(rows.to(device), adapter.shape).values()
+        for group in self._groups:
+            rows = torch.cat(list(live[group.place])).to(self._source.device)
+            for part, values in group.form.split(rows, group.shape).items():
+                group.sources[part].copy_(values)
 
     def copy_in(self) -> None:
-        """Give the parameters the values of `sources`, and no gradients."""
-        _copy_all(self.parameters, self.sources)
-        for parameter in self.parameters:
+        """Give the parameters the values last written, and no gradients."""
+        self._memory.copy_(self._source)
+        for parameter in self._parameters:
             parameter.grad = None
 
+    @torch.no_grad()
     def copy_out(self, parts: Sequence[str] | None, whole: Sequence[Tensor]) -> Tensor:
         """These parts (by default those that train) of the live rows, and then these parameters:
         (n,) on the CPU."""
-        key = (parts if parts is None else tuple(parts), tuple(map(id, whole)))
-        if key not in self.readers:
-            self.readers[key] = self._reader(parts, whole)
-        values, places, sources = self.readers[key]
-        _copy_all(places, sources)
-        return values.to("cpu", copy=True)
-
-    def _reader(
-        self, parts: Sequence[str] | None, whole: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """A vector, the places in it, and what goes there."""
-        chosen = []
-        for adapter in self.adapters:
-            if adapter.num_live:
-                assert adapter.form is not None
-                frozen = adapter.form.frozen
-                chosen.append(
-                    [
-                        parameter
-                        for part, parameter in adapter.parts.items()
-                        if (part not in frozen if parts is None else part in parts)
-                    ]
-                )
-        tensors = [tensor for group in chosen for tensor in group] + list(whole)
-        size = sum(tensor.numel() for tensor in tensors)
-        values = torch.empty(size, device=tensors[0].device if tensors else None)
-        places: list[Tensor] = []
-        start = 0
-        for group in chosen:
-            widths = [parameter.shape[1] for parameter in group]
-            rows = group[0].shape[0] if group else 0
-            block = values[start : start + rows * sum(widths)].view(rows, sum(widths))
-            places += torch.split(block, widths, dim=1) if group else []
-            start += block.numel()
+        key = None if parts is None else tuple(parts)
+        if key not in self._chosen:
+            chosen = [tensors for group in self._groups if (tensors := group.chosen(key))]
+            shapes = [(len(t[0]), sum(part.shape[1] for part in t)) for t in chosen]
+            self._chosen[key] = chosen, shapes
+        chosen, shapes = self._chosen[key]
+        sizes = [rows * width for rows, width in shapes]
+        end = sum(sizes)
+        values = torch.empty(end + sum(map(torch.numel, whole)), device=self._memory.device)
+        blocks = values[:end].split_with_sizes(sizes)
+        for tensors, shape, block in zip(chosen, shapes, blocks, strict=True):
+            torch.cat(tensors, dim=1, out=block.view(shape))
         for tensor in whole:
-            places.append(values[start : start + tensor.numel()].view(tensor.shape))
-            start += tensor.numel()
-        return values, places, tensors
+            values[end : end + tensor.numel()] = tensor.view(-1)
+            end += tensor.numel()
+        return values.cpu()
 
 
-@torch.no_grad()
-def _copy_all(places: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy each source into its place, in one call: on a GPU in one kernel."""
-    if places:
-        torch._foreach_copy_(places, sources)
+_LINE = 16  # float32 values of a cache line, where the parts of neighbours start
 
 
 _NONE: Fixed = {}
@@ -399,7 +416,7 @@ def write_rows(
 
 
 def _live(rows: Tensor, rank_mask: Tensor) -> Tensor:
-    return rows if rank_mask.all() else rows[rank_mask]
+    return rows if rank_mask.numpy().all() else rows[rank_mask]
 
 
 def read_rows(model: nn.Module) -> Rows:

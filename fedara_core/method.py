@@ -8,7 +8,6 @@ changes; it lives in methods/<name>.py and is found by that file name.
 import contextlib
 import hashlib
 import importlib
-import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -284,10 +283,15 @@ def next_state(state: ServerState, uploads: Sequence[Upload], **changes: Any) ->
 def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train outside the adapters' rows, by name: the head's, and more where a
     method says so."""
-    named = getattr(model, "base_parameters", None) or sorted(
-        (name, p) for name, p in model.named_parameters() if ".parts." not in name
-    )
-    return {name: p for name, p in named if p.requires_grad}
+    return {name: p for name, p in _base_parameters(model).items() if p.requires_grad}
+
+
+def _base_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
+    """The parameters outside the adapters' rows, by name, in name order."""
+    found: dict[str, nn.Parameter] | None = getattr(model, "base_parameters", None)
+    if found is None:
+        found = dict(sorted(p for p in model.named_parameters() if ".parts." not in p[0]))
+    return found
 
 
 def freeze_head(model: nn.Module) -> None:
@@ -298,9 +302,10 @@ def freeze_head(model: nn.Module) -> None:
 
 def write_whole(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Copy a state's whole parameters into the model."""
+    parameters = _base_parameters(model)
     with torch.no_grad():
-        for name, parameter in whole_parameters(model).items():
-            parameter.copy_(whole[name])
+        for name, values in whole.items():
+            parameters[name].copy_(values)
 
 
 def num_values(
@@ -312,12 +317,11 @@ def num_values(
 ) -> int:
     """Floats in these parts (by default all) of the live rows, and in the whole parameters."""
     num_live = state.live_triplets if rank_masks is None else _num_live(rank_masks)
-    total = sum(tensor.numel() for tensor in state.whole.values())
+    rows = 0
     for name, count in num_live.items():
         shape = state.adapter.shapes[name]
-        width = form.width(shape) if parts is None else len(columns(form, shape, parts))
-        total += count * width
-    return total
+        rows += count * (form.width(shape) if parts is None else len(columns(form, shape, parts)))
+    return rows + sum(tensor.numel() for tensor in state.whole.values())
 
 
 def _num_live(rank_masks: Masks) -> dict[str, int]:
@@ -335,8 +339,8 @@ def live_values(
 ) -> Tensor:
     """The parts (by default those that train) of the model's live rows in name order, then its
     whole parameters in name order: (num_values,)."""
-    trained = whole_parameters(model)
-    whole = [trained[name] for name in sorted(state.whole)]
+    parameters = _base_parameters(model)
+    whole = [parameters[name] for name in sorted(state.whole)]
     layout: Layout | None = getattr(model, "layout", None)
     if layout is not None and layout.intact:
         return layout.copy_out(parts, whole)
@@ -431,27 +435,30 @@ def split_values(
 
     `rank_masks` says which rows the values are of, if not of all live ones of the state.
     """
-    start = 0
-
-    def take(*shape: int) -> Tensor:
-        nonlocal start
-        start += math.prod(shape)
-        return values[start - math.prod(shape) : start].reshape(shape)
-
     live = state.live_triplets if rank_masks is None else _num_live(rank_masks)
     rank_masks = state.rank_masks if rank_masks is None else rank_masks
+    names = sorted(state.rows)
+    sent = {name: columns(form, state.adapter.shapes[name], parts) for name in names}
+    sizes = [live[name] * len(sent[name]) for name in names]
+    whole_sizes = [state.whole[name].numel() for name in sorted(state.whole)]
+    end = sum(sizes)
+    # The rows are the caller's to change, so that they are copied; in one go, which is faster.
+    new_rows = torch.split(values[:end].clone(), sizes)
     rows: Rows = {}
-    for name, old in sorted(state.rows.items()):
-        mask, num_live = rank_masks[name], live[name]
-        sent = columns(form, state.adapter.shapes[name], parts)
-        if num_live == len(mask) and len(sent) == old.shape[1]:
-            rows[name] = take(*old.shape).clone()  # all of it is new
+    for name, new in zip(names, new_rows, strict=True):
+        old, mask = state.rows[name], rank_masks[name]
+        if new.numel() == old.numel():
+            rows[name] = new.view(old.shape)
             continue
         rows[name] = old.clone()
-        if num_live:
-            rows[name][mask.nonzero(), sent] = take(num_live, len(sent))
-    whole = {name: take(*state.whole[name].shape) for name in sorted(state.whole)}
-    return rows, whole, values[start:]
+        if live[name]:
+            rows[name][mask.nonzero(), sent[name]] = new.view(live[name], -1)
+    new_whole = torch.split(values[end : end + sum(whole_sizes)], whole_sizes)
+    whole = {
+        name: new.view(state.whole[name].shape)
+        for name, new in zip(sorted(state.whole), new_whole, strict=True)
+    }
+    return rows, whole, values[end + sum(whole_sizes) :]
 
 
 def join_values(rows: Rows, whole: Mapping[str, Tensor], state: ServerState, form: Form) -> Tensor:

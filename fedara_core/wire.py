@@ -93,8 +93,10 @@ def pack(uploads: Iterable[Upload]) -> Tensor:
             upload.train_loss,
         )
         chunks.append(np.frombuffer(header, np.uint8))
-        chunks.append(upload.coded.numpy())
-        chunks.append(np.packbits(upload.bits.numpy(), bitorder="little"))
+        if num_values:
+            chunks.append(upload.coded.numpy())
+        if upload.bits.numel():
+            chunks.append(np.packbits(upload.bits.numpy(), bitorder="little"))
     return torch.from_numpy(np.concatenate(chunks) if chunks else np.zeros(0, np.uint8))
 
 
@@ -119,10 +121,14 @@ def unpack(buffer: Tensor, reference: Tensor | None = None) -> list[Upload]:
         if end > data.size:
             raise ValueError(f"upload of client {client_id} needs {end} bytes of {data.size}")
         bits_start = start + message_bytes(num_values, codec=codec)
-        payload = torch.from_numpy(data[start + _HEADER.size : bits_start].copy())
-        values = decode_rows(codec, payload, message_widths(num_values))
-        if codec != "fp32" and reference is not None:
-            values = add_reference(values, reference)
+        coded, payload = data[start + _HEADER.size : bits_start].copy(), None
+        if codec == "fp32":
+            values = torch.from_numpy(coded.view(np.float32))
+        else:
+            payload = torch.from_numpy(coded)
+            values = decode_rows(codec, payload, message_widths(num_values))
+            if reference is not None:
+                values = add_reference(values, reference)
         bits = np.unpackbits(data[bits_start:end], count=num_bits, bitorder="little")
         uploads.append(
             Upload(
@@ -130,9 +136,9 @@ def unpack(buffer: Tensor, reference: Tensor | None = None) -> list[Upload]:
                 num_examples=num_examples,
                 train_loss=loss,
                 values=values,
-                bits=torch.from_numpy(bits.astype(bool)),
+                bits=torch.from_numpy(bits.view(bool)),
                 codec=codec,
-                payload=None if codec == "fp32" else payload,
+                payload=payload,
             )
         )
         start = end

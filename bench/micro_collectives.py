@@ -228,7 +228,7 @@ def bare_allgather(mine: Tensor, communicator: Communicator) -> Callable[[], lis
     """The library's allgather of equally long uint8 vectors into buffers that are there already."""
     gathered = torch.empty(communicator.world_size, mine.numel(), dtype=torch.uint8)
     buffers = list(gathered)
-    if communicator.kind == "mpi":
+    if communicator.kind in ("mpi", "mpi-node"):
         from mpi4py import MPI
 
         counts = [mine.numel()] * communicator.world_size

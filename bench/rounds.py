@@ -342,16 +342,20 @@ def advance(
         uploads, own_costs, kept = [], [], dict(job.kept)
         for client_id in mine:
             upload, cost = train_client(job, sent, client_id, meter, reference)
-            uploads.append(upload)
             own_costs.append(_as_sent(job, cost, saved_bytes))
+            if job.config.clients.timed:
+                uploads.append(upload)
+            else:
+                exchange.take(upload, meter)
         costs += own_costs
         if job.config.clients.timed:
             with meter.phase("wait"):
                 communicator.barrier()
             with meter.phase("exchange"):
                 arrivals.agree(own_costs, communicator)
-            uploads = _in_time(job, uploads, arrivals.arrived, kept)
-        exchange.add(uploads, meter)
+            for upload in _in_time(job, uploads, arrivals.arrived, kept):
+                exchange.take(upload, meter)
+        exchange.meet(meter)
     uploads, uplink_bytes = exchange.result(meter)
     with meter.phase("aggregate"):
         _check_complete(uploads, arrivals.arrived, state.round_index)
@@ -416,8 +420,10 @@ def _goes(
 
 def _as_sent(job: Job, cost: ClientCost, saved_bytes: int) -> ClientCost:
     """A client's cost under the server's codec, and its modelled time where that decides."""
-    cost = replace(cost, downlink_bytes=cost.downlink_bytes - saved_bytes)
-    return replace(cost, modelled_seconds=job.fleet.seconds(cost))
+    if saved_bytes:
+        cost = replace(cost, downlink_bytes=cost.downlink_bytes - saved_bytes)
+    seconds = job.fleet.seconds(cost)
+    return cost if seconds is None else replace(cost, modelled_seconds=seconds)
 
 
 def _in_time(
@@ -443,19 +449,29 @@ class _Exchange:
         self._mean = None
         if not job.method.needs_factors:
             self._mean = RunningMean(communicator, path, self._reference)
+        self._taken: list[Upload] = []
         self._gathered: list[Upload] = []
         self._num_bytes = 0
 
-    def add(self, mine: Sequence[Upload], meter: Meter) -> None:
-        """This process's uploads, maybe none; all have higher client_ids than those before."""
+    def take(self, upload: Upload, meter: Meter) -> None:
+        """One of this process's uploads, in client_id order."""
+        if self._mean is not None:
+            with meter.phase("pack"):
+                self._mean.take(upload)
+        else:
+            self._taken.append(upload)
+
+    def meet(self, meter: Meter) -> None:
+        """Bring together what all processes have taken since they last met."""
         if self._mean is not None:
             with meter.phase("wait"):
                 self._communicator.barrier()
             with meter.phase("exchange"):
-                self._mean.add(mine)
+                self._mean.meet()
             return
         with meter.phase("pack"):
-            packed = pack(mine)
+            packed = pack(self._taken)
+            self._taken.clear()
         with meter.phase("wait"):
             self._communicator.barrier()
         with meter.phase("exchange"):
@@ -602,7 +618,7 @@ def place(job: Job, cohort: Sequence[int], world_size: int) -> list[list[int]]:
         least = load.index(min(load))
         placed[least].append(client_id)
         load[least] += max(1, steps[client_id])  # a client that takes no step is work, too
-    return placed
+    return [sorted(clients) for clients in placed]
 
 
 def _home(client_id: int, world_size: int) -> int:

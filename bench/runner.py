@@ -168,18 +168,18 @@ def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) 
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 64 MB of freed memory for the next allocation (mallopt(3)).
+    """Let glibc keep up to 512 MB of freed memory for the next allocation (mallopt(3)).
 
-    It does so by itself once a block of 32 MB has been freed; until then it hands every larger
-    block back, and touching its pages anew took a tenth of a round without training. Settings in
-    the environment stand, and other C libraries stay as they are.
+    So much, since a round's uploads take up to 256 MB (rounds.HELD_VALUES). By itself it hands
+    larger blocks back, and touching their pages anew took up to a third of a round without
+    training. Settings in the environment stand, and other C libraries stay as they are.
     """
     if any(key.startswith(("MALLOC_MMAP", "MALLOC_TRIM", "GLIBC_TUNABLES")) for key in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
 def _pending(

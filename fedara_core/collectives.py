@@ -7,7 +7,8 @@ allgather   every process gets every client's rows and adds them in client_id or
             same bits for any number of processes. The reference.
 split       each process owns a part of the layout; clients' rows go to their owners, which add them
             in client_id order in float64; the sums are gathered: the same bits again.
-allreduce   each process adds its own clients over the union of all masks; the sums are allreduced.
+allreduce   each process adds its own clients as they come, in float32 by eights and the eights in
+            float64; over the union of all masks, the sums are allreduced: equal but for rounding.
 dense       the same over the whole layout: what everybody has.
 
 What each costs: fedara_core/paths.py.
@@ -32,12 +33,15 @@ from torch import Tensor
 
 from fedara_core.codec import decode_rows, encode_rows, message_widths, row_bytes
 from fedara_core.comm import Communicator
-from fedara_core.paths import PATHS
+from fedara_core.paths import PATHS, SAME_BITS
 from fedara_core.seeds import generator
-from fedara_core.wire import Upload, add_reference, pack, unpack
+from fedara_core.wire import Upload, add_reference, message_bytes, pack, unpack
 
 BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
 _SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
+# Clients that the allreduce paths add in float32, in a third of float64's time: eight roundings are
+# off by at most 2^-21 of the sum of the absolute values.
+_FLOAT32_CLIENTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ class _Header:
     world_rank: int
     client_id: int
     weight: int
-    starts: Tensor  # (R + 1,) int64: where each row's bytes start in the part's
+    starts: np.ndarray  # (R + 1,) int64: where each row's bytes start in the part's
     rank_mask: Tensor
 
 
@@ -84,72 +88,81 @@ def weighted_sum(
     codec's rounding. Raises ValueError for an unknown path, and on every process if some part does
     not fit the layout.
     """
-    total = _RunningSum(widths, communicator, path, codec)
+    total = _running_sum(widths, communicator, path, codec)
     parts = sorted(parts, key=lambda part: part.client_id)
     headers = _gather_headers(parts, widths, codec, communicator)
-    payloads = [
-        encode_rows(codec, p.values, widths[p.rank_mask], generator(seed, "codec", p.client_id))
-        for p in parts
-    ]
-    total.add(headers, payloads)
+    own = [header for header in headers if header.world_rank == communicator.world_rank]
+    for header, part in zip(own, parts, strict=True):
+        draw = generator(seed, "codec", part.client_id)
+        total.take(header, encode_rows(codec, part.values, widths[part.rank_mask], draw))
+    total.meet(headers)
     return total.result()
 
 
 class RunningMean:
-    """The mean of equally long uploads, weighted by their numbers of examples, as they come."""
+    """The mean of equally long uploads, weighted by their numbers of examples, as they come.
+
+    Each process takes its clients' uploads, maybe none, in client_id order; then all meet. They may
+    do so in several goes, with higher client_ids in each.
+    """
 
     def __init__(self, communicator: Communicator, path: str, reference: Tensor) -> None:
         """reference: what a lossy codec coded the uploads' difference from."""
         self._communicator, self._path, self._reference = communicator, path, reference
-        self._lengths: dict[int, int] = {}
+        self._taken: list[tuple[Upload, int]] = []  # without values, and how many it has
         self._heads: list[Upload] = []
+        self._lengths: dict[int, int] = {}
+        self._num_values = 0
         self._total: _RunningSum | None = None
 
-    def add(self, uploads: Sequence[Upload]) -> None:
-        """Every process's clients of this go, maybe none here; all have higher client_ids than
-        those before. Raises ValueError on every process if uploads are not equally long."""
-        uploads = sorted(uploads, key=lambda upload: upload.client_id)
-        heads = self._gather_heads(uploads)
-        if not heads:
-            return
-        codec, num_values = heads[0][1].codec, next(iter(self._lengths.values()))
-        widths = message_widths(num_values)
+    def take(self, upload: Upload) -> None:
+        """One of this process's uploads. Where sums travel it is added and its values forgotten."""
+        num_values, payload = upload.values.numel(), upload.coded
+        # One whose values are not all finite is told by a train_loss of NaN.
+        loss = upload.train_loss if upload.is_finite else math.nan
+        none = None if upload.payload is None else _EMPTY
+        head = replace(upload, values=torch.zeros(0), payload=none, train_loss=loss)
+        self._taken.append((head, num_values))
+        total = self._sum_of(num_values, head.codec)
+        if num_values == self._num_values:  # if not, all say so when they meet
+            total.take(_header(self._communicator.world_rank, head, num_values), payload)
+
+    def meet(self) -> None:
+        """Add what all processes have taken since they last met. Raises ValueError on every process
+        if uploads are not equally long."""
+        heads = self._gather_heads()
+        self._taken.clear()
+        if heads:
+            codec, num_values = heads[0][1].codec, heads[0][2]
+            headers = [_header(world_rank, head, num_values) for world_rank, head, _ in heads]
+            self._sum_of(num_values, codec).meet(headers)
+            self._heads += [head for _, head, _ in heads]
+
+    def _sum_of(self, num_values: int, codec: str) -> "_RunningSum":
+        """The sum of all uploads; the first one says how long they are."""
         if self._total is None:
-            self._total = _RunningSum(widths, self._communicator, self._path, codec)
-        rank_mask, starts = _all_rows(codec, num_values)
-        headers = [
-            _Header(
-                world_rank=world_rank,
-                client_id=head.client_id,
-                weight=head.num_examples,
-                starts=starts,
-                rank_mask=rank_mask,
-            )
-            for world_rank, head in heads
-        ]
-        self._total.add(headers, [upload.coded for upload in uploads])
-        self._heads += [head for _, head in heads]
+            widths = message_widths(num_values)
+            self._total = _running_sum(widths, self._communicator, self._path, codec)
+            self._num_values = num_values
+        return self._total
 
-    def _gather_heads(self, uploads: Sequence[Upload]) -> list[tuple[int, Upload]]:
-        """world_rank and upload without its values of each client, in client_id order.
-
-        One whose values are not all finite has a train_loss of NaN.
-        """
-        sizes, mine = _COUNT.pack(len(uploads)), []
-        for upload in uploads:
-            sizes += _SIZE.pack(upload.client_id, upload.values.numel())
-            loss = upload.train_loss if upload.is_finite else math.nan
-            none = None if upload.payload is None else torch.zeros(0, dtype=torch.uint8)
-            mine.append(replace(upload, values=torch.zeros(0), payload=none, train_loss=loss))
-        told = torch.frombuffer(bytearray(sizes), dtype=torch.uint8)
-        heads: list[tuple[int, Upload]] = []
+    def _gather_heads(self) -> list[tuple[int, Upload, int]]:
+        """world_rank, upload without its values and their number of each client that any process
+        has taken, in client_id order."""
+        mine = _COUNT.pack(len(self._taken))
+        mine += b"".join(_SIZE.pack(num_values) for _, num_values in self._taken)
+        packed = pack(head for head, _ in self._taken)
+        told = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        heads: list[tuple[int, Upload, int]] = []
         for world_rank, buffer in enumerate(
-            self._communicator.allgather(torch.cat([told, pack(mine)]))
+            self._communicator.allgather(torch.cat([told, packed]))
         ):
-            data = buffer.numpy().tobytes()
+            data = buffer.numpy().data
             end = _COUNT.size + _COUNT.unpack_from(data)[0] * _SIZE.size
-            self._lengths |= dict(_SIZE.iter_unpack(data[_COUNT.size : end]))
-            heads += [(world_rank, head) for head in unpack(buffer[end:])]
+            sizes = _SIZE.iter_unpack(data[_COUNT.size : end])
+            for head, (num_values,) in zip(unpack(buffer[end:]), sizes, strict=True):
+                heads.append((world_rank, head, num_values))
+        self._lengths |= {head.client_id: num_values for _, head, num_values in heads}
         if len(set(self._lengths.values())) > 1:
             raise ValueError(
                 f"uploads differ in length, so they have no mean; by client_id: {self._lengths}"
@@ -162,149 +175,217 @@ class RunningMean:
         if self._total is None:
             return [], 0
         mean = self._total.result(sum(head.num_examples for head in self._heads)).values
-        if self._heads[0].codec != "fp32":
+        codec = self._heads[0].codec
+        if codec != "fp32":
             mean = add_reference(mean, self._reference)
-        uploads = [replace(head, values=mean) for head in self._heads]
-        num_bytes = sum(upload.num_bytes for upload in uploads)
-        return [replace(u, codec="fp32", payload=None) for u in uploads], num_bytes
+        num_bytes = sum(message_bytes(len(mean), len(head.bits), codec) for head in self._heads)
+        uploads = [replace(u, codec="fp32", payload=None, values=mean) for u in self._heads]
+        return uploads, num_bytes
 
 
 class _RunningSum:
-    """A weighted sum over the layout that takes its clients in several goes, in client_id order."""
+    """A weighted sum over the layout that takes its clients in several goes, in client_id order.
 
-    def __init__(
-        self, widths: Tensor, communicator: Communicator, path: str, codec: str = "fp32"
-    ) -> None:
-        if path not in PATHS:
-            raise ValueError(f"merge path {path!r} is unknown; allowed: {', '.join(PATHS)}")
-        self._widths, self._communicator, self._path = widths, communicator, path
-        self._codec = codec
+    In a go each process takes its own parts, then all meet.
+    """
+
+    def __init__(self, widths: Tensor, communicator: Communicator, path: str, codec: str) -> None:
+        self._widths, self._communicator = widths, communicator
+        self._path, self._codec = path, codec
         self._union = torch.zeros(len(widths), dtype=torch.bool)
-        self._value_starts = _starts(torch.ones_like(self._union), widths)  # (R + 1,)
-        # split: process p owns the p-th of P row ranges that have about equally many values.
-        world_size = communicator.world_size
-        shares = torch.arange(1, world_size) * (self._value_starts[-1] / world_size)
-        cuts = torch.searchsorted(self._value_starts, shares).tolist()
-        self._cuts = [0, *cuts, len(widths)]
-        self._rows = (0, len(widths))
-        if path == "split":
-            self._rows = (
-                self._cuts[communicator.world_rank],
-                self._cuts[communicator.world_rank + 1],
-            )
-        first, last = self._value_starts[list(self._rows)].tolist()
-        self._memory = _totals.take(8 * (last - first))
-        self._total = self._memory.view(torch.float64).zero_()
+        self._value_starts = np.concatenate([[0], np.cumsum(widths.numpy())])  # (R + 1,)
 
-    def add(self, headers: Sequence[_Header], payloads: Sequence[Tensor]) -> None:
-        """headers: of all processes' parts, in client_id order; payloads: uint8 rows of this
-        process's parts, in the same order."""
+    def take(self, header: _Header, payload: Tensor) -> None:
+        """One of this process's parts, uint8 rows."""
+        raise NotImplementedError
+
+    def meet(self, headers: Sequence[_Header]) -> None:
+        """Add what all processes have taken since they last met: these parts, in order."""
         for header in headers:
             self._union |= header.rank_mask
-        world_rank = self._communicator.world_rank
-        own = [header for header in headers if header.world_rank == world_rank]
-        if self._path == "allgather":
-            step = max(1, BLOCK_VALUES // max(1, len(headers)))
-            for first, last in self._blocks(self._rows, step):
-                mine = _join(_slices(payloads, own, first, last))
-                counts = self._counts(headers, [first, last])[:, 0].tolist()
-                received = self._communicator.allgather(mine, counts)
-                _joined.give_back(mine)
-                self._add_received(headers, received, (first, last))
-        elif self._path == "split":
-            counts = self._counts(headers, self._cuts).tolist()
-            joined, pieces = self._for_owners(payloads, own)
-            received = self._communicator.alltoall(pieces, counts)
-            _joined.give_back(joined)
-            self._add_received(headers, received, self._rows)
-        else:
-            for header, payload in zip(own, payloads, strict=True):
-                for first, last in self._blocks(self._rows, _SUM_VALUES):
-                    start, stop = header.starts[[first, last]].tolist()
-                    self._add_rows(header, payload[start:stop], first, last)
-
-    def _counts(self, headers: Sequence[_Header], cuts: Sequence[int]) -> Tensor:
-        """Bytes of each process's rows between one cut and the next: (P, len(cuts) - 1) int64."""
-        counts = torch.zeros(self._communicator.world_size, len(cuts) - 1, dtype=torch.int64)
-        for header in headers:
-            counts[header.world_rank] += header.starts[cuts].diff()
-        return counts
 
     def result(self, divisor: int = 1) -> Sum:
         """The sum of what was added, or its part by the divisor; once."""
-        values = self._values(divisor)
-        _totals.give_back(self._memory)
-        return Sum(rank_mask=self._union, values=values)
+        raise NotImplementedError
 
-    def _values(self, divisor: int) -> Tensor:
-        """The whole sum's values over the union, by the divisor."""
-        first, last = self._rows
-        union, widths = self._union, self._widths
-        live: slice | Tensor = slice(None)
-        if not union[first:last].all():
-            live = union[first:last].repeat_interleave(widths[first:last])
-        mean = self._total.div_(divisor).float()
-        if self._path == "dense":
-            self._communicator.allreduce(mean)
-        values = mean[live]
-        if self._path == "allreduce":
-            self._communicator.allreduce(values)
-        elif self._path == "split":
-            widths = torch.where(union, widths, 0)
-            counts = [4 * int(widths[a:b].sum()) for a, b in pairwise(self._cuts)]
-            gathered = self._communicator.allgather(values.view(torch.uint8), counts)
-            values = torch.cat([buffer.view(torch.float32) for buffer in gathered])
-        return values
-
-    def _for_owners(
-        self, payloads: Sequence[Tensor], own: Sequence[_Header]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What goes to all processes, and to each: its parts, one after another."""
-        slices = [_slices(payloads, own, first, last) for first, last in pairwise(self._cuts)]
-        sizes = [sum(map(len, pieces)) for pieces in slices]
-        joined = _join([piece for pieces in slices for piece in pieces])
-        return joined, list(torch.split(joined, sizes))
+    def _live(self, first: int, last: int) -> slice | Tensor:
+        """Which of the values of rows first to last are in the union."""
+        union, widths = self._union[first:last], self._widths[first:last]
+        return slice(None) if union.all() else union.repeat_interleave(widths)
 
     def _blocks(self, rows: tuple[int, int], num_values: int) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of the rows with about num_values values of the layout each."""
         first, end = rows
         while first < end:
             wanted = self._value_starts[first] + num_values
-            last = int(torch.searchsorted(self._value_starts, wanted, right=True)) - 1
+            last = int(np.searchsorted(self._value_starts, wanted, side="right")) - 1
             last = min(end, max(first + 1, last))
             yield first, last
             first = last
 
+    def _add_rows(
+        self,
+        total: Tensor,
+        header: _Header,
+        payload: Tensor,
+        rows: tuple[int, int],
+        *,
+        fresh: bool,
+    ) -> None:
+        """Add one part's rows first to last to the sum over them; fresh: they are its first ones,
+        whatever it holds."""
+        held, widths = (vector[slice(*rows)] for vector in (header.rank_mask, self._widths))
+        values = decode_rows(self._codec, payload, widths if held.all() else widths[held])
+        if len(values) == len(total):
+            if fresh:
+                total.copy_(values).mul_(header.weight)
+            else:
+                total.add_(values, alpha=header.weight)
+            return
+        if fresh:
+            total.zero_()
+        for index, sums, own in _equal_widths(held, widths, total, values):
+            sums.index_add_(0, index, own.to(total.dtype), alpha=header.weight)
+
+
+class _OrderedSum(_RunningSum):
+    """allgather and split: in client_id order in float64."""
+
+    def __init__(self, widths: Tensor, communicator: Communicator, path: str, codec: str) -> None:
+        super().__init__(widths, communicator, path, codec)
+        # split: process p owns the p-th of P row ranges that have about equally many values.
+        world_size, world_rank = communicator.world_size, communicator.world_rank
+        shares = np.arange(1, world_size) * (self._value_starts[-1] / world_size)
+        self._cuts = [0, *np.searchsorted(self._value_starts, shares).tolist(), len(widths)]
+        self._rows = (0, len(widths))
+        if path == "split":
+            self._rows = self._cuts[world_rank], self._cuts[world_rank + 1]
+        first, last = self._value_starts[[*self._rows]].tolist()
+        self._memory = _totals.take(8 * (last - first))
+        self._total = self._memory.view(torch.float64)
+        self._fresh = True  # nothing was added
+        self._own: list[tuple[_Header, Tensor]] = []
+
+    def take(self, header: _Header, payload: Tensor) -> None:
+        self._own.append((header, payload))
+
+    def meet(self, headers: Sequence[_Header]) -> None:
+        super().meet(headers)
+        if self._path == "split":
+            self._add_received(headers, self._to_owners(headers), self._rows)
+        else:
+            step = max(1, BLOCK_VALUES // max(1, len(headers)))
+            for first, last in self._blocks(self._rows, step):
+                counts = [row[0] for row in self._counts(headers, [first, last])]
+                mine = _join(self._slices(first, last), self._communicator.room(counts))
+                received = self._communicator.allgather(mine, counts)
+                self._add_received(headers, received, (first, last))
+        self._fresh = self._fresh and not headers
+        self._own.clear()
+
+    def _to_owners(self, headers: Sequence[_Header]) -> list[Tensor]:
+        """What the other processes have of this one's rows; their `_slices`."""
+        world_rank = self._communicator.world_rank
+        slices = [self._slices(first, last) for first, last in pairwise(self._cuts)]
+        slices[world_rank] = []  # what a process has itself need not travel
+        counts = self._counts(headers, self._cuts)
+        for sender, row in enumerate(counts):
+            row[sender] = 0
+        room = self._communicator.room([sum(row) for row in counts])
+        joined = _join([piece for pieces in slices for piece in pieces], room)
+        return self._communicator.alltoall(
+            list(joined.split_with_sizes(counts[world_rank])), counts
+        )
+
+    def _counts(self, headers: Sequence[_Header], cuts: Sequence[int]) -> list[list[int]]:
+        """Bytes of each process's rows between one cut and the next: (P, len(cuts) - 1)."""
+        counts = np.zeros((self._communicator.world_size, len(cuts) - 1), np.int64)
+        for header in headers:
+            counts[header.world_rank] += np.diff(header.starts[cuts])
+        return counts.tolist()
+
+    def _slices(self, first: int, last: int) -> list[Tensor]:
+        """Bytes of rows first to last of each part that this process has taken."""
+        return [
+            payload[header.starts[first] : header.starts[last]] for header, payload in self._own
+        ]
+
     def _add_received(
         self, headers: Sequence[_Header], received: Sequence[Tensor], rows: tuple[int, int]
     ) -> None:
-        """Add rows of all headers' parts; received: each process's `_slices` for these rows."""
-        # Where each part's slice starts: a process's slices lie in the order of its headers.
-        starts, taken = [], [0] * len(received)
+        """Add these rows of all headers' parts; received: the other processes' `_slices` of them,
+        each one's in the order of its headers."""
+        own = {header.client_id: payload for header, payload in self._own}
+        found, taken = (
+            [],
+            [0] * len(received),
+        )  # each part's bytes, and where in the part they start
         for header in headers:
-            size = int(header.starts[rows[1]] - header.starts[rows[0]])
-            starts.append(taken[header.world_rank] - int(header.starts[rows[0]]))
-            taken[header.world_rank] += size
-        for first, last in self._blocks(rows, _SUM_VALUES):
-            for header, start in zip(headers, starts, strict=True):
-                begin, end = header.starts[[first, last]].tolist()
-                payload = received[header.world_rank][start + begin : start + end]
-                self._add_rows(header, payload, first, last)
-
-    def _add_rows(self, header: _Header, payload: Tensor, first: int, last: int) -> None:
-        """Add one part's rows first to last to the sum."""
-        if not len(payload):
-            return
-        held, widths = header.rank_mask[first:last], self._widths[first:last]
-        values = decode_rows(self._codec, payload, widths if held.all() else widths[held])
+            first, last = header.starts[[*rows]].tolist()
+            if header.client_id in own:
+                found.append((own[header.client_id], 0))
+            else:
+                found.append((received[header.world_rank][taken[header.world_rank] :], first))
+                taken[header.world_rank] += last - first
         offset = self._value_starts[self._rows[0]]
-        begin, end = (self._value_starts[[first, last]] - offset).tolist()
-        total = self._total[begin:end]
-        if len(values) == len(total):
-            total.add_(values, alpha=header.weight)
-            return
-        for rows, sums, own in _equal_widths(held, widths, total, values):
-            sums.index_add_(0, rows, own.double(), alpha=header.weight)
+        for block in self._blocks(rows, _SUM_VALUES):
+            total = self._total[slice(*(self._value_starts[[*block]] - offset))]
+            for index, (header, (payload, start)) in enumerate(zip(headers, found, strict=True)):
+                piece = payload[slice(*(header.starts[[*block]] - start))]
+                self._add_rows(total, header, piece, block, fresh=self._fresh and not index)
+
+    def result(self, divisor: int = 1) -> Sum:
+        total = self._total.zero_() if self._fresh else self._total
+        values = total.div_(divisor).float()[self._live(*self._rows)]
+        _totals.give_back(self._memory)
+        if self._path == "split":
+            widths = torch.where(self._union, self._widths, 0)
+            counts = [4 * int(widths[a:b].sum()) for a, b in pairwise(self._cuts)]
+            gathered = self._communicator.allgather(values.view(torch.uint8), counts)
+            values = torch.cat([buffer.view(torch.float32) for buffer in gathered])
+        return Sum(rank_mask=self._union, values=values)
+
+
+class _OwnSum(_RunningSum):
+    """allreduce and dense: each process's own clients as they come, in float32 by eights and the
+    eights in float64."""
+
+    def __init__(self, widths: Tensor, communicator: Communicator, path: str, codec: str) -> None:
+        super().__init__(widths, communicator, path, codec)
+        self._total = torch.empty(self._value_starts[-1])
+        self._num_added = 0  # to `_total`
+        self._before: Tensor | None = None  # float64: what was in `_total` before
+
+    def take(self, header: _Header, payload: Tensor) -> None:
+        if self._num_added == _FLOAT32_CLIENTS:
+            eight = self._total.double()
+            self._before = eight if self._before is None else self._before.add_(eight)
+            self._num_added = 0
+        rows = 0, len(self._widths)
+        self._add_rows(self._total, header, payload, rows, fresh=not self._num_added)
+        self._num_added += 1
+
+    def result(self, divisor: int = 1) -> Sum:
+        total = self._total if self._num_added else self._total.zero_()
+        if self._before is not None:
+            total = self._before.add_(total)
+        values = total.div_(divisor).float()
+        if self._path == "dense":
+            self._communicator.allreduce(values)
+        values = values[self._live(0, len(self._widths))]
+        if self._path == "allreduce":
+            self._communicator.allreduce(values)
+        return Sum(rank_mask=self._union, values=values)
+
+
+def _running_sum(
+    widths: Tensor, communicator: Communicator, path: str, codec: str = "fp32"
+) -> _RunningSum:
+    """Over rows of these widths (R,), by this path. Raises ValueError for an unknown one."""
+    if path not in PATHS:
+        raise ValueError(f"merge path {path!r} is unknown; allowed: {', '.join(PATHS)}")
+    cls = _OrderedSum if path in SAME_BITS else _OwnSum
+    return cls(widths, communicator, path, codec)
 
 
 class _Memory:
@@ -329,10 +410,10 @@ class _Memory:
 
 
 _KEPT_BYTES = 1 << 28
-_totals, _joined = _Memory(), _Memory()
+_totals = _Memory()
 _EMPTY = torch.zeros(0, dtype=torch.uint8)
 _COUNT = struct.Struct("<I")
-_SIZE = struct.Struct("<IQ")  # client_id, number of values
+_SIZE = struct.Struct("<Q")  # number of values
 _FITS, _MISFIT = b"\0", b"\1"  # what precedes a process's headers, or what is wrong
 _HEADER = struct.Struct("<IQ")  # client_id, weight; the rank_mask's bits follow
 
@@ -383,17 +464,28 @@ def _misfit(part: Part, widths: Tensor) -> str:
 
 
 @lru_cache(maxsize=4)
-def _all_rows(codec: str, num_values: int) -> tuple[Tensor, Tensor]:
+def _all_rows(codec: str, num_values: int) -> tuple[Tensor, np.ndarray]:
     """The rank_mask (R,) of a client that has every row of a message, and its rows' starts."""
     widths = message_widths(num_values)
     rank_mask = torch.ones(len(widths), dtype=torch.bool)
     return rank_mask, _starts(rank_mask, row_bytes(codec, widths))
 
 
-def _starts(rank_mask: Tensor, sizes: Tensor) -> Tensor:
-    """Values or bytes before each row and in all: (R + 1,) int64."""
-    held = torch.where(rank_mask, sizes, 0)
-    return torch.cat([torch.zeros(1, dtype=torch.int64), held.cumsum(0)])
+def _header(world_rank: int, upload: Upload, num_values: int) -> _Header:
+    """Of a client that has every row of a message."""
+    rank_mask, starts = _all_rows(upload.codec, num_values)
+    return _Header(
+        world_rank=world_rank,
+        client_id=upload.client_id,
+        weight=upload.num_examples,
+        starts=starts,
+        rank_mask=rank_mask,
+    )
+
+
+def _starts(rank_mask: Tensor, sizes: Tensor) -> np.ndarray:
+    """Bytes before each row and in all: (R + 1,) int64."""
+    return np.concatenate([[0], np.cumsum(np.where(rank_mask.numpy(), sizes.numpy(), 0))])
 
 
 def _equal_widths(
@@ -410,17 +502,6 @@ def _equal_widths(
         row, start, taken = row + count, start + count * width, taken + len(rows) * width
 
 
-def _join(pieces: Sequence[Tensor]) -> Tensor:
-    """uint8 vectors one after another, in memory to give back."""
-    joined = _joined.take(sum(map(len, pieces)))
-    return torch.cat([_EMPTY, *pieces], out=joined)
-
-
-def _slices(
-    payloads: Sequence[Tensor], headers: Sequence[_Header], first: int, last: int
-) -> list[Tensor]:
-    """Each part's bytes of rows first to last."""
-    return [
-        payload[header.starts[first] : header.starts[last]]
-        for header, payload in zip(headers, payloads, strict=True)
-    ]
+def _join(pieces: Sequence[Tensor], room: Tensor) -> Tensor:
+    """uint8 vectors one after another, in this memory."""
+    return torch.cat([_EMPTY, *pieces], out=room)

@@ -4,6 +4,7 @@ A launcher is recognised by what it puts into the environment; nothing is import
 """
 
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -27,6 +28,7 @@ MAX_COUNT = (1 << 31) - 1  # what one call of an MPI-3 library can count
 _KEPT = 1 << 28  # a larger buffer than this is not kept for the next call
 _PIECE = 1 << 28  # bytes broadcast at a time
 _FORWARD_SECONDS = 0.5  # what a launcher gets to forward the last words of a process that aborts
+_SHARED_MEMORY = "/dev/shm"  # where MPI libraries on Linux keep their windows
 _HOST_PROCESSES = "FEDARA_HOST_PROCESSES"  # a test's hosts: so many consecutive processes share one
 
 # Number of processes as each launcher tells it. A batch script's own step has no launcher.
@@ -58,6 +60,15 @@ class Communicator:
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self._outgoing = _Kept()
+
+    def room(self, counts: Sequence[int]) -> Tensor:
+        """Memory for this process's next message, to save allgather or alltoall a copy: uint8.
+
+        counts: bytes of all processes' messages. Every process calls it, and next sends what it has
+        put there.
+        """
+        return self._outgoing.space(counts[self.world_rank])
 
     def allgather(self, buffer: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
         """Every process's uint8 vector (any length, on the CPU), in world_rank order.
@@ -109,30 +120,41 @@ class Communicator:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else _EMPTY
         return [part.numpy().tobytes() for part in self.allgather(mine)]
 
-    def _count(self, sent: np.ndarray, received: np.ndarray) -> None:
-        """Count (world_size,) bytes to and from each process; what stays here does not count."""
-        own, network = (self._elsewhere @ sent).tolist()
-        self.traffic.sent += own
-        self.traffic.network_sent += network
-        own, network = (self._elsewhere @ received).tolist()
-        self.traffic.received += own
-        self.traffic.network_received += network
+    def _count(self, sent: Sequence[int], received: Sequence[int]) -> None:
+        """Count bytes to and from each process; what stays here does not count."""
+        self.traffic.sent += sum(sent) - sent[self.world_rank]
+        self.traffic.received += sum(received) - received[self.world_rank]
+        self.traffic.network_sent += sum(sent[rank] for rank in self._far)
+        self.traffic.network_received += sum(received[rank] for rank in self._far)
 
     @cached_property
-    def _elsewhere(self) -> np.ndarray:
-        """(2, world_size) of 0 and 1: other processes, and processes of other hosts."""
-        other = np.arange(self.world_size) != self.world_rank
-        far = np.array(self.host_of) != self.host_of[self.world_rank]
-        return np.stack([other, far]).astype(np.int64)
+    def _far(self) -> list[int]:
+        """The processes of other hosts."""
+        own = self.host_of[self.world_rank]
+        return [rank for rank, host in enumerate(self.host_of) if host != own]
 
     def _count_allreduce(self, num_bytes: int) -> None:
         """2 (P-1)/P n bytes each way: a ring's, which no allreduce undercuts."""
         moved = round(2 * (self.world_size - 1) / self.world_size * num_bytes)
-        ring = np.arange(self.world_size)
-        self._count(
-            np.where(ring == (self.world_rank + 1) % self.world_size, moved, 0),
-            np.where(ring == (self.world_rank - 1) % self.world_size, moved, 0),
-        )
+        sent, received = [0] * self.world_size, [0] * self.world_size
+        sent[(self.world_rank + 1) % self.world_size] = moved
+        received[(self.world_rank - 1) % self.world_size] = moved
+        self._count(sent, received)
+
+
+class _Kept:
+    """Memory that is used again: new pages cost as much as the copy itself."""
+
+    def __init__(self) -> None:
+        self._memory = _EMPTY
+
+    def space(self, num_bytes: int) -> Tensor:
+        """A uint8 vector; the next one lies in the same place. What is huge is not kept."""
+        if num_bytes > _KEPT:
+            return torch.empty(num_bytes, dtype=torch.uint8)
+        if num_bytes > self._memory.numel():
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes]
 
 
 _EMPTY = torch.zeros(0, dtype=torch.uint8)
@@ -169,72 +191,60 @@ class MpiCommunicator(Communicator):
         self._comm.Allgather(lead, leads)
         self.host_of = tuple(leads.tolist())
         self.library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
-        self._kept = torch.zeros(0, dtype=torch.uint8)
+        self._incoming = _Kept()
 
-    def _space(self, num_bytes: int) -> Tensor:
-        """Memory to receive into. It is used again: new pages cost as much as the copy itself."""
-        if num_bytes > _KEPT:
-            return torch.empty(num_bytes, dtype=torch.uint8)
-        if num_bytes > len(self._kept):
-            self._kept = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._kept[:num_bytes]
-
-    def _gather_counts(self, count: int, known: Sequence[int] | None) -> np.ndarray:
+    def _gather_counts(self, count: int, known: Sequence[int] | None) -> Sequence[int]:
         """Every process's count (world_size,); unless known, the 8 bytes of each travel too."""
         if known is not None:
             _check_count(count, known[self.world_rank])
-            return np.array(known, np.int64)
+            return known
         counts = np.zeros(self.world_size, np.int64)
         self._comm.Allgather(np.array([count], np.int64), counts)
-        size_bytes = np.full(self.world_size, 8)
-        self._count(size_bytes, size_bytes)
-        return counts
+        self._count([8] * self.world_size, [8] * self.world_size)
+        return counts.tolist()
 
     def allgather(self, buffer: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
         sizes = self._gather_counts(buffer.numel(), counts)
-        gathered = self._space(int(sizes.sum()))
+        gathered = self._incoming.space(sum(sizes))
         self._allgatherv(self._comm, buffer.contiguous(), gathered, sizes)
-        self._count(np.full(self.world_size, buffer.numel()), sizes)
-        return list(torch.split(gathered, sizes.tolist()))
+        self._count([buffer.numel()] * self.world_size, sizes)
+        return list(torch.split(gathered, list(sizes)))
 
-    def _allgatherv(self, comm: Any, mine: Tensor, gathered: Tensor, counts: np.ndarray) -> None:
+    def _allgatherv(self, comm: Any, mine: Tensor, gathered: Tensor, counts: Sequence[int]) -> None:
         """Allgatherv of counts (P,) bytes over the P processes of comm."""
 
-        def call(first: int, last: int, block: Tensor, sizes: list[int]) -> None:
+        def call(first: int, last: int, block: Tensor, sizes: Sequence[int]) -> None:
             comm.Allgatherv(
                 [mine[first:last].numpy(), self._mpi.BYTE],
                 [block.numpy(), sizes, None, self._mpi.BYTE],
             )
 
-        _in_pieces(call, gathered, counts, int(counts.max()))
+        _in_pieces(call, gathered, counts, max(counts))
 
     def alltoall(
         self, buffers: list[Tensor], counts: Sequence[Sequence[int]] | None = None
     ) -> list[Tensor]:
-        sent = np.array([buffer.numel() for buffer in buffers], np.int64)
-        told = np.zeros((self.world_size, 2), np.int64)  # of each: bytes to here, longest message
-        size_bytes = 0
+        sent = [buffer.numel() for buffer in buffers]
         if counts is None:
-            mine = np.stack([sent, np.full_like(sent, sent.max())], axis=1)
-            self._comm.Alltoall(mine, told)
-            size_bytes = 16
+            told = np.zeros((self.world_size, 2), np.int64)
+            self._comm.Alltoall(np.array([[size, max(sent)] for size in sent]), told)
+            self._count([16] * self.world_size, [16] * self.world_size)
+            sizes, longest = told[:, 0].tolist(), int(told[:, 1].max())
         else:
-            _check_count(sent.tolist(), list(counts[self.world_rank]))
-            told[:, 0] = [row[self.world_rank] for row in counts]
-            told[:, 1] = [max(row) for row in counts]
-        sizes = told[:, 0].copy()
-        received = self._space(int(sizes.sum()))
+            _check_count(sent, list(counts[self.world_rank]))
+            sizes, longest = [row[self.world_rank] for row in counts], max(map(max, counts))
+        received = self._incoming.space(sum(sizes))
 
-        def call(first: int, last: int, block: Tensor, lengths: list[int]) -> None:
+        def call(first: int, last: int, block: Tensor, lengths: Sequence[int]) -> None:
             parts = [buffer[first:last] for buffer in buffers]
             self._comm.Alltoallv(
                 [_joined(parts).numpy(), [len(part) for part in parts], None, self._mpi.BYTE],
                 [block.numpy(), lengths, None, self._mpi.BYTE],
             )
 
-        _in_pieces(call, received, sizes, int(told[:, 1].max()))
-        self._count(sent + size_bytes, sizes + size_bytes)
-        return list(torch.split(received, sizes.tolist()))
+        _in_pieces(call, received, sizes, longest)
+        self._count(sent, sizes)
+        return list(torch.split(received, sizes))
 
     def allreduce(self, values: Tensor) -> None:
         for piece in torch.split(values, MAX_COUNT):
@@ -260,7 +270,8 @@ class NodeCommunicator(MpiCommunicator):
 
     Processes put their messages into a window of their host; the first process of each host
     exchanges it with the other hosts'. Between hosts travels what P processes need once per host,
-    not P times; inside a host nothing is copied for reading.
+    not P times; inside a host nothing is copied for reading. Where all processes are on one host,
+    alltoall goes by the window, too.
     """
 
     kind = "mpi-node"
@@ -270,39 +281,86 @@ class NodeCommunicator(MpiCommunicator):
         leads = self.host_rank == 0
         self._leaders: Any = self._comm.Split(0 if leads else self._mpi.UNDEFINED, self.world_rank)
         self._window: Any = None
-        self._shared = torch.zeros(0, dtype=torch.uint8)
+        self._shared = _EMPTY
         # Hosts one after another in the window, each one's processes in world_rank order.
         self._order = sorted(range(self.world_size), key=lambda rank: (self.host_of[rank], rank))
 
+        self._placed: list[Tensor] | None = None  # messages in the window, while it is written
+
+    def room(self, counts: Sequence[int]) -> Tensor:
+        self._sync()  # all are here, and so have read what the last call gave
+        shared = self._shared_space(sum(counts))
+        in_order = shared.split_with_sizes([counts[rank] for rank in self._order])
+        placed = dict(zip(self._order, in_order, strict=True))
+        self._placed = [placed[world_rank] for world_rank in range(self.world_size)]
+        return self._placed[self.world_rank]
+
+    def _put(self, message: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """The places (world_size,) of all messages in the window, once this host's are there."""
+        if self._placed is None:
+            self.room(counts).copy_(message)
+        assert self._placed is not None
+        placed, self._placed = self._placed, None
+        self._sync()
+        return placed
+
     def allgather(self, buffer: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
-        if counts is not None:
-            self._sync()  # all are in this call, and so have read what the last one gave
         sizes = self._gather_counts(buffer.numel(), counts)
-        shared = self._shared_space(int(sizes.sum()))
-        placed = dict(
-            zip(self._order, torch.split(shared, sizes[self._order].tolist()), strict=True)
-        )
-        placed[self.world_rank].copy_(buffer)
-        self._sync()
-        hosts = sorted(set(self.host_of))
-        by_host = np.array([sizes[np.array(self.host_of) == host].sum() for host in hosts])
-        if self.host_rank == 0:
-            own = torch.split(shared, by_host.tolist())[hosts.index(self.world_rank)]
-            self._allgatherv(self._leaders, own.clone(), shared, by_host)
-        self._sync()
-        self._count_by_host(sizes)
-        return [placed[world_rank] for world_rank in range(self.world_size)]
+        placed = self._put(buffer, sizes)
+        by_host = dict.fromkeys(sorted(set(self.host_of)), 0)
+        for host, size in zip(self.host_of, sizes, strict=True):
+            by_host[host] += size
+        if len(by_host) > 1:
+            if self.host_rank == 0:
+                shared = self._shared[: sum(sizes)]
+                own = dict(zip(by_host, shared.split_with_sizes([*by_host.values()]), strict=True))
+                mine = own[self.world_rank].clone()
+                self._allgatherv(self._leaders, mine, shared, [*by_host.values()])
+            self._sync()
+        self._count_by_host(sizes, by_host)
+        return placed
+
+    def alltoall(
+        self, buffers: list[Tensor], counts: Sequence[Sequence[int]] | None = None
+    ) -> list[Tensor]:
+        if counts is None or self.host_size < self.world_size:
+            self._placed = None
+            return super().alltoall(buffers, counts)
+        sent = [buffer.numel() for buffer in buffers]
+        _check_count(sent, list(counts[self.world_rank]))
+        placed = self._put(_joined(buffers), [sum(row) for row in counts])
+        sizes = [row[self.world_rank] for row in counts]
+        self._count(sent, sizes)
+        return [
+            message.split_with_sizes(list(row))[self.world_rank]
+            for message, row in zip(placed, counts, strict=True)
+        ]
 
     def _shared_space(self, num_bytes: int) -> Tensor:
         """The first num_bytes of the host's window, which grows where it is too small."""
         if num_bytes > len(self._shared):
             self._free_window()
+            self._check_shared_memory(num_bytes)
             own = num_bytes if self.host_rank == 0 else 0
             self._window = self._mpi.Win.Allocate_shared(own, 1, comm=self._host)
             memory, _ = self._window.Shared_query(0)
             self._shared = torch.from_numpy(np.frombuffer(memory, np.uint8, num_bytes))
             self._window.Lock_all()
         return self._shared[:num_bytes]
+
+    def _check_shared_memory(self, num_bytes: int) -> None:
+        """Raise InputError on every process unless each host has room for a window of this size:
+        pages that do not fit would end the job with SIGBUS when they are touched."""
+        free = np.array([num_bytes])
+        if os.path.isdir(_SHARED_MEMORY):
+            free[0] = shutil.disk_usage(_SHARED_MEMORY).free
+        self._comm.Allreduce(self._mpi.IN_PLACE, free, op=self._mpi.MIN)
+        if free[0] < num_bytes:
+            raise InputError(
+                f"--comm mpi-node: a round's messages take {num_bytes / 1e6:.0f} MB of shared "
+                f"memory, and {_SHARED_MEMORY} has {free[0] / 1e6:.0f} MB free; allowed: a larger "
+                "one (in a container --shm-size), or --comm mpi"
+            )
 
     def _sync(self) -> None:
         """What any process of this host wrote into the window is there for all of them."""
@@ -311,21 +369,23 @@ class NodeCommunicator(MpiCommunicator):
             self._host.Barrier()
             self._window.Sync()
 
-    def _count_by_host(self, counts: np.ndarray) -> None:
+    def _count_by_host(self, counts: Sequence[int], by_host: Mapping[int, int]) -> None:
         """Each message goes to its host's leader; leaders exchange what their hosts have."""
-        hosts, own = np.array(self.host_of), self.host_of[self.world_rank]
-        sent, received = np.zeros_like(counts), np.zeros_like(counts)
+        own = self.host_of[self.world_rank]
+        sent = [0] * self.world_size
         if self.world_rank != own:
             sent[own] = counts[self.world_rank]
-        else:
-            received = counts
-            sent[[host for host in set(self.host_of) if host != own]] = counts[hosts == own].sum()
-        self._count(sent, received)
+            self._count(sent, [0] * self.world_size)
+            return
+        for host in by_host:
+            sent[host] = by_host[own]
+        self._count(sent, counts)
 
     def _free_window(self) -> None:
         if self._window is not None:
             self._window.Unlock_all()
             self._window.Free()
+        self._window, self._shared = None, _EMPTY
 
     def close(self) -> None:
         self._free_window()
@@ -376,8 +436,7 @@ class TorchCommunicator(Communicator):
         gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
         if longest:
             self._dist.all_gather(gathered, padded)
-        moved = np.full(self.world_size, longest)
-        self._count(moved, moved)
+        self._count([longest] * self.world_size, [longest] * self.world_size)
         return [part[:length].cpu() for part, length in zip(gathered, lengths, strict=True)]
 
     def _gather_counts(self, count: int, known: Sequence[int] | None) -> list[int]:
@@ -388,26 +447,26 @@ class TorchCommunicator(Communicator):
         mine = torch.tensor([count], dtype=torch.int64, device=self._device)
         counts = [torch.zeros_like(mine) for _ in range(self.world_size)]
         self._dist.all_gather(counts, mine)
-        size_bytes = np.full(self.world_size, 8)
-        self._count(size_bytes, size_bytes)
+        self._count([8] * self.world_size, [8] * self.world_size)
         return [int(count) for count in counts]
 
     def alltoall(
         self, buffers: list[Tensor], counts: Sequence[Sequence[int]] | None = None
     ) -> list[Tensor]:
-        sent = np.array([buffer.numel() for buffer in buffers])
+        sent = [buffer.numel() for buffer in buffers]
         if counts is None:
             told = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
-            self._dist.all_to_all_single(told, torch.from_numpy(sent).to(self._device))
-            sizes, size_bytes = told.cpu().numpy(), 8
+            self._dist.all_to_all_single(told, torch.tensor(sent, device=self._device))
+            self._count([8] * self.world_size, [8] * self.world_size)
+            sizes = told.tolist()
         else:
-            _check_count(sent.tolist(), list(counts[self.world_rank]))
-            sizes, size_bytes = np.array([row[self.world_rank] for row in counts]), 0
-        received = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=self._device)
+            _check_count(sent, list(counts[self.world_rank]))
+            sizes = [row[self.world_rank] for row in counts]
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
         mine = _joined(buffers).to(self._device)
-        self._dist.all_to_all_single(received, mine, sizes.tolist(), sent.tolist())
-        self._count(sent + size_bytes, sizes + size_bytes)
-        return list(torch.split(received.cpu(), sizes.tolist()))
+        self._dist.all_to_all_single(received, mine, sizes, sent)
+        self._count(sent, sizes)
+        return list(torch.split(received.cpu(), sizes))
 
     def allreduce(self, values: Tensor) -> None:
         there = values.to(self._device)
@@ -435,18 +494,21 @@ def _check_count(found: object, told: object) -> None:
 
 def _joined(buffers: list[Tensor]) -> Tensor:
     """Vectors one after another: as they lie if they lie so, else copied."""
-    start, end = buffers[0].data_ptr(), buffers[0].data_ptr()
-    for buffer in buffers:
-        if buffer.data_ptr() != end and len(buffer):
-            return torch.cat(buffers)
-        end += len(buffer)
-    return buffers[0].as_strided((end - start,), (1,))
+    filled = [buffer for buffer in buffers if buffer.numel()]  # an empty one lies nowhere
+    if not filled:
+        return _EMPTY
+    start = end = filled[0].data_ptr()
+    for buffer in filled:
+        if buffer.data_ptr() != end:
+            return torch.cat(filled)
+        end += buffer.numel()
+    return filled[0].as_strided((end - start,), (1,))
 
 
 def _in_pieces(
-    call: Callable[[int, int, Tensor, list[int]], None],
+    call: Callable[[int, int, Tensor, Sequence[int]], None],
     received: Tensor,
-    counts: np.ndarray,
+    counts: Sequence[int],
     longest: int,
 ) -> None:
     """Make the call once, or once for each piece of the messages that it can count.
@@ -456,9 +518,9 @@ def _in_pieces(
     """
     limit = MAX_COUNT // len(counts)
     if longest <= limit:
-        call(0, longest, received, counts.tolist())
+        call(0, longest, received, counts)
         return
-    parts = torch.split(received, counts.tolist())
+    parts = torch.split(received, list(counts))
     for first in range(0, longest, limit):
         pieces = [part[first : first + limit] for part in parts]
         sizes = [len(piece) for piece in pieces]

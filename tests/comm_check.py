@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import collectives_check
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fedara_core import comm
 from fedara_core.comm import Communicator, open_communicator
+from fedara_core.errors import InputError
 
 T = TypeVar("T")
 
@@ -29,6 +31,7 @@ CASES = {
     "torch": [("torch", "auto", None)],
     "mpi": [
         ("mpi", "auto", None),
+        ("mpi-node", "mpi-node", None),
         ("mpi, hosts", "mpi", "2"),
         ("mpi-node, hosts", "mpi-node", "2"),
     ],
@@ -36,6 +39,11 @@ CASES = {
 
 # Bytes of each world_rank, taken modulo the length for more processes.
 SIZES = ((3, 0, 5, 1), (0, 0, 0, 0), (0, 9, 0, 0), (100_000, 1, 0, 7), (4, 4, 4, 4))
+
+
+def host_processes() -> int:
+    """Processes of a host: all of the test, or as many as the environment pretends."""
+    return int(os.environ.get("FEDARA_HOST_PROCESSES", 64))
 
 
 def contents(world_rank: int, num_bytes: int) -> Tensor:
@@ -52,16 +60,17 @@ def moved(communicator: Communicator, action: Callable[[], T]) -> tuple[T, tuple
 def expected_traffic(kind: str, sizes: list[int], world_rank: int) -> tuple[int, int]:
     """By hand: an 8-byte count and the bytes to and from each other process; torch pads.
 
-    mpi-node, two processes a host: the first of each host gets every message, and sends its host's
-    to the first of each other host; the others send theirs to the first of their host.
+    mpi-node: the first process of each host gets every message, and sends its host's to the first
+    of each other host; the others send theirs to the first of their host.
     """
     others = len(sizes) - 1
     if kind == "mpi-node":
-        lead = world_rank - world_rank % 2
+        per_host = host_processes()
+        lead = world_rank - world_rank % per_host
         if world_rank != lead:
             return sizes[world_rank] + 8 * others, 8 * others
-        host = sum(sizes[lead : lead + 2])
-        num_others = (len(sizes) + 1) // 2 - 1
+        host = sum(sizes[lead : lead + per_host])
+        num_others = (len(sizes) - 1) // per_host
         return host * num_others + 8 * others, sum(sizes) - sizes[world_rank] + 8 * others
     if kind == "torch":
         return ((max(sizes) + 8) * others,) * 2
@@ -112,6 +121,46 @@ def check_alltoall(communicator: Communicator) -> None:
     assert traffic == tuple(moved - size_bytes for moved in wanted), (traffic, wanted)
 
 
+def check_room(communicator: Communicator) -> None:
+    """Messages that were put together where the communicator has room for them, longer each time;
+    in the second call nothing goes to oneself, as merge paths have it."""
+    world_rank, world_size = communicator.world_rank, communicator.world_size
+    for base in (0, 5, 3000):
+        sizes = [base + 7 * rank for rank in range(world_size)]
+        room = communicator.room(sizes)
+        assert room.shape == (sizes[world_rank],)
+        room.copy_(contents(world_rank, len(room)))
+        gathered, traffic = moved(communicator, partial(communicator.allgather, room, sizes))
+        for rank, part in enumerate(gathered):
+            assert torch.equal(part, contents(rank, sizes[rank])), rank
+        counts = [[0 if p == q else base + p for q in range(world_size)] for p in range(world_size)]
+        room = communicator.room([sum(row) for row in counts])
+        for piece in room.split_with_sizes(counts[world_rank]):
+            piece.copy_(contents(world_rank, len(piece)))
+        pieces = list(room.split_with_sizes(counts[world_rank]))
+        received, traffic = moved(communicator, partial(communicator.alltoall, pieces, counts))
+        for rank, part in enumerate(received):
+            assert torch.equal(part, contents(rank, counts[rank][world_rank])), rank
+        others = [rank for rank in range(world_size) if rank != world_rank]
+        assert traffic == (len(room), sum(base + rank for rank in others)), traffic
+
+
+def check_shared_memory(communicator: Communicator) -> None:
+    """A window that its host has no room for is refused on every process, and the next one is not.
+
+    One host in the job has too little: that of the last process.
+    """
+    if communicator.kind != "mpi-node":
+        return
+    free = 1000 if communicator.world_rank == communicator.world_size - 1 else 10**9
+    with pytest.MonkeyPatch.context() as patch:
+        usage = SimpleNamespace(free=free)
+        patch.setattr(comm.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(InputError, match=r"take 1 MB.*/dev/shm has 0 MB free; allowed: a lar"):
+            communicator.room([1_000_000 // communicator.world_size] * communicator.world_size)
+    assert communicator.gather_bytes(b"still here") == [b"still here"] * communicator.world_size
+
+
 def check_known_counts(communicator: Communicator) -> None:
     """Who sends other than what all expect says so before anybody waits for the rest."""
     if communicator.world_size == 1:
@@ -146,7 +195,7 @@ def check_bytes(communicator: Communicator) -> None:
 
 def check_host(communicator: Communicator) -> None:
     """All processes of the test are on one host, or two by two as the environment pretends."""
-    world_size, together = communicator.world_size, int(os.environ.get("FEDARA_HOST_PROCESSES", 64))
+    world_size, together = communicator.world_size, host_processes()
     own = communicator.world_rank // together
     assert communicator.host_of == tuple(p - p % together for p in range(world_size))
     assert communicator.host_size == min(together, world_size - own * together)
@@ -212,8 +261,10 @@ def check(communicator: Communicator) -> None:
             patch.setattr(comm, "MAX_COUNT", max_count)
             check_allgather(communicator)
             check_alltoall(communicator)
+            check_room(communicator)
             check_allreduce(communicator)
     check_known_counts(communicator)
+    check_shared_memory(communicator)
     check_network(communicator)
     check_bytes(communicator)
     check_host(communicator)
@@ -231,17 +282,16 @@ def main() -> None:
         passed("large")
         return
     launcher, world_size = sys.argv[1], int(sys.argv[2])
-    for name, wanted, host_processes in CASES[launcher]:
-        if host_processes:
-            os.environ["FEDARA_HOST_PROCESSES"] = host_processes
+    for name, wanted, per_host in CASES[launcher]:
+        if per_host:
+            os.environ["FEDARA_HOST_PROCESSES"] = per_host
         communicator = open_communicator(wanted)
         kind = launcher if wanted == "auto" else wanted
         assert (communicator.kind, communicator.world_size) == (kind, world_size)
         assert (communicator.library is None) == (kind == "serial")
         check(communicator)
-        if host_processes is None:
-            collectives_check.check_all(communicator)
-            passed("merge paths")
+        collectives_check.check_all(communicator)
+        passed("merge paths")
         check_close(communicator)
         passed(name)
 

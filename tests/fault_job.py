@@ -42,7 +42,7 @@ class Fault:
 def damage(fault: Fault) -> None:
     """Put the fault's ways into the program."""
     one_round, start_client, train = rounds.one_round, rounds.start_client, rounds.train_client
-    add, pack = rounds._Exchange.add, rounds.pack
+    take, pack = rounds._Exchange.take, rounds.pack
 
     def noting(job: Any, state: Any, communicator: Any, meter: Any) -> Any:
         fault.here = state.round_index, communicator.world_rank
@@ -63,8 +63,9 @@ def damage(fault: Fault) -> None:
             upload = dataclasses.replace(upload, values=upload.values[:-3])
         return upload, num_bytes
 
-    def adding(exchange: Any, mine: Any, meter: Any) -> None:
-        add(exchange, mine[1:] if fault.due("dropped") else mine, meter)
+    def taking(exchange: Any, upload: Any, meter: Any) -> None:
+        if not fault.due("dropped"):
+            take(exchange, upload, meter)
 
     def packing(uploads: Any) -> Any:
         packed = pack(uploads)
@@ -75,7 +76,7 @@ def damage(fault: Fault) -> None:
         return packed
 
     rounds.one_round, rounds.start_client, rounds.train_client = noting, starting, training
-    rounds._Exchange.add = adding  # type: ignore[method-assign]
+    rounds._Exchange.take = taking  # type: ignore[method-assign]
     rounds.pack = collectives.pack = packing  # type: ignore[attr-defined]
     uploading = Method.upload
 

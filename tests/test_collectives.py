@@ -3,6 +3,7 @@
 import pytest
 import torch
 from collectives_check import make_parts
+from comm_check import CASES
 from launch import checked
 
 from fedara_core.collectives import (
@@ -19,9 +20,11 @@ JOBS = [("plain", 1), *(("mpi", n) for n in (2, 3, 4)), ("torch", 2), ("torch", 
 
 @pytest.mark.parametrize(("launcher", "world_size"), JOBS)
 def test_all_paths_give_the_same_sum(launcher: str, world_size: int) -> None:
+    """On MPI also with --comm mpi-node, and with two processes a host."""
     job = checked(launcher, world_size)
     assert job.code == 0, job.err
-    assert job.out.splitlines().count("OK merge paths") == world_size, job.out
+    cases = CASES["serial" if launcher == "plain" else launcher]
+    assert job.out.splitlines().count("OK merge paths") == world_size * len(cases), job.out
 
 
 def test_the_cases_are_worth_summing() -> None:
@@ -76,8 +79,12 @@ def test_uploads_of_unequal_length_have_no_mean() -> None:
         )
         for client_id, length in ((4, 2), (9, 3))
     ]
-    with pytest.raises(ValueError, match=r"differ in length.*\{4: 2, 9: 3\}"):
-        RunningMean(Communicator(), "split", torch.zeros(0)).add(uploads)
+    for path in PATHS:
+        mean = RunningMean(Communicator(), path, torch.zeros(0))
+        for upload in uploads:
+            mean.take(upload)
+        with pytest.raises(ValueError, match=r"differ in length.*\{4: 2, 9: 3\}"):
+            mean.meet()
 
 
 def test_wrong_input_is_named() -> None:

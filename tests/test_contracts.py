@@ -167,7 +167,9 @@ def test_a_sum_on_the_way_is_enough_unless_the_method_says_so(complete: Complete
     for state, sent in zip(complete.states, complete.uploads, strict=False):
         running = RunningMean(Communicator(), "split", torch.zeros(0))
         for go in (sent[:1], [], sent[1:]):  # in goes of any size
-            running.add(go)
+            for upload in go:
+                running.take(upload)
+            running.meet()
         merged, num_bytes = running.result()
         assert num_bytes == len(pack(sent))
         expected = complete.job.method.aggregate(state, sent)

@@ -101,11 +101,11 @@ def wire_bytes_by_hand(
 ) -> int:
     """All processes' bytes of one exchange by allgather, of clients that upload equally much.
 
-    messages: whole ones in one call; else a count of 4 bytes, client_id and length (12 bytes) and
+    messages: whole ones in one call; else a count of 4 bytes, the number of values (8 bytes) and
     header of each client in the first call, and values in the second, whose size they tell.
     """
     per_process = 8 if messages else 8 + 4  # the first call's size takes 8 bytes
-    num_bytes = uplink_bytes + (0 if messages else 12 * cohort)
+    num_bytes = uplink_bytes + (0 if messages else 8 * cohort)
     if kind == "torch":  # padded to the process with most clients
         longest = num_bytes // cohort * -(-cohort // world_size)
         return world_size * (world_size - 1) * (longest + per_process)
@@ -173,7 +173,7 @@ def test_same_bits_on_any_processes(
                 # Messages, or clients per process, may be uneven; all are padded to the longest,
                 # which no process is below on average.
                 longest = row["wire_bytes_sent"] / (world_size * (world_size - 1)) - 8
-                most = row["uplink_bytes"] + 12 + 12 * cohort
+                most = row["uplink_bytes"] + 12 + 8 * cohort
                 assert row["uplink_bytes"] / world_size <= longest <= most
             else:
                 assert row["wire_bytes_sent"] == wanted

@@ -11,6 +11,7 @@ from launch import fedara_here, launch
 
 from bench import rounds
 from bench.rounds import Job
+from fedara_core import collectives
 from fedara_core.codec import payload_bytes
 from fedara_core.method import method_names
 
@@ -79,13 +80,13 @@ def test_a_cohort_in_several_goes_gives_the_same_bits(
     setting = f"federation.merge_path={path}"
     whole = play(tiny_job(setting), num_rounds=2)
     held: list[int] = []
-    add = rounds._Exchange.add
+    meet = collectives._OrderedSum.meet
 
-    def noting(exchange: Any, mine: Any, meter: Any) -> None:
-        held.append(len(mine))
-        add(exchange, mine, meter)
+    def noting(total: Any, headers: Any) -> None:
+        held.append(len(total._own))
+        meet(total, headers)
 
-    monkeypatch.setattr(rounds._Exchange, "add", noting)
+    monkeypatch.setattr(collectives._OrderedSum, "meet", noting)
     monkeypatch.setattr(rounds, "HELD_VALUES", 1)
     parts = play(tiny_job(setting), num_rounds=2)
     assert held == [1] * 10

@@ -85,4 +85,4 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise(
         monkeypatch.delenv(key)
     assert not told
     keep_freed_memory()
-    assert told == [(-3, 33554432), (-1, 67108864)]
+    assert told == [(-3, 33554432), (-1, 536870912)]

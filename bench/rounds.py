@@ -439,7 +439,8 @@ def _in_time(
 
 
 class _Exchange:
-    """How a round's uploads meet. All processes take part in every call."""
+    """How a round's uploads meet: each process takes its own, then all meet, in one go or several;
+    all ask for the result."""
 
     def __init__(
         self, job: Job, communicator: Communicator, path: str, reference: Tensor | None

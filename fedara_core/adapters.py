@@ -304,7 +304,7 @@ class Layout:
         self._source = torch.zeros(size, device=device)
         self._groups: list[_Neighbours] = []
         start = first = 0
-        for (shape, num_live), alike in groupby(adapters, lambda a: (a.shape, a.num_live)):
+        for (shape, num_live, _), alike in groupby(adapters, _likeness):
             group = list(alike)
             parts, sources = {}, {}
             for part, parameter in group[0].parts.items():
@@ -363,9 +363,14 @@ class Layout:
         for tensors, shape, block in zip(chosen, shapes, blocks, strict=True):
             torch.cat(tensors, dim=1, out=block.view(shape))
         for tensor in whole:
-            values[end : end + tensor.numel()] = tensor.view(-1)
+            values[end : end + tensor.numel()] = tensor.reshape(-1)
             end += tensor.numel()
         return values.cpu()
+
+
+def _likeness(adapter: Adapter) -> tuple[Shape, int, bool]:
+    """What neighbours share: shape, live rows, and whether they are in the forward pass."""
+    return adapter.shape, adapter.num_live, adapter.form is not None
 
 
 _LINE = 16  # float32 values of a cache line, where the parts of neighbours start

@@ -14,10 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.config import ModelConfig
 from bench.models import Classifier, MeanPooled, OwnHead, build_model
 from fedara_core.adapters import (
+    Layout,
     LowRank,
     Masks,
     Rows,
     adapter_shapes,
+    columns,
     inject,
     named_adapters,
     read_rows,
@@ -224,6 +226,41 @@ def test_rows_round_trip_through_the_model(form: LowRank) -> None:
     # A second write leaves nothing of the first.
     write_rows(model, {second: rows[second]}, {second: rank_masks[second]}, form)
     assert list(read_rows(model)) == [second]
+
+
+@pytest.mark.parametrize("parts", [None, ("A",), ("B",), ("A", "B")])
+@pytest.mark.parametrize("form", [SVD, PAIRS, LowRank(scale=2.0, frozen=("A",))])
+def test_what_lies_together_comes_out_row_by_row(
+    form: LowRank, parts: tuple[str, ...] | None
+) -> None:
+    """Neighbours that are alike, others that are not, and one without live rows; downloads that
+    write over a trained model's parameters and drop its gradients."""
+    model = tiny_bert()
+    whole = list(whole_parameters(model).values())
+    first = random_rows(model, form)
+    rank_masks = masks(first, [0, 3])
+    names = list(first)
+    rank_masks[names[1]][0] = False
+    rank_masks[names[4]][:] = False
+    write_rows(model, first, rank_masks, form)
+    layout = model.layout
+    assert isinstance(layout, Layout)
+    for rows in (first, {name: values + 5 for name, values in first.items()}):
+        for _ in range(2):  # the second time nothing of it is read again
+            write_rows(model, rows, rank_masks, form)
+            assert model.layout is layout
+            trained = [p for _, a in named_adapters(model) for p in a.parts.parameters()]
+            assert all(p.grad is None for p in trained)
+            model(*batch()).sum().backward()
+            with torch.no_grad():
+                for parameter in trained:
+                    parameter += 1
+            expected = [
+                (rows[name][rank_masks[name]] + 1)[:, columns(form, shape, parts)].flatten()
+                for name, shape in adapter_shapes(model).items()
+            ]
+            expected += [parameter.detach().flatten() for parameter in whole]
+            assert torch.equal(layout.copy_out(parts, whole), torch.cat(expected))
 
 
 def test_low_rank_adds_scale_times_the_product() -> None:

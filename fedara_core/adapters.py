@@ -264,14 +264,13 @@ class AdapterConfig:
 class _Neighbours:
     """Adapters that follow each other, of one shape and with as many live rows each.
 
-    parts, sources: part -> (all their rows, width), in the layout's memory and in its source.
+    parts: part -> (all their rows, width), in the layout's memory.
     """
 
     place: slice  # among the layout's adapters
     form: Form
     shape: Shape
     parts: Mapping[str, Tensor]
-    sources: Mapping[str, Tensor]
 
     def chosen(self, parts: tuple[str, ...] | None) -> list[Tensor]:
         """These parts (by default those that train), in row order."""
@@ -301,26 +300,23 @@ class Layout:
         device = adapters[0].base.weight.device if adapters else None
         size = sum(parameter.numel() + _LINE for parameter in self._parameters)
         self._memory = torch.zeros(size, device=device)
-        self._source = torch.zeros(size, device=device)
+        self._source: Tensor | None = None  # what a download copies into it
         self._groups: list[_Neighbours] = []
         start = first = 0
         for (shape, num_live, _), alike in groupby(adapters, _likeness):
             group = list(alike)
-            parts, sources = {}, {}
+            parts = {}
             for part, parameter in group[0].parts.items():
                 num_rows, width = parameter.shape
                 end = start + len(group) * parameter.numel()
                 parts[part] = self._memory[start:end].view(-1, width)
-                sources[part] = self._source[start:end].view(-1, width)
                 for adapter, own in zip(group, torch.split(parts[part], num_rows), strict=True):
                     adapter.parts[part].data = own.copy_(adapter.parts[part].data)
                 start = end + -end % _LINE
             place, form = slice(first, first + len(group)), group[0].form
             first = place.stop
             if form is not None and num_live:  # without live rows zeros stay zeros
-                self._groups.append(
-                    _Neighbours(place=place, form=form, shape=shape, parts=parts, sources=sources)
-                )
+                self._groups.append(_Neighbours(place=place, form=form, shape=shape, parts=parts))
         for adapter in adapters:
             adapter.layout = self
 
@@ -330,18 +326,24 @@ class Layout:
 
     @property
     def intact(self) -> bool:
-        """Whether nobody has written an adapter by itself since."""
-        return all(adapter.layout is self for adapter in self.adapters)
+        """Whether nobody has written an adapter by itself since, or moved the model."""
+        moved = self._parameters and self._parameters[0].data_ptr() != self._memory.data_ptr()
+        return not moved and all(adapter.layout is self for adapter in self.adapters)
 
     def write(self, live: Sequence[Tensor]) -> None:
         """Take each adapter's live rows (r, width) as the parameters' values."""
+        if self._source is None:
+            self._source = torch.zeros_like(self._memory)
         for group in self._groups:
-            rows = torch.cat(list(live[group.place])).to(self._source.device)
+            rows = torch.cat(list(live[group.place])).to(self._memory.device)
             for part, values in group.form.split(rows, group.shape).items():
-                group.sources[part].copy_(values)
+                there = group.parts[part]
+                place = there.shape, there.stride(), there.storage_offset()
+                self._source.as_strided(*place).copy_(values)
 
     def copy_in(self) -> None:
         """Give the parameters the values last written, and no gradients."""
+        assert self._source is not None
         self._memory.copy_(self._source)
         for parameter in self._parameters:
             parameter.grad = None

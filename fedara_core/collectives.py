@@ -40,7 +40,7 @@ from fedara_core.wire import Upload, add_reference, message_bytes, pack, unpack
 BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
 _SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
 # Clients that the allreduce paths add in float32, in a third of float64's time: eight roundings are
-# off by at most 2^-21 of the sum of the absolute values.
+# off by at most 2^-21 of the sum of the absolute values, which must be below 3e38.
 _FLOAT32_CLIENTS = 8
 
 
@@ -224,26 +224,14 @@ class _RunningSum:
             first = last
 
     def _add_rows(
-        self,
-        total: Tensor,
-        header: _Header,
-        payload: Tensor,
-        rows: tuple[int, int],
-        *,
-        fresh: bool,
+        self, total: Tensor, header: _Header, payload: Tensor, rows: tuple[int, int]
     ) -> None:
-        """Add one part's rows first to last to the sum over them; fresh: they are its first ones,
-        whatever it holds."""
+        """Add one part's rows first to last to the sum over them."""
         held, widths = (vector[slice(*rows)] for vector in (header.rank_mask, self._widths))
         values = decode_rows(self._codec, payload, widths if held.all() else widths[held])
         if len(values) == len(total):
-            if fresh:
-                total.copy_(values).mul_(header.weight)
-            else:
-                total.add_(values, alpha=header.weight)
+            total.add_(values, alpha=header.weight)
             return
-        if fresh:
-            total.zero_()
         for index, sums, own in _equal_widths(held, widths, total, values):
             sums.index_add_(0, index, own.to(total.dtype), alpha=header.weight)
 
@@ -262,11 +250,12 @@ class _OrderedSum(_RunningSum):
             self._rows = self._cuts[world_rank], self._cuts[world_rank + 1]
         first, last = self._value_starts[[*self._rows]].tolist()
         self._memory = _totals.take(8 * (last - first))
-        self._total = self._memory.view(torch.float64)
-        self._fresh = True  # nothing was added
+        self._total = self._memory.view(torch.float64).zero_()
         self._own: list[tuple[_Header, Tensor]] = []
 
     def take(self, header: _Header, payload: Tensor) -> None:
+        # The others find a process's parts in the order of their headers, by client_id.
+        assert not self._own or self._own[-1][0].client_id <= header.client_id
         self._own.append((header, payload))
 
     def meet(self, headers: Sequence[_Header]) -> None:
@@ -277,10 +266,11 @@ class _OrderedSum(_RunningSum):
             step = max(1, BLOCK_VALUES // max(1, len(headers)))
             for first, last in self._blocks(self._rows, step):
                 counts = [row[0] for row in self._counts(headers, [first, last])]
-                mine = _join(self._slices(first, last), self._communicator.room(counts))
+                mine = _join(
+                    self._slices(first, last), self._communicator.room("allgather", counts)
+                )
                 received = self._communicator.allgather(mine, counts)
                 self._add_received(headers, received, (first, last))
-        self._fresh = self._fresh and not headers
         self._own.clear()
 
     def _to_owners(self, headers: Sequence[_Header]) -> list[Tensor]:
@@ -291,7 +281,7 @@ class _OrderedSum(_RunningSum):
         counts = self._counts(headers, self._cuts)
         for sender, row in enumerate(counts):
             row[sender] = 0
-        room = self._communicator.room([sum(row) for row in counts])
+        room = self._communicator.room("alltoall", [sum(row) for row in counts])
         joined = _join([piece for pieces in slices for piece in pieces], room)
         return self._communicator.alltoall(
             list(joined.split_with_sizes(counts[world_rank])), counts
@@ -315,28 +305,25 @@ class _OrderedSum(_RunningSum):
     ) -> None:
         """Add these rows of all headers' parts; received: the other processes' `_slices` of them,
         each one's in the order of its headers."""
-        own = {header.client_id: payload for header, payload in self._own}
-        found, taken = (
-            [],
-            [0] * len(received),
-        )  # each part's bytes, and where in the part they start
+        own = iter(self._own)
+        found: list[tuple[Tensor, int]] = []  # each part's bytes, and where in the part they start
+        taken = [0] * len(received)
         for header in headers:
             first, last = header.starts[[*rows]].tolist()
-            if header.client_id in own:
-                found.append((own[header.client_id], 0))
+            if header.world_rank == self._communicator.world_rank:
+                found.append((next(own)[1], 0))
             else:
                 found.append((received[header.world_rank][taken[header.world_rank] :], first))
                 taken[header.world_rank] += last - first
         offset = self._value_starts[self._rows[0]]
         for block in self._blocks(rows, _SUM_VALUES):
             total = self._total[slice(*(self._value_starts[[*block]] - offset))]
-            for index, (header, (payload, start)) in enumerate(zip(headers, found, strict=True)):
+            for header, (payload, start) in zip(headers, found, strict=True):
                 piece = payload[slice(*(header.starts[[*block]] - start))]
-                self._add_rows(total, header, piece, block, fresh=self._fresh and not index)
+                self._add_rows(total, header, piece, block)
 
     def result(self, divisor: int = 1) -> Sum:
-        total = self._total.zero_() if self._fresh else self._total
-        values = total.div_(divisor).float()[self._live(*self._rows)]
+        values = self._total.div_(divisor).float()[self._live(*self._rows)]
         _totals.give_back(self._memory)
         if self._path == "split":
             widths = torch.where(self._union, self._widths, 0)
@@ -352,24 +339,24 @@ class _OwnSum(_RunningSum):
 
     def __init__(self, widths: Tensor, communicator: Communicator, path: str, codec: str) -> None:
         super().__init__(widths, communicator, path, codec)
-        self._total = torch.empty(self._value_starts[-1])
+        self._total = torch.zeros(self._value_starts[-1])
         self._num_added = 0  # to `_total`
         self._before: Tensor | None = None  # float64: what was in `_total` before
 
     def take(self, header: _Header, payload: Tensor) -> None:
         if self._num_added == _FLOAT32_CLIENTS:
-            eight = self._total.double()
-            self._before = eight if self._before is None else self._before.add_(eight)
+            self._before = self._all_added().double()
+            self._total.zero_()
             self._num_added = 0
-        rows = 0, len(self._widths)
-        self._add_rows(self._total, header, payload, rows, fresh=not self._num_added)
+        self._add_rows(self._total, header, payload, (0, len(self._widths)))
         self._num_added += 1
 
+    def _all_added(self) -> Tensor:
+        """The sum of this process's clients, in the memory of `_before`, or else of `_total`."""
+        return self._total if self._before is None else self._before.add_(self._total)
+
     def result(self, divisor: int = 1) -> Sum:
-        total = self._total if self._num_added else self._total.zero_()
-        if self._before is not None:
-            total = self._before.add_(total)
-        values = total.div_(divisor).float()
+        values = self._all_added().div_(divisor).float()
         if self._path == "dense":
             self._communicator.allreduce(values)
         values = values[self._live(0, len(self._widths))]

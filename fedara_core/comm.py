@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -62,11 +62,10 @@ class Communicator:
         self.traffic = Traffic()
         self._outgoing = _Kept()
 
-    def room(self, counts: Sequence[int]) -> Tensor:
-        """Memory for this process's next message, to save allgather or alltoall a copy: uint8.
+    def room(self, call: Literal["allgather", "alltoall"], counts: Sequence[int]) -> Tensor:
+        """Memory for what this process sends next, so that the call need not copy it: uint8.
 
-        counts: bytes of all processes' messages. Every process calls it, and next sends what it has
-        put there.
+        counts: bytes that each process sends. Every process asks for room, and then makes the call.
         """
         return self._outgoing.space(counts[self.world_rank])
 
@@ -284,10 +283,11 @@ class NodeCommunicator(MpiCommunicator):
         self._shared = _EMPTY
         # Hosts one after another in the window, each one's processes in world_rank order.
         self._order = sorted(range(self.world_size), key=lambda rank: (self.host_of[rank], rank))
-
         self._placed: list[Tensor] | None = None  # messages in the window, while it is written
 
-    def room(self, counts: Sequence[int]) -> Tensor:
+    def room(self, call: Literal["allgather", "alltoall"], counts: Sequence[int]) -> Tensor:
+        if call == "alltoall" and self.host_size < self.world_size:
+            return super().room(call, counts)
         self._sync()  # all are here, and so have read what the last call gave
         shared = self._shared_space(sum(counts))
         in_order = shared.split_with_sizes([counts[rank] for rank in self._order])
@@ -298,7 +298,7 @@ class NodeCommunicator(MpiCommunicator):
     def _put(self, message: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """The places (world_size,) of all messages in the window, once this host's are there."""
         if self._placed is None:
-            self.room(counts).copy_(message)
+            self.room("allgather", counts).copy_(message)
         assert self._placed is not None
         placed, self._placed = self._placed, None
         self._sync()
@@ -324,7 +324,6 @@ class NodeCommunicator(MpiCommunicator):
         self, buffers: list[Tensor], counts: Sequence[Sequence[int]] | None = None
     ) -> list[Tensor]:
         if counts is None or self.host_size < self.world_size:
-            self._placed = None
             return super().alltoall(buffers, counts)
         sent = [buffer.numel() for buffer in buffers]
         _check_count(sent, list(counts[self.world_rank]))
@@ -340,6 +339,7 @@ class NodeCommunicator(MpiCommunicator):
         """The first num_bytes of the host's window, which grows where it is too small."""
         if num_bytes > len(self._shared):
             self._free_window()
+            self._comm.Barrier()  # the last process to free it gives its pages back
             self._check_shared_memory(num_bytes)
             own = num_bytes if self.host_rank == 0 else 0
             self._window = self._mpi.Win.Allocate_shared(own, 1, comm=self._host)
@@ -350,9 +350,10 @@ class NodeCommunicator(MpiCommunicator):
 
     def _check_shared_memory(self, num_bytes: int) -> None:
         """Raise InputError on every process unless each host has room for a window of this size:
-        pages that do not fit would end the job with SIGBUS when they are touched."""
+        pages that do not fit would end the job with SIGBUS when they are touched. One process by
+        itself needs none of it."""
         free = np.array([num_bytes])
-        if os.path.isdir(_SHARED_MEMORY):
+        if self.host_size > 1 and os.path.isdir(_SHARED_MEMORY):
             free[0] = shutil.disk_usage(_SHARED_MEMORY).free
         self._comm.Allreduce(self._mpi.IN_PLACE, free, op=self._mpi.MIN)
         if free[0] < num_bytes:

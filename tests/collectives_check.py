@@ -18,6 +18,7 @@ CASES = {
     "sparse": (300, 0.02, 10),
     "one row": (1, 1.0, 3),
     "no rows": (0, 1.0, 3),
+    "many clients": (12, 1.0, 25),
 }
 
 
@@ -61,6 +62,44 @@ def by_hand(parts: list[Part], widths: torch.Tensor) -> tuple[torch.Tensor, torc
     return union, torch.cat([torch.zeros(0, dtype=torch.float64), *live]).float()
 
 
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether all numbers are the same to the last bit, the sign of a zero included."""
+    return torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+
+
+def check_zeros(communicator: Communicator) -> None:
+    """A sum starts from 0, so that it is no -0 where all values are, whoever has which rows."""
+    for held in ([True] * 4, [True, False, True, True]):
+        rank_mask = torch.tensor(held)
+        part = Part(
+            client_id=5, weight=3, rank_mask=rank_mask, values=torch.full((sum(held),), -0.0)
+        )
+        mine = [part] if communicator.world_rank == 0 else []
+        for path in PATHS:
+            found = weighted_sum(mine, torch.ones(4, dtype=torch.int64), communicator, path)
+            assert same_bits(found.values, torch.zeros(sum(held))), (path, found)
+
+
+def check_own_sum(communicator: Communicator) -> None:
+    """What float32 can not add to a large value is not lost for more than eight clients."""
+    if communicator.world_rank != 0:
+        parts = []
+    else:
+        parts = [
+            Part(
+                client_id=client_id,
+                weight=1,
+                rank_mask=torch.tensor([True]),
+                values=torch.tensor([1.0 if client_id else 2.0**24]),
+            )
+            for client_id in range(33)
+        ]
+    for path in PATHS:
+        found = weighted_sum(parts, torch.tensor([1]), communicator, path).values.item()
+        wanted = 2.0**24 + 32
+        assert abs(found - wanted) <= (0 if path in SAME_BITS else 1e-6 * wanted), (path, found)
+
+
 def check_order(communicator: Communicator) -> None:
     """2^60 + 1 - 2^60 in client_id order is 0 in float64, and 1 in the order 0, 2, 1."""
     values = {0: 2.0**60, 1: 1.0, 2: -(2.0**60)}
@@ -99,7 +138,7 @@ def check(case: str, communicator: Communicator) -> None:
         assert torch.equal(found.rank_mask, union), (case, path)
         assert found.values.dtype == torch.float32
         if path in SAME_BITS:
-            assert torch.equal(found.values, expected), (case, path)
+            assert same_bits(found.values, expected), (case, path)
         else:
             assert found.values.shape == expected.shape, (case, path)
             assert ((found.values - expected).abs() <= 1e-6 * largest).all(), (case, path)
@@ -111,6 +150,8 @@ def check_all(communicator: Communicator) -> None:
             patch.setattr(collectives, "BLOCK_VALUES", block_values)
             for case in CASES:
                 check(case, communicator)
+    check_zeros(communicator)
+    check_own_sum(communicator)
     check_order(communicator)
     check_misfit(communicator)
     communicator.barrier()

@@ -6,6 +6,7 @@ comm_check.py large: messages beyond 2^31 bytes, then "OK large".
 
 import importlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -127,14 +128,14 @@ def check_room(communicator: Communicator) -> None:
     world_rank, world_size = communicator.world_rank, communicator.world_size
     for base in (0, 5, 3000):
         sizes = [base + 7 * rank for rank in range(world_size)]
-        room = communicator.room(sizes)
+        room = communicator.room("allgather", sizes)
         assert room.shape == (sizes[world_rank],)
         room.copy_(contents(world_rank, len(room)))
         gathered, traffic = moved(communicator, partial(communicator.allgather, room, sizes))
         for rank, part in enumerate(gathered):
             assert torch.equal(part, contents(rank, sizes[rank])), rank
         counts = [[0 if p == q else base + p for q in range(world_size)] for p in range(world_size)]
-        room = communicator.room([sum(row) for row in counts])
+        room = communicator.room("alltoall", [sum(row) for row in counts])
         for piece in room.split_with_sizes(counts[world_rank]):
             piece.copy_(contents(world_rank, len(piece)))
         pieces = list(room.split_with_sizes(counts[world_rank]))
@@ -148,17 +149,37 @@ def check_room(communicator: Communicator) -> None:
 def check_shared_memory(communicator: Communicator) -> None:
     """A window that its host has no room for is refused on every process, and the next one is not.
 
-    One host in the job has too little: that of the last process.
+    The host of the first process has too little; one process by itself needs nothing.
     """
     if communicator.kind != "mpi-node":
         return
-    free = 1000 if communicator.world_rank == communicator.world_size - 1 else 10**9
+    world_rank, world_size = communicator.world_rank, communicator.world_size
+    counts = [2_000_000 // world_size] * world_size
     with pytest.MonkeyPatch.context() as patch:
-        usage = SimpleNamespace(free=free)
+        usage = SimpleNamespace(free=1000 if communicator.host_of[world_rank] == 0 else 10**9)
         patch.setattr(comm.shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(InputError, match=r"take 1 MB.*/dev/shm has 0 MB free; allowed: a lar"):
-            communicator.room([1_000_000 // communicator.world_size] * communicator.world_size)
-    assert communicator.gather_bytes(b"still here") == [b"still here"] * communicator.world_size
+        if communicator.host_of.count(0) > 1:
+            with pytest.raises(InputError, match=r"take 2 MB.*has 0 MB free; allowed: a larger"):
+                communicator.room("allgather", counts)
+        else:
+            communicator.allgather(communicator.room("allgather", counts), counts)
+    assert communicator.gather_bytes(b"still here") == [b"still here"] * world_size
+    # A window that grows needs room for the new one alone.
+    before = comm.shutil.disk_usage("/dev/shm").free
+    for size in (10_000_000, 20_000_000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(comm.shutil, "disk_usage", lambda path: left(before, 25_000_000))
+            counts = [size // world_size] * world_size
+            communicator.allgather(communicator.room("allgather", counts), counts)
+
+
+def left(before: int, size: int) -> SimpleNamespace:
+    """What would be left of shared memory that had `size` bytes where it had `before` left."""
+    taken = before - _disk_usage("/dev/shm").free
+    return SimpleNamespace(free=size - taken)
+
+
+_disk_usage = shutil.disk_usage
 
 
 def check_known_counts(communicator: Communicator) -> None:

@@ -12,7 +12,7 @@ from fedara_core.collectives import (
     weighted_sum,
 )
 from fedara_core.comm import Communicator
-from fedara_core.paths import PATHS, cheapest, moved_values
+from fedara_core.paths import PATHS, SAME_BITS, cheapest, moved_values
 from fedara_core.wire import Upload
 
 JOBS = [("plain", 1), *(("mpi", n) for n in (2, 3, 4)), ("torch", 2), ("torch", 3)]
@@ -69,22 +69,32 @@ def test_the_cheapest_path(num_parts: int, world_size: int, union_values: int, p
 
 
 def test_uploads_of_unequal_length_have_no_mean() -> None:
-    uploads = [
-        Upload(
-            client_id=client_id,
-            num_examples=1,
-            train_loss=0.0,
-            values=torch.zeros(length),
-            bits=torch.zeros(0, dtype=torch.bool),
-        )
-        for client_id, length in ((4, 2), (9, 3))
-    ]
+    uploads = [upload(4, 2), upload(9, 300)]
     for path in PATHS:
         mean = RunningMean(Communicator(), path, torch.zeros(0))
-        for upload in uploads:
-            mean.take(upload)
-        with pytest.raises(ValueError, match=r"differ in length.*\{4: 2, 9: 3\}"):
+        for one in uploads:
+            mean.take(one)
+        with pytest.raises(ValueError, match=r"differ in length.*\{4: 2, 9: 300\}"):
             mean.meet()
+
+
+@pytest.mark.parametrize("path", SAME_BITS)
+def test_uploads_out_of_order_are_a_mistake(path: str) -> None:
+    """The others would give them each other's weights."""
+    mean = RunningMean(Communicator(), path, torch.zeros(0))
+    mean.take(upload(9, 3))
+    with pytest.raises(AssertionError):
+        mean.take(upload(4, 3))
+
+
+def upload(client_id: int, num_values: int) -> Upload:
+    return Upload(
+        client_id=client_id,
+        num_examples=1,
+        train_loss=0.0,
+        values=torch.zeros(num_values),
+        bits=torch.zeros(0, dtype=torch.bool),
+    )
 
 
 def test_wrong_input_is_named() -> None:

@@ -172,8 +172,10 @@ def test_a_sum_on_the_way_is_enough_unless_the_method_says_so(complete: Complete
             running.meet()
         merged, num_bytes = running.result()
         assert num_bytes == len(pack(sent))
+        mean = merged[0].values.clone()
         expected = complete.job.method.aggregate(state, sent)
         assert complete.job.method.aggregate(state, merged).digest() == expected.digest()
+        assert torch.equal(merged[0].values, mean)  # which all uploads share
 
 
 def test_the_base_weights_stay_frozen(complete: Complete) -> None:

@@ -69,6 +69,23 @@ def test_wrong_options_cost_one_line(option: str, value: str, words: str, tmp_pa
     assert words in job.refusals[0]
 
 
+def test_clients_are_placed_by_their_steps_and_named_in_order(
+    tiny_job: Callable[..., Job],
+) -> None:
+    """The others find a process's clients in client_id order, however they were dealt out."""
+    job = tiny_job("train.local_epochs=1", "train.batch_size=2")
+    steps = [job.training.num_steps(len(shard)) for shard in job.shards]
+    placed = rounds.place(job, range(len(steps)), 3)
+    assert sorted(client_id for clients in placed for client_id in clients) == [*range(len(steps))]
+    assert all(clients == sorted(clients) for clients in placed)
+    loads = [sum(steps[client_id] for client_id in clients) for clients in placed]
+    assert max(loads) - min(loads) <= max(steps)
+    dealt = sorted(range(len(steps)), key=lambda client_id: (-steps[client_id], client_id))
+    firsts = [min(clients, key=dealt.index) for clients in placed]
+    assert firsts == dealt[:3]  # the clients with most steps, one on each
+    assert any(clients[0] != first for clients, first in zip(placed, firsts, strict=True))
+
+
 @pytest.mark.parametrize("path", ["allgather", "split"])
 def test_a_cohort_in_several_goes_gives_the_same_bits(
     path: str,

@@ -70,7 +70,7 @@ def _round_bytes(settings: str) -> tuple[int, int]:
     reference = job.method.reference(state) if config.codec.up != "fp32" else None
     meter = Meter(job.device)
     costs = [
-        train_client(job, state, client_id, meter, reference)[1]
+        train_client(job, state, client_id, meter, lambda upload: None, reference)
         for client_id in draw_cohort(job, 0)
     ]
     downlink_bytes = sum(cost.downlink_bytes - saved_bytes for cost in costs)

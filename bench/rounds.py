@@ -339,22 +339,21 @@ def advance(
         dropped = place(job, arrivals.dropped, communicator.world_size)[communicator.world_rank]
         costs = [_as_sent(job, _drop_client(job, sent, c), saved_bytes) for c in dropped]
     for mine in goes:
-        uploads, own_costs, kept = [], [], dict(job.kept)
+        uploads: list[Upload] = []
+        own_costs, kept = [], dict(job.kept)
+        send = uploads.append if job.config.clients.timed else exchange.take
         for client_id in mine:
-            upload, cost = train_client(job, sent, client_id, meter, reference)
+            cost = train_client(job, sent, client_id, meter, send, reference)
             own_costs.append(_as_sent(job, cost, saved_bytes))
-            if job.config.clients.timed:
-                uploads.append(upload)
-            else:
-                exchange.take(upload, meter)
         costs += own_costs
         if job.config.clients.timed:
             with meter.phase("wait"):
                 communicator.barrier()
             with meter.phase("exchange"):
                 arrivals.agree(own_costs, communicator)
-            for upload in _in_time(job, uploads, arrivals.arrived, kept):
-                exchange.take(upload, meter)
+            with meter.phase("pack"):
+                for upload in _in_time(job, uploads, arrivals.arrived, kept):
+                    exchange.take(upload)
         exchange.meet(meter)
     uploads, uplink_bytes = exchange.result(meter)
     with meter.phase("aggregate"):
@@ -454,11 +453,10 @@ class _Exchange:
         self._gathered: list[Upload] = []
         self._num_bytes = 0
 
-    def take(self, upload: Upload, meter: Meter) -> None:
+    def take(self, upload: Upload) -> None:
         """One of this process's uploads, in client_id order."""
         if self._mean is not None:
-            with meter.phase("pack"):
-                self._mean.take(upload)
+            self._mean.take(upload)
         else:
             self._taken.append(upload)
 
@@ -511,11 +509,16 @@ def merge_path(job: Job, communicator: Communicator) -> str:
 
 
 def train_client(
-    job: Job, state: ServerState, client_id: int, meter: Meter, reference: Tensor | None = None
-) -> tuple[Upload, ClientCost]:
-    """One client's download, local training and upload; also what it cost, before `state`'s codec.
+    job: Job,
+    state: ServerState,
+    client_id: int,
+    meter: Meter,
+    send: Callable[[Upload], None],
+    reference: Tensor | None = None,
+) -> ClientCost:
+    """One client's download, local training and upload; what it cost, before `state`'s codec.
 
-    reference: what a lossy codec codes the upload's difference from; None for fp32.
+    send: gets the upload. reference: what a lossy codec codes its difference from; None for fp32.
     """
     with meter.phase("download"):
         client = _client(job, client_id)
@@ -537,8 +540,9 @@ def train_client(
             upload = _code_up(job, client, upload, state.round_index, reference)
         if job.keeps:
             job.kept[client_id] = client.kept
+        send(upload)
     num_bytes = upload.num_bytes
-    return upload, ClientCost(
+    return ClientCost(
         client_id=client_id, uplink_bytes=num_bytes, downlink_bytes=downlink_bytes, **counts
     )
 

@@ -84,7 +84,9 @@ def play_rounds(
 
 def train_one_client(job: Job, state: ServerState, client_id: int) -> Upload:
     """What one client uploads in the state's round, before it is packed."""
-    return rounds.train_client(job, state, client_id, Meter(job.device))[0]
+    sent: list[Upload] = []
+    rounds.train_client(job, state, client_id, Meter(job.device), sent.append)
+    return sent[0]
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ class Fault:
 
 def damage(fault: Fault) -> None:
     """Put the fault's ways into the program."""
-    one_round, start_client, train = rounds.one_round, rounds.start_client, rounds.train_client
+    one_round, start_client = rounds.one_round, rounds.start_client
     take, pack = rounds._Exchange.take, rounds.pack
 
     def noting(job: Any, state: Any, communicator: Any, meter: Any) -> Any:
@@ -55,17 +55,13 @@ def damage(fault: Fault) -> None:
             raise RuntimeError("injected")
         start_client(client, method, training, state)
 
-    def training(job: Any, *rest: Any) -> Any:
-        upload, num_bytes = train(job, *rest)
+    def taking(exchange: Any, upload: Any) -> None:
         if fault.due("nan"):
             upload = dataclasses.replace(upload, values=torch.full_like(upload.values, torch.nan))
         if fault.due("short"):
             upload = dataclasses.replace(upload, values=upload.values[:-3])
-        return upload, num_bytes
-
-    def taking(exchange: Any, upload: Any, meter: Any) -> None:
         if not fault.due("dropped"):
-            take(exchange, upload, meter)
+            take(exchange, upload)
 
     def packing(uploads: Any) -> Any:
         packed = pack(uploads)
@@ -75,7 +71,7 @@ def damage(fault: Fault) -> None:
             packed[0] = 0x17
         return packed
 
-    rounds.one_round, rounds.start_client, rounds.train_client = noting, starting, training
+    rounds.one_round, rounds.start_client = noting, starting
     rounds._Exchange.take = taking  # type: ignore[method-assign]
     rounds.pack = collectives.pack = packing  # type: ignore[attr-defined]
     uploading = Method.upload

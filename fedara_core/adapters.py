@@ -136,6 +136,8 @@ class Adapter(nn.Module):
         adapter that was masked but not removed.
         """
         device = self.base.weight.device
+        if self.layout is not None:
+            self.layout.written_by_itself = True
         self.layout = None
         self.num_live = rows.shape[0]
         self.parts.clear()
@@ -302,6 +304,7 @@ class Layout:
         self._memory = torch.zeros(size, device=device)
         self._source: Tensor | None = None  # what a download copies into it
         self._groups: list[_Neighbours] = []
+        self.written_by_itself = False  # an adapter, since
         start = first = 0
         for (shape, num_live, _), alike in groupby(adapters, _likeness):
             group = list(alike)
@@ -328,7 +331,7 @@ class Layout:
     def intact(self) -> bool:
         """Whether nobody has written an adapter by itself since, or moved the model."""
         moved = self._parameters and self._parameters[0].data_ptr() != self._memory.data_ptr()
-        return not moved and all(adapter.layout is self for adapter in self.adapters)
+        return not moved and not self.written_by_itself
 
     def write(self, live: Sequence[Tensor]) -> None:
         """Take each adapter's live rows (r, width) as the parameters' values."""

@@ -67,7 +67,7 @@ class ServerState:
         """Number of live triplets by adapter, in name order."""
         return _num_live(self.rank_masks)
 
-    @property
+    @cached_property
     def num_triplets(self) -> int:
         """All triplets, live or dead: the bits of a rank_mask message."""
         return sum(len(mask) for mask in self.rank_masks.values())

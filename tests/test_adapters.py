@@ -1,7 +1,7 @@
 """Adapters: which layers are wrapped, rows in and out, and what pruning really saves."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -261,6 +261,33 @@ def test_what_lies_together_comes_out_row_by_row(
             ]
             expected += [parameter.detach().flatten() for parameter in whole]
             assert torch.equal(layout.copy_out(parts, whole), torch.cat(expected))
+
+
+def write_one_by_itself(model: nn.Module) -> None:
+    adapter = next(adapter for _, adapter in named_adapters(model))
+    adapter.write(torch.zeros(1, SVD.width(adapter.shape)), SVD)
+
+
+def move(model: nn.Module) -> None:
+    model.double().float()  # as .to() a device does: parameters get memory of their own
+
+
+@pytest.mark.parametrize("change", [write_one_by_itself, move])
+def test_a_layout_that_no_longer_holds_is_made_anew(change: Callable[[nn.Module], None]) -> None:
+    model = tiny_bert()
+    rows = random_rows(model, SVD)
+    rank_masks = masks(rows, [1])
+    for _ in range(2):
+        write_rows(model, rows, rank_masks, SVD)
+    layout = model.layout
+    assert isinstance(layout, Layout)
+    assert layout.intact
+    change(model)
+    assert not layout.intact
+    write_rows(model, rows, rank_masks, SVD)
+    assert model.layout is not layout
+    for name, live in read_rows(model).items():
+        assert torch.equal(live, rows[name][[1]])
 
 
 def test_low_rank_adds_scale_times_the_product() -> None:

@@ -24,7 +24,7 @@ _REQUIRED = ["call", "payload_bytes", "num_clients", "median_seconds"]
 class MicroCampaign:
     """The records below one folder.
 
-    launches: one row per finished launch: run_id, backend (library and what was told to it),
+    launches: one row per finished launch: run_id, backend (library, and how it was used),
         world_size, cpu, num_cores, num_hosts, commit, measured_bytes_source.
     points: one row per combination (POINT): medians over launches of median_seconds, the ratios
         and the bytes; min_seconds, max_seconds: the smallest and largest of the launches'
@@ -95,12 +95,14 @@ def _read_launch(file: Path, benchmark: str) -> dict[str, Any]:
 
 
 def _backend(run: dict[str, Any]) -> str:
-    """Such as "MPICH", "gloo" or "MPICH, UCX_TLS=tcp,self": launches that differ are not mixed."""
+    """Such as "MPICH", "gloo", "MPICH, mpi-node" or "MPICH, UCX_TLS=tcp,self": launches that differ
+    are not mixed."""
     text = run.get(f"{run['comm'].removesuffix('-node')}_library", run["comm"])
     names = ("Open MPI", "MPICH", "Intel(R) MPI", "MVAPICH")
     name = next((known for known in names if known in text), text)
     told = run.get("transport_environment", {})
-    return ", ".join([name, *(f"{key}={value}" for key, value in sorted(told.items()))])
+    by_host = ["mpi-node"] if run["comm"] == "mpi-node" else []
+    return ", ".join([name, *by_host, *(f"{key}={value}" for key, value in sorted(told.items()))])
 
 
 def read_rows(file: Path, required: list[str]) -> list[dict[str, Any]]:

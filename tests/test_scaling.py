@@ -269,10 +269,14 @@ def test_launches_with_another_transport_are_not_mixed(records: Path) -> None:
     run = json.loads((run_dir / "run.json").read_text())
     run["transport_environment"] = {"UCX_TLS": "tcp,self"}
     (run_dir / "run.json").write_text(json.dumps(run))
+    run_dir = write_launch(records, 2, 8)
+    run = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(run | {"comm": "mpi-node"}))
     micro = load_micro(records)
     assert micro is not None
     counts = micro.points.groupby("backend")["num_launches"].max()
-    assert counts.to_dict() == {"MPICH": 3, "MPICH, UCX_TLS=tcp,self": 1}
+    others = {"MPICH, UCX_TLS=tcp,self": 1, "MPICH, mpi-node": 1}
+    assert counts.to_dict() == {"MPICH": 3} | others
 
 
 def test_bad_records_are_refused(records: Path, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ as zero. All paths give the same sum over the union of the masks, on every proce
 
 allgather   every process gets every client's rows and adds them in client_id order in float64: the
             same bits for any number of processes. The reference.
-split       each process owns a part of the layout; clients' rows go to their owners, which add them
+split       each process owns a part of the rows; clients' rows go to their owners, which add them
             in client_id order in float64; the sums are gathered: the same bits again.
 allreduce   each process adds its own clients as they come, in float32 by eights and the eights in
-            float64; over the union of all masks, the sums are allreduced: equal but for rounding.
+            float64; the sums are allreduced: equal but for rounding.
 dense       the same over the whole layout: what everybody has.
+
+All but dense sum over the union of the masks, which every process knows from the headers.
 
 What each costs: fedara_core/paths.py.
 
@@ -65,13 +67,13 @@ class Sum:
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """What every process knows of one client's part before its rows come."""
+    """What every process knows of one client's part before its rows come: R rows are summed."""
 
     world_rank: int
     client_id: int
     weight: int
     starts: np.ndarray  # (R + 1,) int64: where each row's bytes start in the part's
-    rank_mask: Tensor
+    rank_mask: Tensor  # (R,) bool
 
 
 def weighted_sum(
@@ -88,15 +90,31 @@ def weighted_sum(
     codec's rounding. Raises ValueError for an unknown path, and on every process if some part does
     not fit the layout.
     """
-    total = _running_sum(widths, communicator, path, codec)
     parts = sorted(parts, key=lambda part: part.client_id)
-    headers = _gather_headers(parts, widths, codec, communicator)
+    masks = _gather_masks(parts, widths, communicator)
+    union = torch.zeros(len(widths), dtype=torch.bool)
+    for _, _, _, rank_mask in masks:
+        union |= rank_mask
+    summed = torch.ones_like(union) if path == "dense" else union
+    total = _running_sum(widths[summed], communicator, path, codec)
+    sizes = row_bytes(codec, widths[summed])
+    headers = [
+        _Header(
+            world_rank=world_rank,
+            client_id=client_id,
+            weight=weight,
+            starts=_starts(rank_mask[summed], sizes),
+            rank_mask=rank_mask[summed],
+        )
+        for world_rank, client_id, weight, rank_mask in masks
+    ]
     own = [header for header in headers if header.world_rank == communicator.world_rank]
     for header, part in zip(own, parts, strict=True):
         draw = generator(seed, "codec", part.client_id)
         total.take(header, encode_rows(codec, part.values, widths[part.rank_mask], draw))
     total.meet(headers)
-    return total.result()
+    values = total.result()
+    return Sum(rank_mask=union, values=_rows_of(values, union, widths, summed))
 
 
 class RunningMean:
@@ -174,7 +192,7 @@ class RunningMean:
         that they have with their own."""
         if self._total is None:
             return [], 0
-        mean = self._total.result(sum(head.num_examples for head in self._heads)).values
+        mean = self._total.result(sum(head.num_examples for head in self._heads))
         codec = self._heads[0].codec
         if codec != "fp32":
             mean = add_reference(mean, self._reference)
@@ -184,15 +202,15 @@ class RunningMean:
 
 
 class _RunningSum:
-    """A weighted sum over the layout that takes its clients in several goes, in client_id order.
+    """A weighted sum over rows of which each client has some, the rows in a fixed order.
 
-    In a go each process takes its own parts, then all meet.
+    It takes its clients in several goes, lower client_ids first. In a go each process takes its own
+    parts, then all meet.
     """
 
     def __init__(self, widths: Tensor, communicator: Communicator, path: str, codec: str) -> None:
         self._widths, self._communicator = widths, communicator
         self._path, self._codec = path, codec
-        self._union = torch.zeros(len(widths), dtype=torch.bool)
         self._value_starts = np.concatenate([[0], np.cumsum(widths.numpy())])  # (R + 1,)
 
     def take(self, header: _Header, payload: Tensor) -> None:
@@ -201,20 +219,14 @@ class _RunningSum:
 
     def meet(self, headers: Sequence[_Header]) -> None:
         """Add what all processes have taken since they last met: these parts, in order."""
-        for header in headers:
-            self._union |= header.rank_mask
-
-    def result(self, divisor: int = 1) -> Sum:
-        """The sum of what was added, or its part by the divisor; once."""
         raise NotImplementedError
 
-    def _live(self, first: int, last: int) -> slice | Tensor:
-        """Which of the values of rows first to last are in the union."""
-        union, widths = self._union[first:last], self._widths[first:last]
-        return slice(None) if union.all() else union.repeat_interleave(widths)
+    def result(self, divisor: int = 1) -> Tensor:
+        """The sum of what was added, or its part by the divisor: (n,) float32; once."""
+        raise NotImplementedError
 
     def _blocks(self, rows: tuple[int, int], num_values: int) -> Iterator[tuple[int, int]]:
-        """Ranges (first, last) of the rows with about num_values values of the layout each."""
+        """Ranges (first, last) of the rows with about num_values values each."""
         first, end = rows
         while first < end:
             wanted = self._value_starts[first] + num_values
@@ -259,7 +271,6 @@ class _OrderedSum(_RunningSum):
         self._own.append((header, payload))
 
     def meet(self, headers: Sequence[_Header]) -> None:
-        super().meet(headers)
         if self._path == "split":
             self._add_received(headers, self._to_owners(headers), self._rows)
         else:
@@ -322,15 +333,14 @@ class _OrderedSum(_RunningSum):
                 piece = payload[slice(*(header.starts[[*block]] - start))]
                 self._add_rows(total, header, piece, block)
 
-    def result(self, divisor: int = 1) -> Sum:
-        values = self._total.div_(divisor).float()[self._live(*self._rows)]
+    def result(self, divisor: int = 1) -> Tensor:
+        values = self._total.div_(divisor).float()
         _totals.give_back(self._memory)
-        if self._path == "split":
-            widths = torch.where(self._union, self._widths, 0)
-            counts = [4 * int(widths[a:b].sum()) for a, b in pairwise(self._cuts)]
-            gathered = self._communicator.allgather(values.view(torch.uint8), counts)
-            values = torch.cat([buffer.view(torch.float32) for buffer in gathered])
-        return Sum(rank_mask=self._union, values=values)
+        if self._path != "split":
+            return values
+        counts = (4 * np.diff(self._value_starts[self._cuts])).tolist()
+        gathered = self._communicator.allgather(values.view(torch.uint8), counts)
+        return torch.cat([buffer.view(torch.float32) for buffer in gathered])
 
 
 class _OwnSum(_RunningSum):
@@ -355,14 +365,13 @@ class _OwnSum(_RunningSum):
         """The sum of this process's clients, in the memory of `_before`, or else of `_total`."""
         return self._total if self._before is None else self._before.add_(self._total)
 
-    def result(self, divisor: int = 1) -> Sum:
+    def meet(self, headers: Sequence[_Header]) -> None:
+        """Nothing travels but the sums, at the end."""
+
+    def result(self, divisor: int = 1) -> Tensor:
         values = self._all_added().div_(divisor).float()
-        if self._path == "dense":
-            self._communicator.allreduce(values)
-        values = values[self._live(0, len(self._widths))]
-        if self._path == "allreduce":
-            self._communicator.allreduce(values)
-        return Sum(rank_mask=self._union, values=values)
+        self._communicator.allreduce(values)
+        return values
 
 
 def _running_sum(
@@ -405,10 +414,10 @@ _FITS, _MISFIT = b"\0", b"\1"  # what precedes a process's headers, or what is w
 _HEADER = struct.Struct("<IQ")  # client_id, weight; the rank_mask's bits follow
 
 
-def _gather_headers(
-    parts: Sequence[Part], widths: Tensor, codec: str, communicator: Communicator
-) -> list[_Header]:
-    """Every process's headers, in client_id order."""
+def _gather_masks(
+    parts: Sequence[Part], widths: Tensor, communicator: Communicator
+) -> list[tuple[int, int, int, Tensor]]:
+    """world_rank, client_id, weight and rank_mask of every process's parts, in client_id order."""
     wrong = [text for part in parts if (text := _misfit(part, widths))]
     mine = _MISFIT + wrong[0].encode() if wrong else _FITS
     if not wrong:
@@ -420,23 +429,14 @@ def _gather_headers(
         if data.startswith(_MISFIT):
             raise ValueError(data.removeprefix(_MISFIT).decode())
     length = _HEADER.size + (len(widths) + 7) // 8
-    row_sizes = row_bytes(codec, widths)
-    headers = []
+    masks = []
     for world_rank, data in enumerate(told):
         for start in range(len(_FITS), len(data), length):
             client_id, weight = _HEADER.unpack_from(data, start)
-            bits = np.frombuffer(data[start + _HEADER.size : start + length], np.uint8)
-            rank_mask = torch.from_numpy(np.unpackbits(bits, count=len(widths)).astype(bool))
-            headers.append(
-                _Header(
-                    world_rank=world_rank,
-                    client_id=client_id,
-                    weight=weight,
-                    starts=_starts(rank_mask, row_sizes),
-                    rank_mask=rank_mask,
-                )
-            )
-    return sorted(headers, key=lambda header: header.client_id)
+            packed = np.frombuffer(data[start + _HEADER.size : start + length], np.uint8)
+            bits = np.unpackbits(packed, count=len(widths)).view(bool)
+            masks.append((world_rank, client_id, weight, torch.from_numpy(bits)))
+    return sorted(masks, key=lambda mask: mask[1])
 
 
 def _misfit(part: Part, widths: Tensor) -> str:
@@ -475,18 +475,29 @@ def _starts(rank_mask: Tensor, sizes: Tensor) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.where(rank_mask.numpy(), sizes.numpy(), 0))])
 
 
+def _rows_of(values: Tensor, kept: Tensor, widths: Tensor, held: Tensor) -> Tensor:
+    """Of the rows that are held (R,) the values of those that are kept (R,)."""
+    if torch.equal(kept, held):
+        return values
+    chosen = torch.empty(int(widths[kept].sum()))
+    for index, rows, live in _equal_widths(kept[held], widths[held], values, chosen):
+        torch.index_select(rows, 0, index, out=live)
+    return chosen
+
+
 def _equal_widths(
     held: Tensor, widths: Tensor, total: Tensor, values: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each run of rows of one width w: which are held (k,), sums (rows, w), values (k, w)."""
+    """For each run of rows of one width w: which are held (k,), all of them (rows, w) in `total`,
+    and those that are held (k, w) in `values`."""
     row = start = taken = 0
     for width, count in zip(
         *(t.tolist() for t in torch.unique_consecutive(widths, return_counts=True)), strict=True
     ):
-        rows = held[row : row + count].nonzero().flatten()
-        own = values[taken : taken + len(rows) * width].view(-1, width)
-        yield rows, total[start : start + count * width].view(count, width), own
-        row, start, taken = row + count, start + count * width, taken + len(rows) * width
+        index = held[row : row + count].nonzero().flatten()
+        own = values[taken : taken + len(index) * width].view(-1, width)
+        yield index, total[start : start + count * width].view(count, width), own
+        row, start, taken = row + count, start + count * width, taken + len(index) * width
 
 
 def _join(pieces: Sequence[Tensor], room: Tensor) -> Tensor:

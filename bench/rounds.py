@@ -35,7 +35,13 @@ from bench.models import build_model, encode
 from bench.partition import draw_client_lora_ranks, label_counts, partition, summary
 from bench.record import Recorder, library_fact, process_facts, provenance
 from fedara_core.adapters import AdapterConfig, inject
-from fedara_core.codec import decode_rows, encode_rows, message_widths, payload_bytes
+from fedara_core.codec import (
+    ROW_VALUES,
+    decode_rows,
+    encode_rows,
+    message_widths,
+    payload_bytes,
+)
 from fedara_core.collectives import RunningMean
 from fedara_core.comm import Communicator, together
 from fedara_core.errors import Diverged, InputError, Interrupted, JobError
@@ -498,11 +504,11 @@ def merge_path(job: Job, communicator: Communicator) -> str:
         return wanted
     if job.method.needs_factors:
         return "allgather"
-    # All clients send the same rows, so their number decides nothing.
+    # All clients send the same rows, so their number decides nothing; sums travel as float32.
     return cheapest(
         num_parts=job.config.federation.cohort,
         world_size=communicator.world_size,
-        part_values=1,
+        part_values=payload_bytes(job.config.codec.up, ROW_VALUES) / (4 * ROW_VALUES),
         union_values=1,
         layout_values=1,
     )

@@ -5,12 +5,14 @@
 overhead: seconds that a call takes in any case; alpha: seconds of latency a message; beta: seconds
 a byte that a process receives, with the local sum, which grows like them. Messages that follow
 each other and bytes, for P processes, K clients, k bytes of a client's rows, U of the union of the
-masks, n of the layout, m of one client's mask, which every path brings everywhere first:
+masks, n of the layout, m of one client's mask:
 
-allgather   recursive doubling: ceil(log2 P) messages; (P-1)/P K (k + m) bytes
+masks       everywhere first, on every path, by recursive doubling, their sizes before them:
+            2 ceil(log2 P) messages; (P-1)/P K m bytes
+allgather   recursive doubling: ceil(log2 P) messages; (P-1)/P K k bytes
 split       pairwise alltoallv, then recursive doubling: P - 1 + ceil(log2 P) messages;
-            (P-1)/P (K k / P + U + K m) bytes
-allreduce   recursive halving, then doubling: 2 ceil(log2 P) messages; (P-1)/P (2 U + K m) bytes
+            (P-1)/P (K k / P + U) bytes
+allreduce   recursive halving, then doubling: 2 ceil(log2 P) messages; (P-1)/P 2 U bytes
 dense       the same with n for U
 
 Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH" (2005).
@@ -51,11 +53,10 @@ class Cost:
 
 
 def num_messages(path: str, world_size: int) -> int:
-    """Messages that follow each other, by the algorithm at the top of this file."""
+    """Messages that follow each other, the masks' too, by the algorithm at the top of this file."""
     doubling = (world_size - 1).bit_length()  # ceil(log2 P)
-    if path == "allgather":
-        return doubling
-    return world_size - 1 + doubling if path == "split" else 2 * doubling
+    of_rows = {"allgather": doubling, "split": world_size - 1 + doubling}
+    return 2 * doubling + of_rows.get(path, 2 * doubling)
 
 
 def moved_bytes(path: str, exchange: Exchange) -> float:

@@ -67,13 +67,13 @@ class Sum:
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """What every process knows of one client's part before its rows come: R rows are summed."""
+    """What every process knows of one client's part before its rows come: S rows are summed."""
 
     world_rank: int
     client_id: int
     weight: int
-    starts: np.ndarray  # (R + 1,) int64: where each row's bytes start in the part's
-    rank_mask: Tensor  # (R,) bool
+    starts: np.ndarray  # (S + 1,) int64: where each row's bytes start in the part's
+    rank_mask: Tensor  # (S,) bool
 
 
 def weighted_sum(
@@ -95,7 +95,8 @@ def weighted_sum(
     union = torch.zeros(len(widths), dtype=torch.bool)
     for _, _, _, rank_mask in masks:
         union |= rank_mask
-    summed = torch.ones_like(union) if path == "dense" else union
+    dense = path == "dense"
+    summed = torch.ones_like(union) if dense else union
     total = _running_sum(widths[summed], communicator, path, codec)
     sizes = row_bytes(codec, widths[summed])
     headers = [
@@ -103,10 +104,11 @@ def weighted_sum(
             world_rank=world_rank,
             client_id=client_id,
             weight=weight,
-            starts=_starts(rank_mask[summed], sizes),
-            rank_mask=rank_mask[summed],
+            starts=_starts(held, sizes),
+            rank_mask=held,
         )
         for world_rank, client_id, weight, rank_mask in masks
+        for held in [rank_mask[summed]]
     ]
     own = [header for header in headers if header.world_rank == communicator.world_rank]
     for header, part in zip(own, parts, strict=True):
@@ -114,7 +116,7 @@ def weighted_sum(
         total.take(header, encode_rows(codec, part.values, widths[part.rank_mask], draw))
     total.meet(headers)
     values = total.result()
-    return Sum(rank_mask=union, values=_rows_of(values, union, widths, summed))
+    return Sum(rank_mask=union, values=_rows_of(values, union, widths) if dense else values)
 
 
 class RunningMean:
@@ -211,7 +213,7 @@ class _RunningSum:
     def __init__(self, widths: Tensor, communicator: Communicator, path: str, codec: str) -> None:
         self._widths, self._communicator = widths, communicator
         self._path, self._codec = path, codec
-        self._value_starts = np.concatenate([[0], np.cumsum(widths.numpy())])  # (R + 1,)
+        self._value_starts = np.concatenate([[0], np.cumsum(widths.numpy())])  # (S + 1,)
 
     def take(self, header: _Header, payload: Tensor) -> None:
         """One of this process's parts, uint8 rows."""
@@ -377,7 +379,7 @@ class _OwnSum(_RunningSum):
 def _running_sum(
     widths: Tensor, communicator: Communicator, path: str, codec: str = "fp32"
 ) -> _RunningSum:
-    """Over rows of these widths (R,), by this path. Raises ValueError for an unknown one."""
+    """Over rows of these widths (S,), by this path. Raises ValueError for an unknown one."""
     if path not in PATHS:
         raise ValueError(f"merge path {path!r} is unknown; allowed: {', '.join(PATHS)}")
     cls = _OrderedSum if path in SAME_BITS else _OwnSum
@@ -475,12 +477,12 @@ def _starts(rank_mask: Tensor, sizes: Tensor) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.where(rank_mask.numpy(), sizes.numpy(), 0))])
 
 
-def _rows_of(values: Tensor, kept: Tensor, widths: Tensor, held: Tensor) -> Tensor:
-    """Of the rows that are held (R,) the values of those that are kept (R,)."""
-    if torch.equal(kept, held):
+def _rows_of(values: Tensor, kept: Tensor, widths: Tensor) -> Tensor:
+    """Of the values of rows of these widths (R,) those of the rows that are kept (R,)."""
+    if kept.all():
         return values
     chosen = torch.empty(int(widths[kept].sum()))
-    for index, rows, live in _equal_widths(kept[held], widths[held], values, chosen):
+    for index, rows, live in _equal_widths(kept, widths, values, chosen):
         torch.index_select(rows, 0, index, out=live)
     return chosen
 
@@ -495,7 +497,7 @@ def _equal_widths(
         *(t.tolist() for t in torch.unique_consecutive(widths, return_counts=True)), strict=True
     ):
         index = held[row : row + count].nonzero().flatten()
-        own = values[taken : taken + len(index) * width].view(-1, width)
+        own = values[taken : taken + len(index) * width].view(len(index), width)
         yield index, total[start : start + count * width].view(count, width), own
         row, start, taken = row + count, start + count * width, taken + len(index) * width
 

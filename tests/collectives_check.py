@@ -1,12 +1,16 @@
 """Checks for every process of a job: every merge path on random masks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedara_core import collectives
+from fedara_core.codec import CODECS, decode_rows, encode_rows
 from fedara_core.collectives import Part, weighted_sum
 from fedara_core.comm import Communicator
 from fedara_core.paths import PATHS, SAME_BITS
+from fedara_core.seeds import generator
 
 # Rows of the layout, chance that a client has a row, clients.
 CASES = {
@@ -144,12 +148,48 @@ def check(case: str, communicator: Communicator) -> None:
             assert ((found.values - expected).abs() <= 1e-6 * largest).all(), (case, path)
 
 
+def check_codecs(communicator: Communicator) -> None:
+    """What is summed is what each client's rows are decoded to."""
+    for case in ("half", "nothing live", "no client"):
+        parts, widths = make_parts(case)
+        for codec in CODECS:
+            decoded = []
+            for part in parts:
+                own, draw = widths[part.rank_mask], generator(7, "codec", part.client_id)
+                rows = encode_rows(codec, part.values.clamp(-100, 100), own, draw)
+                decoded.append(replace(part, values=decode_rows(codec, rows, own)))
+            union, expected = by_hand(decoded, widths)
+            mine = [
+                replace(part, values=part.values.clamp(-100, 100))  # fp16 ends at 65504
+                for part in parts[communicator.world_rank :: communicator.world_size]
+            ]
+            for path in SAME_BITS:
+                found = weighted_sum(mine, widths, communicator, path, codec=codec, seed=7)
+                assert torch.equal(found.rank_mask, union), (case, codec, path)
+                assert same_bits(found.values, expected), (case, codec, path)
+
+
+def check_dead_rows_are_free(communicator: Communicator) -> None:
+    """A row that nobody has takes neither memory nor time, however wide it is."""
+    widths = torch.tensor([4, 1 << 45])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    part = Part(client_id=2, weight=3, rank_mask=torch.tensor([True, False]), values=values)
+    mine = [part] if communicator.world_rank == 0 else []
+    for path in (*SAME_BITS, "allreduce"):  # dense sums the layout
+        found = weighted_sum(mine, widths, communicator, path)
+        assert torch.equal(found.values, 3 * values), path
+
+
 def check_all(communicator: Communicator) -> None:
-    for block_values in (collectives.BLOCK_VALUES, 200):  # the second cuts into many blocks
+    # The second time rows travel and are added in many blocks.
+    for block_values in (collectives.BLOCK_VALUES, 200):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "BLOCK_VALUES", block_values)
+            patch.setattr(collectives, "_SUM_VALUES", min(collectives._SUM_VALUES, block_values))
             for case in CASES:
                 check(case, communicator)
+    check_codecs(communicator)
+    check_dead_rows_are_free(communicator)
     check_zeros(communicator)
     check_own_sum(communicator)
     check_order(communicator)

@@ -1,16 +1,15 @@
 """Merge paths on several process counts (collectives_check.py), the cost model, wrong input."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from collectives_check import make_parts
 from comm_check import CASES
 from launch import checked
 
-from fedara_core.collectives import (
-    Part,
-    RunningMean,
-    weighted_sum,
-)
+from bench.rounds import Job, merge_path
+from fedara_core.collectives import Part, RunningMean, weighted_sum
 from fedara_core.comm import Communicator
 from fedara_core.paths import PATHS, SAME_BITS, cheapest, moved_values
 from fedara_core.wire import Upload
@@ -66,6 +65,20 @@ def test_the_cheapest_path(num_parts: int, world_size: int, union_values: int, p
         layout_values=1000,
     )
     assert chosen == path
+
+
+class TwoProcesses(Communicator):
+    world_size = 2
+
+
+@pytest.mark.parametrize(
+    ("codec", "chosen"), [("fp32", "split"), ("bf16", "split"), ("int8", "allgather")]
+)
+def test_auto_counts_coded_bytes(tiny_job: Callable[..., Job], codec: str, chosen: str) -> None:
+    """Five clients' rows on two processes; the sums of split travel as float32 in any case."""
+    job = tiny_job("federation.merge_path=auto", f"codec.up={codec}")
+    assert job.config.federation.cohort == 5
+    assert merge_path(job, TwoProcesses()) == chosen
 
 
 def test_uploads_of_unequal_length_have_no_mean() -> None:

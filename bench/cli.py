@@ -359,7 +359,8 @@ def roundtrip(
 ) -> None:
     """Rounds per second without training: download, upload, exchange, aggregate, real payloads.
 
-    Beside it a bare loop over the same tensors in one process, and the library's bare allgather.
+    Beside it bare loops over the same tensors in one process, without messages and with a copy of
+    every client's tensors, and the library's bare allgather.
 
     \b
       mpiexec -n 2 fedara micro roundtrip --clients 10,128

@@ -1,14 +1,14 @@
 """`fedara micro roundtrip`: rounds without training, real payloads.
 
 A round is the suite's own: every client downloads the state into the model, trains no step and
-uploads what is in it; uploads meet; the server aggregates. Beside it, in the same run: a bare loop
-that does the same to plain tensors in one process, and the library's bare allgather of as many
-bytes.
+uploads what is in it; uploads meet; the server aggregates. Beside it, in the same run: two bare
+loops that do the same to plain tensors in one process, one without any message and one where every
+client's message is a copy of its tensors; and the library's bare allgather of as many bytes.
 """
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from fedara_core.paths import PATHS
 BENCHMARK = "micro-roundtrip"
 NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats
 _WARM_UP = 3
+_BARE = ("bare_loop_", "bare_messages_", "bare_allgather_")
 _KEPT_ROUNDS = 1000  # a schedule this long leaves all ranks alive in the rounds that are measured
 
 
@@ -123,12 +124,12 @@ def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Se
 
 
 def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:
-    """Seconds of the suite's rounds and of the bare loop, turn about; then of the bare allgather,
-    whose buffers are no part of the rounds' memory."""
+    """Seconds of the suite's rounds and of the bare loop, turn about; then of the bare loop with
+    messages and of the bare allgather, whose buffers are no part of the rounds' memory."""
     meter = Meter(job.device)
     state, row = job.state, {}
     parameters = _parameters(job)
-    own: dict[str, list[float]] = {"": [], "bare_loop_": [], "bare_allgather_": []}
+    own: dict[str, list[float]] = {prefix: [] for prefix in ("", *_BARE)}
     measured: list[Measured] = []
     for index in range(_WARM_UP + rounds):
         communicator.barrier()
@@ -137,11 +138,15 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
         state, row = advance(job, state, communicator, meter)
         own[""].append(time.perf_counter() - start)
         measured.append(meter.take())
-        own["bare_loop_"].append(_bare_loop(parameters, job, communicator))
+        own["bare_loop_"].append(_timed_first(_bare_loop, parameters, job, communicator))
         if index + 1 == _WARM_UP:  # first rounds fault their pages in
             for seconds in own.values():
                 seconds.clear()
             measured.clear()
+    own["bare_messages_"] = [
+        _timed_first(_bare_messages, parameters, job, communicator)
+        for _ in range(_WARM_UP + rounds)
+    ][_WARM_UP:]
     packed = torch.zeros(_packed_bytes(job, row, communicator), dtype=torch.uint8)
     bare_call = bare_allgather(packed, communicator)
     if bare_call is not None:
@@ -161,7 +166,7 @@ def _described(
     num_clients = len(job.shards)
     longest = {prefix: slowest(s, communicator) for prefix, s in own.items() if s}
     result = quantiles(longest[""])
-    for prefix in ("bare_loop_", "bare_allgather_"):
+    for prefix in _BARE:
         if prefix in longest:
             result[f"{prefix}median_seconds"] = float(np.median(longest[prefix]))
     medians = {
@@ -216,23 +221,57 @@ def _parameters(job: Job) -> list[Tensor]:
     return [p.detach().clone() for p in job.model.parameters() if p.requires_grad]
 
 
-def _bare_loop(parameters: list[Tensor], job: Job, communicator: Communicator) -> float:
-    """Seconds of world_rank 0 for the same without a suite: for every client copy the mean's
-    tensors into a model's, add them to a sum by the client's weight; divide. 0 elsewhere."""
+def _bare_loop(parameters: list[Tensor], mean: list[Tensor], job: Job) -> None:
+    """The same without a suite: for every client copy the mean's tensors into a model's, add these
+    to a sum by the client's weight; divide."""
+    total = [torch.zeros_like(tensor) for tensor in mean]
+    for shard in job.shards:
+        _copy(mean, parameters)
+        _add(parameters, len(shard), total)
+    _divide(total, job)
+
+
+def _bare_messages(parameters: list[Tensor], mean: list[Tensor], job: Job) -> None:
+    """The same where every client leaves a message, a copy of its tensors; the sum comes then."""
+    messages = []
+    for shard in job.shards:
+        _copy(mean, parameters)
+        messages.append(([parameter.clone() for parameter in parameters], len(shard)))
+    total = [torch.zeros_like(tensor) for tensor in mean]
+    for message, num_examples in messages:
+        _add(message, num_examples, total)
+    _divide(total, job)
+
+
+def _copy(mean: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    for parameter, tensor in zip(parameters, mean, strict=True):
+        parameter.copy_(tensor)
+
+
+def _add(tensors: Sequence[Tensor], weight: int, total: Sequence[Tensor]) -> None:
+    for summed, tensor in zip(total, tensors, strict=True):
+        summed.add_(tensor, alpha=weight)
+
+
+def _divide(total: Sequence[Tensor], job: Job) -> None:
+    num_examples = sum(map(len, job.shards))
+    for summed in total:
+        summed.div_(num_examples)
+
+
+def _timed_first(
+    loop: Callable[[list[Tensor], list[Tensor], Job], None],
+    parameters: list[Tensor],
+    job: Job,
+    communicator: Communicator,
+) -> float:
+    """Seconds of world_rank 0, while the others wait; 0 elsewhere."""
     communicator.barrier()
     if communicator.world_rank != 0:
         return 0.0
     mean = [parameter.clone() for parameter in parameters]
     start = time.perf_counter()
-    total = [torch.zeros_like(tensor) for tensor in mean]
-    num_examples = sum(map(len, job.shards))
-    for shard in job.shards:
-        for parameter, tensor in zip(parameters, mean, strict=True):
-            parameter.copy_(tensor)
-        for summed, parameter in zip(total, parameters, strict=True):
-            summed.add_(parameter, alpha=len(shard))
-    for summed in total:
-        summed.div_(num_examples)
+    loop(parameters, mean, job)
     return time.perf_counter() - start
 
 
@@ -244,5 +283,6 @@ def _describe(row: dict[str, Any]) -> str:
         f"{row['method']}, {row['num_clients']} clients, {row['path']}, {row['codec']}: "
         f"{1e3 * row['median_seconds']:.2f} ms a round, "
         f"{row['messages_per_second']:.0f} messages/s, bare loop "
-        f"{1e3 * row['bare_loop_median_seconds']:.2f} ms{beside}"
+        f"{1e3 * row['bare_loop_median_seconds']:.2f} ms, with messages "
+        f"{1e3 * row['bare_messages_median_seconds']:.2f} ms{beside}"
     )

@@ -45,6 +45,7 @@ def test_every_combination_is_recorded(launcher: str, world_size: int, tmp_path:
             row["num_clients"] / row["median_seconds"]
         )
         assert row["bare_loop_median_seconds"] > 0
+        assert row["bare_messages_median_seconds"] > 0
         assert ("bare_allgather_median_seconds" in row) == (world_size > 1)
     assert "messages/s" in job.out
     if world_size > 1:

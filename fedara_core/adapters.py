@@ -9,9 +9,10 @@ also hold tensors that are no rows and never train, such as a change of W0 from 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,10 +62,9 @@ class LowRank:
         return shape[0] + shape[1] + int(self.singular)
 
     def split(self, rows: Tensor, shape: Shape) -> dict[str, Tensor]:
-        d_in = shape[1]
-        if not self.singular:
-            return {"A": rows[:, :d_in], "B": rows[:, d_in:]}  # (r, d_in), (r, d_out)
-        return {"A": rows[:, :d_in], "E": rows[:, d_in : d_in + 1], "B": rows[:, d_in + 1 :]}
+        d_out, d_in = shape
+        sizes = {"A": d_in, "E": 1, "B": d_out} if self.singular else {"A": d_in, "B": d_out}
+        return dict(zip(sizes, rows.split_with_sizes(list(sizes.values()), dim=1), strict=True))
 
     def forward(self, adapter: "Adapter", x: Tensor) -> Tensor:
         parts = adapter.parts
@@ -303,6 +303,7 @@ class Layout:
         size = sum(parameter.numel() + _LINE for parameter in self._parameters)
         self._memory = torch.zeros(size, device=device)
         self._source: Tensor | None = None  # what a download copies into it
+        self._sources: list[dict[str, Tensor]] = []  # each group's parts in it
         self._groups: list[_Neighbours] = []
         self.written_by_itself = False  # an adapter, since
         start = first = 0
@@ -337,12 +338,21 @@ class Layout:
         """Take each adapter's live rows (r, width) as the parameters' values."""
         if self._source is None:
             self._source = torch.zeros_like(self._memory)
-        for group in self._groups:
-            rows = torch.cat(list(live[group.place])).to(self._memory.device)
+            self._sources = [
+                {part: self._in_source(tensor) for part, tensor in group.parts.items()}
+                for group in self._groups
+            ]
+        for group, sources in zip(self._groups, self._sources, strict=True):
+            own = live[group.place]
+            rows = own[0] if len(own) == 1 else torch.cat(list(own))
             for part, values in group.form.split(rows, group.shape).items():
-                there = group.parts[part]
-                place = there.shape, there.stride(), there.storage_offset()
-                self._source.as_strided(*place).copy_(values)
+                sources[part].copy_(values)
+
+    def _in_source(self, tensor: Tensor) -> Tensor:
+        """What a download copies into this part of the memory."""
+        assert self._source is not None
+        place = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return self._source.as_strided(*place)
 
     def copy_in(self) -> None:
         """Give the parameters the values last written, and no gradients."""
@@ -408,8 +418,9 @@ def write_rows(
         layout.copy_in()
         return
     adapters = list(named_adapters(model))
+    num_live = count_live(rank_masks)
     live = [
-        _live(rows[name], rank_masks[name]) if name in rows else torch.zeros(0, 1)
+        _live(rows[name], rank_masks[name], num_live[name]) if name in rows else torch.zeros(0, 1)
         for name, _ in adapters
     ]
     key = (form, keep_dead, tuple(len(values) for values in live))
@@ -425,8 +436,20 @@ def write_rows(
     layout.copy_in()
 
 
-def _live(rows: Tensor, rank_mask: Tensor) -> Tensor:
-    return rows if rank_mask.numpy().all() else rows[rank_mask]
+def _live(rows: Tensor, rank_mask: Tensor, num_live: int) -> Tensor:
+    return rows if num_live == rank_mask.numel() else rows[rank_mask]
+
+
+def count_live(rank_masks: Masks) -> dict[str, int]:
+    """Live rows by adapter, in name order. All at once: one by one takes several times as long."""
+    names = sorted(rank_masks)
+    masks = [rank_masks[name] for name in names]
+    before = np.cumsum(torch.cat([_NO_ROW, *masks]).numpy())  # before each row and in all
+    ends = [0, *accumulate(map(torch.numel, masks))]
+    return dict(zip(names, np.diff(before[ends]).tolist(), strict=True))
+
+
+_NO_ROW = torch.zeros(1, dtype=torch.bool)
 
 
 def read_rows(model: nn.Module) -> Rows:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +28,7 @@ from fedara_core.adapters import (
     Masks,
     Rows,
     columns,
+    count_live,
     named_adapters,
     write_rows,
 )
@@ -65,7 +65,7 @@ class ServerState:
     @cached_property
     def live_triplets(self) -> dict[str, int]:
         """Number of live triplets by adapter, in name order."""
-        return _num_live(self.rank_masks)
+        return count_live(self.rank_masks)
 
     @cached_property
     def num_triplets(self) -> int:
@@ -316,17 +316,12 @@ def num_values(
     rank_masks: Masks | None = None,
 ) -> int:
     """Floats in these parts (by default all) of the live rows, and in the whole parameters."""
-    num_live = state.live_triplets if rank_masks is None else _num_live(rank_masks)
+    num_live = state.live_triplets if rank_masks is None else count_live(rank_masks)
     rows = 0
     for name, count in num_live.items():
         shape = state.adapter.shapes[name]
         rows += count * (form.width(shape) if parts is None else len(columns(form, shape, parts)))
     return rows + sum(tensor.numel() for tensor in state.whole.values())
-
-
-def _num_live(rank_masks: Masks) -> dict[str, int]:
-    """Live triplets by adapter, in name order. By numpy: torch's sum of so few takes longer."""
-    return {name: int(np.count_nonzero(rank_masks[name].numpy())) for name in sorted(rank_masks)}
 
 
 def first_rows(rank_masks: Masks, lora_rank: int) -> Masks:
@@ -435,7 +430,7 @@ def split_values(
 
     `rank_masks` says which rows the values are of, if not of all live ones of the state.
     """
-    live = state.live_triplets if rank_masks is None else _num_live(rank_masks)
+    live = state.live_triplets if rank_masks is None else count_live(rank_masks)
     rank_masks = state.rank_masks if rank_masks is None else rank_masks
     names = sorted(state.rows)
     sent = {name: columns(form, state.adapter.shapes[name], parts) for name in names}

@@ -20,6 +20,7 @@ from fedara_core.adapters import (
     Rows,
     adapter_shapes,
     columns,
+    count_live,
     inject,
     named_adapters,
     read_rows,
@@ -401,3 +402,12 @@ def test_flops_fall_with_the_triplets() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*batch())
     assert none < counter.get_total_flops() * 1.01
+
+
+def test_live_rows_are_counted_by_adapter() -> None:
+    masks = {"b": [True, False, True], "none": [], "a": [False], "c": [True]}
+    counted = count_live(
+        {name: torch.tensor(mask, dtype=torch.bool) for name, mask in masks.items()}
+    )
+    assert list(counted.items()) == [("a", 0), ("b", 2), ("c", 1), ("none", 0)]
+    assert count_live({}) == {}

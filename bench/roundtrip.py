@@ -6,6 +6,7 @@ loops that do the same to plain tensors in one process, one without any message 
 client's message is a copy of its tensors; and the library's bare allgather of as many bytes.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from bench.meter import PHASES, Measured, Meter
 from bench.micro_collectives import bare_allgather
 from bench.micro_record import MicroRecord, names, numbers, quantiles, slowest
 from bench.rounds import Job, advance, place
-from bench.runner import keep_freed_memory, set_threads
+from bench.runner import give_back_freed_memory, keep_freed_memory, set_threads
 from fedara_core.codec import CODECS
 from fedara_core.comm import Communicator
 from fedara_core.errors import InputError
@@ -97,10 +98,19 @@ def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, 
                 if load_method(method).needs_factors and path != "allgather":
                     continue  # no sum will do
                 for codec in settings.codecs:
+                    _forget()
                     job = _make_job(method, num_clients, path, codec, settings)
+                    measured = _measure(job, settings.rounds, communicator)
+                    del job
                     axes = {"method": method, "num_clients": num_clients}
                     axes |= {"path": path, "codec": codec}
-                    yield {**axes, **_measure(job, settings.rounds, communicator)}
+                    yield {**axes, **measured}
+
+
+def _forget() -> None:
+    """Give back what the last combination took, or it would count in the next one's peak."""
+    gc.collect()
+    give_back_freed_memory()
 
 
 def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Settings) -> Job:

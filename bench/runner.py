@@ -182,6 +182,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc hand all freed memory back to the system (malloc_trim(3))."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def _pending(
     path: Path,
     results: Path,

@@ -61,7 +61,8 @@ def assert_weights(whole: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         if not name.endswith(".key.bias"):  # it moves no softmax: its gradient is rounding alone
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+            # AdamW carries the rounding of small gradients into whole steps, by CPU differently.
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=3e-6)
 
 
 def test_one_client_is_plain_fine_tuning(tiny_job: MakeJob, play: Play) -> None:

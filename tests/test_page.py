@@ -23,7 +23,7 @@ from analysis.load_micro import load_micro
 PUBLISHED = ROOT / "results" / "published"
 RECORDS = PUBLISHED / "trec6" / "runs"
 NUM_SEEDS = 5
-MOST_SECONDS = 20.0
+MOST_SECONDS = 20.0  # on a machine that _slowness takes as 1
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
@@ -62,9 +62,22 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 
 def _report_seconds(folder: Path) -> float:
+    """CPU seconds of the report, less where the machine is slow before and after it: the speed of a
+    virtual machine may halve from one day to the next."""
+    slowness = _slowness()
     start = time.process_time()
     report(Records(campaign=load_campaign(folder / "records")), folder / "out")
-    return time.process_time() - start
+    seconds = time.process_time() - start
+    return seconds / max(1.0, (slowness + _slowness()) / 2)
+
+
+def _slowness() -> float:
+    """1 where Python adds twenty million numbers in 0.72 s, as a core of an AMD EPYC does when nothing disturbs it."""
+    start = time.process_time()
+    total = 0
+    for number in range(20_000_000):
+        total += number
+    return (time.process_time() - start) / 0.72
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +185,7 @@ def test_micro_benchmarks_have_a_page_with_their_launches(
     for figure in ("collectives_density_overlap_1", "collectives_scaling", "scaling"):
         assert page.find_element(By.ID, figure).is_displayed()
     assert page.find_elements(By.CSS_SELECTOR, "#runs, #filters") == []
-    for row in ("//tr[td[1]='MPICH' and td[2]='4' and td[4]='6']", "//tr[td[1]='weak']"):
+    for row in ("//tr[td[1]='MPICH' and td[2]='4' and td[3]='5e+07']", "//tr[td[1]='weak']"):
         found = page.find_element(By.XPATH, row)
         found.find_element(By.TAG_NAME, "summary").send_keys(Keys.ENTER)
         link = found.find_element(By.TAG_NAME, "a")

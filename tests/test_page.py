@@ -72,7 +72,7 @@ def _report_seconds(folder: Path) -> float:
 
 
 def _slowness() -> float:
-    """1 where Python adds twenty million numbers in 0.72 s, as a core of an AMD EPYC does when nothing disturbs it."""
+    """1 where Python adds twenty million numbers in 0.72 s, as an undisturbed EPYC core does."""
     start = time.process_time()
     total = 0
     for number in range(20_000_000):

@@ -345,7 +345,8 @@ class Layout:
         for group, sources in zip(self._groups, self._sources, strict=True):
             own = live[group.place]
             rows = own[0] if len(own) == 1 else torch.cat(list(own))
-            for part, values in group.form.split(rows, group.shape).items():
+            there = rows.to(self._memory.device)  # all of a group's rows in one go
+            for part, values in group.form.split(there, group.shape).items():
                 sources[part].copy_(values)
 
     def _in_source(self, tensor: Tensor) -> Tensor:

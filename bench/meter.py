@@ -6,8 +6,8 @@ passes between two phases, is the phase "meter".
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,18 +61,22 @@ class Meter:
         self._counters = counters or NullEnergy()
         self._idle_watts = idle_watts or {}
         self._peaks = _Peaks(device)
+        self._phases = {name: _Phase(self, name) for name in PHASES}
         self._seconds: dict[str, float] = {}
         self._joules: dict[str, dict[str, float]] = {}
         self._counters.joules()  # what was used before belongs to no round
         self._start = self._last = clock()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        assert name in PHASES, name
+    def phase(self, name: str) -> "_Phase":
+        """A context whose time is the phase's, unless it ends by an error."""
+        return self._phases[name]
+
+    def _begin(self) -> None:
         self._now()  # the device's work before the phase is not the phase's
         self._add_joules("meter")
         self._pass("meter")
-        yield
+
+    def _end(self, name: str) -> None:
         self._pass(name, self._now())
         self._add_joules(name)
         self._peaks.read(name)
@@ -115,6 +119,20 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self._clock()
+
+
+class _Phase:
+    """A phase's context. One for all of a phase's windows: making it takes longer than using it."""
+
+    def __init__(self, meter: Meter, name: str) -> None:
+        self._meter, self._name = meter, name
+
+    def __enter__(self) -> None:
+        self._meter._begin()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._meter._end(self._name)
 
 
 class _Peaks:

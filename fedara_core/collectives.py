@@ -37,7 +37,7 @@ from fedara_core.codec import decode_rows, encode_rows, message_widths, row_byte
 from fedara_core.comm import Communicator
 from fedara_core.paths import PATHS, SAME_BITS
 from fedara_core.seeds import generator
-from fedara_core.wire import Upload, add_reference, message_bytes, pack, unpack
+from fedara_core.wire import Upload, add_reference, message_bytes, pack_heads, unpack_heads
 
 BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
 _SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
@@ -169,19 +169,12 @@ class RunningMean:
     def _gather_heads(self) -> list[tuple[int, Upload, int]]:
         """world_rank, upload without its values and their number of each client that any process
         has taken, in client_id order."""
-        mine = _COUNT.pack(len(self._taken))
-        mine += b"".join(_SIZE.pack(num_values) for _, num_values in self._taken)
-        packed = pack(head for head, _ in self._taken)
-        told = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-        heads: list[tuple[int, Upload, int]] = []
-        for world_rank, buffer in enumerate(
-            self._communicator.allgather(torch.cat([told, packed]))
-        ):
-            data = buffer.numpy().data
-            end = _COUNT.size + _COUNT.unpack_from(data)[0] * _SIZE.size
-            sizes = _SIZE.iter_unpack(data[_COUNT.size : end])
-            for head, (num_values,) in zip(unpack(buffer[end:]), sizes, strict=True):
-                heads.append((world_rank, head, num_values))
+        told = self._communicator.gather_bytes(pack_heads(self._taken))
+        heads = [
+            (world_rank, head, num_values)
+            for world_rank, data in enumerate(told)
+            for head, num_values in unpack_heads(data)
+        ]
         self._lengths |= {head.client_id: num_values for _, head, num_values in heads}
         if len(set(self._lengths.values())) > 1:
             raise ValueError(
@@ -213,7 +206,8 @@ class _RunningSum:
     def __init__(self, widths: Tensor, communicator: Communicator, path: str, codec: str) -> None:
         self._widths, self._communicator = widths, communicator
         self._path, self._codec = path, codec
-        self._value_starts = np.concatenate([[0], np.cumsum(widths.numpy())])  # (S + 1,)
+        self._value_starts = _cumulated(widths.numpy())  # (S + 1,)
+        self._byte_starts = _cumulated(row_bytes(codec, widths).numpy())  # (S + 1,)
 
     def take(self, header: _Header, payload: Tensor) -> None:
         """One of this process's parts, uint8 rows."""
@@ -241,11 +235,13 @@ class _RunningSum:
         self, total: Tensor, header: _Header, payload: Tensor, rows: tuple[int, int]
     ) -> None:
         """Add one part's rows first to last to the sum over them."""
-        held, widths = (vector[slice(*rows)] for vector in (header.rank_mask, self._widths))
-        values = decode_rows(self._codec, payload, widths if held.all() else widths[held])
-        if len(values) == len(total):
-            total.add_(values, alpha=header.weight)
+        first, last = rows
+        widths = self._widths[first:last]
+        if len(payload) == self._byte_starts[last] - self._byte_starts[first]:  # all held
+            total.add_(decode_rows(self._codec, payload, widths), alpha=header.weight)
             return
+        held = header.rank_mask[first:last]
+        values = decode_rows(self._codec, payload, widths[held])
         for index, sums, own in _equal_widths(held, widths, total, values):
             sums.index_add_(0, index, own.to(total.dtype), alpha=header.weight)
 
@@ -410,8 +406,6 @@ class _Memory:
 _KEPT_BYTES = 1 << 28
 _totals = _Memory()
 _EMPTY = torch.zeros(0, dtype=torch.uint8)
-_COUNT = struct.Struct("<I")
-_SIZE = struct.Struct("<Q")  # number of values
 _FITS, _MISFIT = b"\0", b"\1"  # what precedes a process's headers, or what is wrong
 _HEADER = struct.Struct("<IQ")  # client_id, weight; the rank_mask's bits follow
 
@@ -474,7 +468,12 @@ def _header(world_rank: int, upload: Upload, num_values: int) -> _Header:
 
 def _starts(rank_mask: Tensor, sizes: Tensor) -> np.ndarray:
     """Bytes before each row and in all: (R + 1,) int64."""
-    return np.concatenate([[0], np.cumsum(np.where(rank_mask.numpy(), sizes.numpy(), 0))])
+    return _cumulated(np.where(rank_mask.numpy(), sizes.numpy(), 0))
+
+
+def _cumulated(sizes: np.ndarray) -> np.ndarray:
+    """What lies before each of (R,), and all of them: (R + 1,) int64."""
+    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def _rows_of(values: Tensor, kept: Tensor, widths: Tensor) -> Tensor:

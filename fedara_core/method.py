@@ -72,6 +72,11 @@ class ServerState:
         """All triplets, live or dead: the bits of a rank_mask message."""
         return sum(len(mask) for mask in self.rank_masks.values())
 
+    @cached_property
+    def counted_values(self) -> dict[object, int]:
+        """What `num_values` has found so far, by form and parts."""
+        return {}
+
     def rounds_behind(self, client_id: int) -> int:
         """Rounds since the client last downloaded: 1 if it was in the last round's cohort,
         round_index + 1 if it never took part (so 1 for all in round 0). What a method that sends
@@ -277,7 +282,10 @@ def next_state(state: ServerState, uploads: Sequence[Upload], **changes: Any) ->
     """The state of the next round: `changes` to its fields, and who took part."""
     last_round = state.last_round.clone()
     last_round[[upload.client_id for upload in uploads]] = state.round_index
-    return replace(state, last_round=last_round, round_index=state.round_index + 1, **changes)
+    new = replace(state, last_round=last_round, round_index=state.round_index + 1, **changes)
+    if new.rank_masks is state.rank_masks:  # counting them takes longer than all of the above
+        vars(new)["live_triplets"] = state.live_triplets
+    return new
 
 
 def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -316,7 +324,17 @@ def num_values(
     rank_masks: Masks | None = None,
 ) -> int:
     """Floats in these parts (by default all) of the live rows, and in the whole parameters."""
-    num_live = state.live_triplets if rank_masks is None else count_live(rank_masks)
+    if rank_masks is not None:
+        return _count_values(state, form, parts, count_live(rank_masks))
+    key = form, None if parts is None else tuple(parts)
+    if key not in state.counted_values:  # every client's download asks
+        state.counted_values[key] = _count_values(state, form, parts, state.live_triplets)
+    return state.counted_values[key]
+
+
+def _count_values(
+    state: ServerState, form: Form, parts: Sequence[str] | None, num_live: Mapping[str, int]
+) -> int:
     rows = 0
     for name, count in num_live.items():
         shape = state.adapter.shapes[name]
@@ -338,7 +356,7 @@ def live_values(
     whole = [parameters[name] for name in sorted(state.whole)]
     layout: Layout | None = getattr(model, "layout", None)
     if layout is not None and layout.intact:
-        return layout.copy_out(parts, whole)
+        return layout.read(parts, whole)
     pieces = []
     for _, adapter in named_adapters(model):
         if adapter.num_live:
@@ -440,14 +458,14 @@ def split_values(
     # The rows are the caller's to change, so that they are copied; in one go, which is faster.
     new_rows = torch.split(values[:end].clone(), sizes)
     rows: Rows = {}
-    for name, new in zip(names, new_rows, strict=True):
-        old, mask = state.rows[name], rank_masks[name]
-        if new.numel() == old.numel():
-            rows[name] = new.view(old.shape)
+    for name, new, size in zip(names, new_rows, sizes, strict=True):
+        old = state.rows[name]
+        if size == old.numel():
+            rows[name] = new.view_as(old)
             continue
         rows[name] = old.clone()
         if live[name]:
-            rows[name][mask.nonzero(), sent[name]] = new.view(live[name], -1)
+            rows[name][rank_masks[name].nonzero(), sent[name]] = new.view(live[name], -1)
     new_whole = torch.split(values[end : end + sum(whole_sizes)], whole_sizes)
     whole = {
         name: new.view(state.whole[name].shape)

@@ -79,25 +79,14 @@ def add_reference(values: Tensor, reference: Tensor) -> Tensor:
 
 def pack(uploads: Iterable[Upload]) -> Tensor:
     """Uploads as one (num_bytes,) uint8 vector; none gives an empty vector."""
-    chunks = []
+    chunks = [np.zeros(0, np.uint8)]
     for upload in uploads:
-        num_values = upload.values.numel()
-        header = _HEADER.pack(
-            _MARK,
-            CODECS.index(upload.codec),
-            num_values >> 32,
-            num_values & 0xFFFFFFFF,
-            upload.client_id,
-            upload.num_examples,
-            upload.bits.numel(),
-            upload.train_loss,
-        )
-        chunks.append(np.frombuffer(header, np.uint8))
-        if num_values:
+        chunks.append(np.frombuffer(_header(upload, upload.values.numel()), np.uint8))
+        if upload.values.numel():
             chunks.append(upload.coded.numpy())
         if upload.bits.numel():
-            chunks.append(np.packbits(upload.bits.numpy(), bitorder="little"))
-    return torch.from_numpy(np.concatenate(chunks) if chunks else np.zeros(0, np.uint8))
+            chunks.append(_packed_bits(upload))
+    return torch.from_numpy(np.concatenate(chunks))
 
 
 def unpack(buffer: Tensor, reference: Tensor | None = None) -> list[Upload]:
@@ -110,36 +99,93 @@ def unpack(buffer: Tensor, reference: Tensor | None = None) -> list[Upload]:
     uploads = []
     start = 0
     while start < data.size:
-        if data.size - start < _HEADER.size:
-            raise ValueError(f"packed uploads end inside a header, at byte {data.size}")
-        mark, codec_index, high, low, *rest = _HEADER.unpack_from(data.data, start)
-        if mark != _MARK or codec_index >= len(CODECS):
-            raise ValueError(f"no upload starts at byte {start}: {mark:#04x}, {codec_index:#04x}")
-        (client_id, num_examples, num_bits, loss) = rest
-        num_values, codec = (high << 32) + low, CODECS[codec_index]
-        end = start + message_bytes(num_values, num_bits, codec)
+        head, num_values, num_bits = _read_header(data.data, start)
+        bits_start = start + message_bytes(num_values, codec=head.codec)
+        end = start + message_bytes(num_values, num_bits, head.codec)
         if end > data.size:
-            raise ValueError(f"upload of client {client_id} needs {end} bytes of {data.size}")
-        bits_start = start + message_bytes(num_values, codec=codec)
+            raise ValueError(f"upload of client {head.client_id} needs {end} bytes of {data.size}")
         coded, payload = data[start + _HEADER.size : bits_start].copy(), None
-        if codec == "fp32":
+        if head.codec == "fp32":
             values = torch.from_numpy(coded.view(np.float32))
         else:
             payload = torch.from_numpy(coded)
-            values = decode_rows(codec, payload, message_widths(num_values))
+            values = decode_rows(head.codec, payload, message_widths(num_values))
             if reference is not None:
                 values = add_reference(values, reference)
-        bits = np.unpackbits(data[bits_start:end], count=num_bits, bitorder="little")
-        uploads.append(
-            Upload(
-                client_id=client_id,
-                num_examples=num_examples,
-                train_loss=loss,
-                values=values,
-                bits=torch.from_numpy(bits.view(bool)),
-                codec=codec,
-                payload=payload,
-            )
-        )
+        bits = _unpacked_bits(data[bits_start:end], num_bits)
+        uploads.append(replace(head, values=values, bits=bits, payload=payload))
         start = end
     return uploads
+
+
+def pack_heads(heads: Iterable[tuple[Upload, int]]) -> bytes:
+    """Uploads whose values travel by themselves: of each the header, with the number of its values,
+    and its bits."""
+    chunks = []
+    for upload, num_values in heads:
+        chunks.append(_header(upload, num_values))
+        if upload.bits.numel():
+            chunks.append(_packed_bits(upload).tobytes())
+    return b"".join(chunks)
+
+
+def unpack_heads(data: bytes) -> list[tuple[Upload, int]]:
+    """Inverse of `pack_heads`: uploads without values, and how many values each has."""
+    heads = []
+    start = 0
+    while start < len(data):
+        head, num_values, num_bits = _read_header(memoryview(data), start)
+        bits_start, end = start + message_bytes(0), start + message_bytes(0, num_bits)
+        if end > len(data):
+            raise ValueError(f"head of client {head.client_id} needs {end} bytes of {len(data)}")
+        if num_bits:
+            packed = np.frombuffer(data[bits_start:end], np.uint8)
+            head = replace(head, bits=_unpacked_bits(packed, num_bits))
+        heads.append((head, num_values))
+        start = end
+    return heads
+
+
+def _header(upload: Upload, num_values: int) -> bytes:
+    return _HEADER.pack(
+        _MARK,
+        CODECS.index(upload.codec),
+        num_values >> 32,
+        num_values & 0xFFFFFFFF,
+        upload.client_id,
+        upload.num_examples,
+        upload.bits.numel(),
+        upload.train_loss,
+    )
+
+
+def _read_header(data: memoryview, start: int) -> tuple[Upload, int, int]:
+    """The upload that starts there, without values and bits, and how many it has of them."""
+    if len(data) - start < _HEADER.size:
+        raise ValueError(f"packed uploads end inside a header, at byte {len(data)}")
+    mark, codec_index, high, low, client_id, num_examples, num_bits, loss = _HEADER.unpack_from(
+        data, start
+    )
+    if mark != _MARK or codec_index >= len(CODECS):
+        raise ValueError(f"no upload starts at byte {start}: {mark:#04x}, {codec_index:#04x}")
+    head = Upload(
+        client_id=client_id,
+        num_examples=num_examples,
+        train_loss=loss,
+        values=_NO_VALUES,
+        bits=_NO_BITS,
+        codec=CODECS[codec_index],
+    )
+    return head, (high << 32) + low, num_bits
+
+
+def _packed_bits(upload: Upload) -> np.ndarray:
+    return np.packbits(upload.bits.numpy(), bitorder="little")
+
+
+def _unpacked_bits(packed: np.ndarray, num_bits: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(packed, count=num_bits, bitorder="little").view(bool))
+
+
+_NO_VALUES = torch.zeros(0)
+_NO_BITS = torch.zeros(0, dtype=torch.bool)

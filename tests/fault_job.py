@@ -42,7 +42,7 @@ class Fault:
 def damage(fault: Fault) -> None:
     """Put the fault's ways into the program."""
     one_round, start_client = rounds.one_round, rounds.start_client
-    take, pack = rounds._Exchange.take, rounds.pack
+    take, pack, pack_heads = rounds._Exchange.take, rounds.pack, collectives.pack_heads
 
     def noting(job: Any, state: Any, communicator: Any, meter: Any) -> Any:
         fault.here = state.round_index, communicator.world_rank
@@ -65,15 +65,15 @@ def damage(fault: Fault) -> None:
 
     def packing(uploads: Any) -> Any:
         packed = pack(uploads)
-        if fault.due("cut"):
-            return packed[:-5]
-        if fault.due("header"):
-            packed[0] = 0x17
-        return packed
+        return packed[:-5] if fault.due("cut") else packed
+
+    def packing_heads(heads: Any) -> bytes:
+        packed = pack_heads(heads)
+        return b"\x17" + packed[1:] if fault.due("header") else packed
 
     rounds.one_round, rounds.start_client = noting, starting
     rounds._Exchange.take = taking  # type: ignore[method-assign]
-    rounds.pack = collectives.pack = packing  # type: ignore[attr-defined]
+    rounds.pack, collectives.pack_heads = packing, packing_heads  # type: ignore[attr-defined]
     uploading = Method.upload
 
     def silent(method: Any, client: Any, state: Any) -> Any:

@@ -96,20 +96,17 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
     return facts
 
 
-def wire_bytes_by_hand(
-    kind: str, world_size: int, uplink_bytes: int, cohort: int, messages: bool
-) -> int:
+def wire_bytes_by_hand(kind: str, world_size: int, uplink_bytes: int, cohort: int) -> int:
     """All processes' bytes of one exchange by allgather, of clients that upload equally much.
 
-    messages: whole ones in one call; else a count of 4 bytes, the number of values (8 bytes) and
-    header of each client in the first call, and values in the second, whose size they tell.
+    Whole messages in one call; or their headers and bits in one, and in another the values, whose
+    size these tell.
     """
-    per_process = 8 if messages else 8 + 4  # the first call's size takes 8 bytes
-    num_bytes = uplink_bytes + (0 if messages else 8 * cohort)
+    per_process = 8  # the first call's size
     if kind == "torch":  # padded to the process with most clients
-        longest = num_bytes // cohort * -(-cohort // world_size)
+        longest = uplink_bytes // cohort * -(-cohort // world_size)
         return world_size * (world_size - 1) * (longest + per_process)
-    return (world_size - 1) * (num_bytes + world_size * per_process)
+    return (world_size - 1) * (uplink_bytes + world_size * per_process)
 
 
 def test_the_reference_is_worth_comparing_with(reference: Path, config_file: Path) -> None:
@@ -166,14 +163,12 @@ def test_same_bits_on_any_processes(
             assert row["merge_path"] == "allgather"
             assert row["wire_bytes_sent"] == row["wire_bytes_received"]
             method = load_method(config.method.name)
-            wanted = wire_bytes_by_hand(
-                launcher, world_size, row["uplink_bytes"], cohort, method.needs_factors
-            )
+            wanted = wire_bytes_by_hand(launcher, world_size, row["uplink_bytes"], cohort)
             if launcher == "torch" and (method.needs_factors or method.stateful):
                 # Messages, or clients per process, may be uneven; all are padded to the longest,
                 # which no process is below on average.
                 longest = row["wire_bytes_sent"] / (world_size * (world_size - 1)) - 8
-                most = row["uplink_bytes"] + 12 + 8 * cohort
+                most = row["uplink_bytes"]
                 assert row["uplink_bytes"] / world_size <= longest <= most
             else:
                 assert row["wire_bytes_sent"] == wanted
@@ -213,7 +208,7 @@ def test_merge_paths_that_sum_on_the_way(
         assert row["live_triplets"] == wanted["live_triplets"]
         assert row["uplink_bytes"] == wanted["uplink_bytes"]
         assert row["downlink_bytes"] == wanted["downlink_bytes"]
-        gathered = wire_bytes_by_hand(launcher, world_size, row["uplink_bytes"], COHORT, False)
+        gathered = wire_bytes_by_hand(launcher, world_size, row["uplink_bytes"], COHORT)
         if world_size > 2:  # of two processes each has half of the cohort: nothing to save
             assert 0 < row["wire_bytes_sent"] < gathered
 
@@ -287,9 +282,9 @@ def test_a_killed_run_goes_on_with_other_processes(
     # One round at most was done twice: the first ones were kept, not computed again.
     sent = [row["wire_bytes_sent"] for row in rounds_of(run_dir)]
     uplink = [row["uplink_bytes"] for row in rounds_of(run_dir)]
-    by_two = [wire_bytes_by_hand("mpi", 2, n, COHORT, False) for n in uplink]
+    by_two = [wire_bytes_by_hand("mpi", 2, n, COHORT) for n in uplink]
     assert sent[: recorded - 1] == by_two[: recorded - 1]
-    assert sent[-1] == wire_bytes_by_hand("mpi", 3, uplink[-1], COHORT, False)
+    assert sent[-1] == wire_bytes_by_hand("mpi", 3, uplink[-1], COHORT)
 
 
 def test_finished_runs_are_skipped_and_left_alone(

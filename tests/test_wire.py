@@ -1,11 +1,12 @@
 """The wire format: round trips, the layout byte by byte, lengths, and buffers cut short."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fedara_core.wire import Upload, message_bytes, pack, unpack
+from fedara_core.wire import Upload, message_bytes, pack, pack_heads, unpack, unpack_heads
 
 SIZES = [(0, 0), (1, 0), (0, 1), (0, 8), (3, 7), (3, 8), (3, 9), (1000, 129)]
 
@@ -119,3 +120,27 @@ def test_unpacked_values_do_not_share_the_buffer() -> None:
     kept = found.values.clone()
     packed.zero_()
     assert torch.equal(found.values, kept)
+
+
+def test_heads_are_messages_without_their_values() -> None:
+    uploads = [make(*sizes, seed=seed) for seed, sizes in enumerate(SIZES)]
+    lengths = [upload.values.numel() for upload in uploads]
+    lengths[0] = 2**33  # more than 32 bits hold
+    packed = pack_heads(zip(uploads, lengths, strict=True))
+    assert len(packed) == sum(message_bytes(0, upload.bits.numel()) for upload in uploads)
+    found = unpack_heads(packed)
+    assert [num_values for _, num_values in found] == lengths
+    for (head, _), upload in zip(found, uploads, strict=True):
+        assert_equal(head, replace(upload, values=torch.zeros(0)))
+    assert unpack_heads(pack_heads([])) == []
+
+
+def test_heads_cut_anywhere_are_refused() -> None:
+    first, second = make(3, 9, seed=1), make(2, 3, seed=2)
+    packed = pack_heads([(first, 3), (second, 2)])
+    for cut in range(1, len(packed)):
+        if cut == message_bytes(0, 9):  # a whole head
+            assert len(unpack_heads(packed[:cut])) == 1
+            continue
+        with pytest.raises(ValueError, match=r"header|needs"):
+            unpack_heads(packed[:cut])

@@ -61,7 +61,6 @@ class Meter:
         self._counters = counters or NullEnergy()
         self._idle_watts = idle_watts or {}
         self._peaks = _Peaks(device)
-        self._phases = {name: _Phase(self, name) for name in PHASES}
         self._seconds: dict[str, float] = {}
         self._joules: dict[str, dict[str, float]] = {}
         self._counters.joules()  # what was used before belongs to no round
@@ -69,7 +68,8 @@ class Meter:
 
     def phase(self, name: str) -> "_Phase":
         """A context whose time is the phase's, unless it ends by an error."""
-        return self._phases[name]
+        assert name in PHASES, name
+        return _Phase(self, name)
 
     def _begin(self) -> None:
         self._now()  # the device's work before the phase is not the phase's
@@ -122,7 +122,7 @@ class Meter:
 
 
 class _Phase:
-    """A phase's context. One for all of a phase's windows: making it takes longer than using it."""
+    """A phase's context."""
 
     def __init__(self, meter: Meter, name: str) -> None:
         self._meter, self._name = meter, name

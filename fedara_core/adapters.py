@@ -262,25 +262,14 @@ class AdapterConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Alike:
-    """Adapters of one shape and with as many live rows each: in every layer of a model those that
-    follow each other.
-
-    parts: part -> (layers, their rows in a layer, width), in the layout's memory on the CPU.
-    """
-
-    num_rows: int
-    parts: Mapping[str, np.ndarray]
-
-
 class Layout:
     """The parameters that one `write_rows` made, for the next ones to write into.
 
     They lie in one piece of memory: as long as the same adapters have as many live rows of the same
-    form, a download is one copy of that piece. In it adapters that are alike lie part by part, so
-    that an upload takes one call a part for all of them. Parts become rows and rows parts on the
-    CPU by NumPy, which takes a third of the time that torch does.
+    form, a download is one copy of that piece. In it adapters that are alike, neighbours and those
+    at the same place of every layer, lie part by part, so that an upload takes one call a part for
+    all of them. Parts become rows and rows parts on the CPU by NumPy, which takes a third of the
+    time that torch does.
     """
 
     def __init__(self, adapters: Sequence[Adapter], key: tuple[object, ...], fixed: Fixed) -> None:
@@ -299,7 +288,9 @@ class Layout:
         self._memory = torch.zeros(size, device=device)
         self._near = self._memory.cpu()  # the memory itself, or as much beside it
         self._source: Tensor | None = None  # what a download copies into it
-        self._groups: list[_Alike] = []
+        # Of alike adapters part -> (layers, their rows in a layer, width), in `_near`.
+        self._groups: list[dict[str, np.ndarray]] = []
+        self._dead: list[np.ndarray] = []  # the same of those that have no live row
         self.written_by_itself = False  # an adapter, since
         layers = _layers(adapters)
         self._num_layers = len(layers)
@@ -315,9 +306,10 @@ class Layout:
                     adapter.parts[part].data = own.copy_(adapter.parts[part].data)
                 arrays[part] = self._near[start:end].view(len(alike), -1, width).numpy()
                 start = end + -end % _LINE
-            if group[0].num_live:  # without live rows zeros stay zeros
-                num_rows = len(alike[0]) * group[0].num_live
-                self._groups.append(_Alike(num_rows=num_rows, parts=arrays))
+            if group[0].num_live:
+                self._groups.append(arrays)
+            else:
+                self._dead += arrays.values()
         for adapter in adapters:
             adapter.layout = self
 
@@ -336,6 +328,8 @@ class Layout:
         values = np.concatenate([_NO_VALUE, *(rows.numpy().reshape(-1) for rows in live)])
         for rows, place in self._places(values, self._parts):
             rows[:] = place
+        for rows in self._dead:  # which a client that diverged has moved
+            rows[:] = 0
         self._memory.copy_(self._near)
         if self._source is None:
             self._source = torch.empty_like(self._memory)
@@ -359,10 +353,7 @@ class Layout:
         chosen = self._trained if parts is None else parts
         self._near.copy_(self._memory)
         size = sum(
-            rows.size
-            for group in self._groups
-            for part, rows in group.parts.items()
-            if part in chosen
+            rows.size for group in self._groups for part, rows in group.items() if part in chosen
         )
         values = np.empty(size + sum(map(torch.numel, whole)), np.float32)
         for rows, place in self._places(values[:size], chosen):
@@ -380,15 +371,17 @@ class Layout:
         layers = values.reshape(self._num_layers, -1)
         start = 0
         for group in self._groups:
-            parts = [rows for part, rows in group.parts.items() if part in chosen]
+            parts = [rows for part, rows in group.items() if part in chosen]
+            num_rows = parts[0].shape[1] if parts else 0
             width = sum(rows.shape[2] for rows in parts)
-            end = start + group.num_rows * width
-            place = layers[:, start:end].reshape(self._num_layers, group.num_rows, width)
+            end = start + num_rows * width
+            place = layers[:, start:end].reshape(self._num_layers, num_rows, width)
             column = 0
             for rows in parts:
                 yield rows, place[:, :, column : column + rows.shape[2]]
                 column += rows.shape[2]
             start = end
+        assert start == layers.shape[1], "rows of another width than their form's"
 
 
 def _layers(adapters: Sequence[Adapter]) -> list[list[list[Adapter]]]:

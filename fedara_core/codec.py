@@ -18,6 +18,7 @@ others.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def encode_rows(codec: str, values: Tensor, widths: Tensor, draw: torch.Generato
     draw: where the rounding comes from; only fp32 goes without.
     """
     if codec == "fp32":
-        return values.contiguous().view(torch.uint8)
+        return torch.from_numpy(np.ascontiguousarray(values.numpy()).view(np.uint8))
     assert draw is not None
     pieces = [torch.zeros(0, dtype=torch.uint8)]
     for rows in _equal_rows(values, widths, widths):

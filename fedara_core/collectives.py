@@ -140,8 +140,7 @@ class RunningMean:
         num_values, payload = upload.values.numel(), upload.coded
         # One whose values are not all finite is told by a train_loss of NaN.
         loss = upload.train_loss if upload.is_finite else math.nan
-        none = None if upload.payload is None else _EMPTY
-        head = replace(upload, values=torch.zeros(0), payload=none, train_loss=loss)
+        head = replace(upload, values=torch.zeros(0), payload=None, train_loss=loss)
         self._taken.append((head, num_values))
         total = self._sum_of(num_values, head.codec)
         if num_values == self._num_values:  # if not, all say so when they meet

@@ -3,8 +3,8 @@
 fault_job.py KIND WORLD_RANK STAMP RESULTS ARGS: the fault comes in round 1 (counted from 0), and
 STAMP gets the time of it. KIND: raise, or the signal SIGKILL, SIGUSR1 or SIGTERM, in the first
 client's training; nan, short, nothing in its upload (values that are no numbers, too few of them,
-none at all); dropped, its upload lost on the way; cut, header in the packed messages (the last
-bytes missing, the first byte another).
+none at all); dropped, its upload lost on the way; cut in the packed messages (the last bytes
+missing), header in the packed heads (the first byte another).
 """
 
 import dataclasses

@@ -231,21 +231,25 @@ def test_rows_round_trip_through_the_model(form: LowRank) -> None:
 
 @pytest.mark.parametrize("parts", [None, ("A",), ("B",), ("A", "B")])
 @pytest.mark.parametrize("form", [SVD, PAIRS, LowRank(scale=2.0, frozen=("A",))])
-@pytest.mark.parametrize("layers_alike", [True, False])
+@pytest.mark.parametrize("alike", ["layers", "layers, one adapter of each dead", "some neighbours"])
 def test_what_lies_together_comes_out_row_by_row(
-    layers_alike: bool, form: LowRank, parts: tuple[str, ...] | None
+    alike: str, form: LowRank, parts: tuple[str, ...] | None
 ) -> None:
-    """Layers that are alike; or neighbours that are alike, others that are not, and one without
-    live rows; downloads that write over a trained model's parameters and drop its gradients."""
+    """Layers that are alike, or neighbours that are, others that are not, and adapters without live
+    rows; downloads that write over a trained model's parameters and drop its gradients."""
     model = tiny_bert()
     whole = list(whole_parameters(model).values())
     first = random_rows(model, form)
     rank_masks = masks(first, [0, 3])
     names = list(first)
-    if not layers_alike:
+    half = len(names) // 2
+    if alike == "layers, one adapter of each dead":
+        rank_masks[names[1]][:] = rank_masks[names[1 + half]][:] = False
+    if alike == "some neighbours":
         rank_masks[names[1]][0] = False
         rank_masks[names[4]][:] = False
     write_rows(model, first, rank_masks, form)
+    assert model.layout._num_layers == (1 if alike == "some neighbours" else 2)
     layout = model.layout
     assert isinstance(layout, Layout)
     for rows in (first, {name: values + 5 for name, values in first.items()}):
@@ -360,6 +364,22 @@ def test_keep_dead_computes_the_same_and_never_moves(form: LowRank) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in parts)
     torch.optim.AdamW(parts, lr=1.0, weight_decay=0.1).step()
     assert not any(p.any() for p in parts)
+    with torch.no_grad():
+        for part in parts:
+            part.fill_(torch.nan)  # a client that diverged
+    for _ in range(2):
+        write_rows(model, dict(rows), rank_masks, form, keep_dead=True)
+        assert not any(p.any() for p in parts)
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    model = tiny_bert()
+    rows = random_rows(model, SVD)
+    rank_masks = masks(rows, [0])
+    write_rows(model, rows, rank_masks, SVD)
+    wide = {name: torch.cat([values, values[:, :1]], dim=1) for name, values in rows.items()}
+    with pytest.raises(AssertionError, match="another width"):
+        write_rows(model, wide, rank_masks, SVD)
 
 
 @pytest.mark.parametrize(("top_only", "grads"), [(True, [False, True]), (False, [True, True])])

@@ -36,6 +36,7 @@ BENCHMARK = "micro-roundtrip"
 NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats
 _WARM_UP = 3
 _BARE = ("bare_loop_", "bare_messages_", "bare_allgather_")
+_BESIDE = "beside_messages_"  # the suite's rounds that take turns with the bare loop with messages
 _KEPT_ROUNDS = 1000  # a schedule this long leaves all ranks alive in the rounds that are measured
 
 
@@ -134,29 +135,32 @@ def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Se
 
 
 def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:
-    """Seconds of the suite's rounds and of the bare loop, turn about; then of the bare loop with
-    messages and of the bare allgather, whose buffers are no part of the rounds' memory."""
+    """Seconds of the suite's rounds and of the bare loop, turn about; of rounds and of the bare
+    loop with messages, and of the bare allgather, whose buffers are no part of the first rounds'
+    memory."""
     meter = Meter(job.device)
-    state, row = job.state, {}
+    row: dict[str, Any] = {}
     parameters = _parameters(job)
-    own: dict[str, list[float]] = {prefix: [] for prefix in ("", *_BARE)}
+    own: dict[str, list[float]] = {prefix: [] for prefix in ("", *_BARE, _BESIDE)}
     measured: list[Measured] = []
-    for index in range(_WARM_UP + rounds):
-        communicator.barrier()
-        meter.take()
-        start = time.perf_counter()
-        state, row = advance(job, state, communicator, meter)
-        own[""].append(time.perf_counter() - start)
-        measured.append(meter.take())
-        own["bare_loop_"].append(_timed_first(_bare_loop, parameters, job, communicator))
-        if index + 1 == _WARM_UP:  # first rounds fault their pages in
-            for seconds in own.values():
-                seconds.clear()
-            measured.clear()
-    own["bare_messages_"] = [
-        _timed_first(_bare_messages, parameters, job, communicator)
-        for _ in range(_WARM_UP + rounds)
-    ][_WARM_UP:]
+    for prefix, bare, loop in (
+        ("", "bare_loop_", _bare_loop),
+        (_BESIDE, "bare_messages_", _bare_messages),
+    ):
+        state = job.state
+        for index in range(_WARM_UP + rounds):
+            communicator.barrier()
+            meter.take()
+            start = time.perf_counter()
+            state, row = advance(job, state, communicator, meter)
+            seconds, parts = time.perf_counter() - start, meter.take()
+            bare_seconds = _timed_first(loop, parameters, job, communicator)
+            if index < _WARM_UP:  # first rounds fault their pages in
+                continue
+            own[prefix].append(seconds)
+            own[bare].append(bare_seconds)
+            if not prefix:
+                measured.append(parts)
     packed = torch.zeros(_packed_bytes(job, row, communicator), dtype=torch.uint8)
     bare_call = bare_allgather(packed, communicator)
     if bare_call is not None:
@@ -189,6 +193,7 @@ def _described(
     return {
         **result,
         "ratio_to_bare_loop": float(np.median(longest[""] / longest["bare_loop_"])),
+        "ratio_to_bare_messages": float(np.median(longest[_BESIDE] / longest["bare_messages_"])),
         "rounds_per_second": 1 / median,
         "messages_per_second": num_clients / median,
         "seconds_per_client": median / num_clients,

@@ -46,6 +46,8 @@ def test_every_combination_is_recorded(launcher: str, world_size: int, tmp_path:
         )
         assert row["bare_loop_median_seconds"] > 0
         assert row["bare_messages_median_seconds"] > 0
+        assert row["ratio_to_bare_loop"] > 0
+        assert row["ratio_to_bare_messages"] > 0
         assert ("bare_allgather_median_seconds" in row) == (world_size > 1)
     assert "messages/s" in job.out
     if world_size > 1:

@@ -7,8 +7,8 @@ passes between two phases, is the phase "meter".
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,13 @@ class Meter:
         self._counters.joules()  # what was used before belongs to no round
         self._start = self._last = clock()
 
-    def phase(self, name: str) -> "_Phase":
-        """A context whose time is the phase's, unless it ends by an error."""
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
         assert name in PHASES, name
-        return _Phase(self, name)
-
-    def _begin(self) -> None:
         self._now()  # the device's work before the phase is not the phase's
         self._add_joules("meter")
         self._pass("meter")
-
-    def _end(self, name: str) -> None:
+        yield
         self._pass(name, self._now())
         self._add_joules(name)
         self._peaks.read(name)
@@ -120,20 +116,6 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self._clock()
-
-
-class _Phase:
-    """A phase's context."""
-
-    def __init__(self, meter: Meter, name: str) -> None:
-        self._meter, self._name = meter, name
-
-    def __enter__(self) -> None:
-        self._meter._begin()
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self._meter._end(self._name)
 
 
 class _Peaks:

@@ -139,34 +139,44 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
     loop with messages, and of the bare allgather, whose buffers are no part of the first rounds'
     memory."""
     meter = Meter(job.device)
-    row: dict[str, Any] = {}
     parameters = _parameters(job)
-    own: dict[str, list[float]] = {prefix: [] for prefix in ("", *_BARE, _BESIDE)}
-    measured: list[Measured] = []
-    for prefix, bare, loop in (
-        ("", "bare_loop_", _bare_loop),
-        (_BESIDE, "bare_messages_", _bare_messages),
-    ):
-        state = job.state
-        for index in range(_WARM_UP + rounds):
-            communicator.barrier()
-            meter.take()
-            start = time.perf_counter()
-            state, row = advance(job, state, communicator, meter)
-            seconds, parts = time.perf_counter() - start, meter.take()
-            bare_seconds = _timed_first(loop, parameters, job, communicator)
-            if index < _WARM_UP:  # first rounds fault their pages in
-                continue
-            own[prefix].append(seconds)
-            own[bare].append(bare_seconds)
-            if not prefix:
-                measured.append(parts)
+    own: dict[str, list[float]] = {}
+    own[""], own["bare_loop_"], measured, row = _turn_about(
+        _bare_loop, parameters, job, rounds, meter, communicator
+    )
+    own[_BESIDE], own["bare_messages_"], _, _ = _turn_about(
+        _bare_messages, parameters, job, rounds, meter, communicator
+    )
     packed = torch.zeros(_packed_bytes(job, row, communicator), dtype=torch.uint8)
     bare_call = bare_allgather(packed, communicator)
     if bare_call is not None:
         _timed(bare_call, communicator)
         own["bare_allgather_"] = [_timed(bare_call, communicator) for _ in range(rounds)]
     return _described(job, row, own, measured, communicator)
+
+
+def _turn_about(
+    loop: Callable[[list[Tensor], list[Tensor], Job], None],
+    parameters: list[Tensor],
+    job: Job,
+    rounds: int,
+    meter: Meter,
+    communicator: Communicator,
+) -> tuple[list[float], list[float], list[Measured], dict[str, Any]]:
+    """Seconds of the suite's rounds, seconds of the bare loop after each of them, what was measured
+    of the rounds, and the last one's record."""
+    seconds, bare_seconds, measured = [], [], []
+    state, row = job.state, {}
+    for _ in range(_WARM_UP + rounds):
+        communicator.barrier()
+        meter.take()
+        start = time.perf_counter()
+        state, row = advance(job, state, communicator, meter)
+        seconds.append(time.perf_counter() - start)
+        measured.append(meter.take())
+        bare_seconds.append(_timed_first(loop, parameters, job, communicator))
+    kept = slice(_WARM_UP, None)  # first rounds fault their pages in
+    return seconds[kept], bare_seconds[kept], measured[kept], row
 
 
 def _described(
@@ -178,7 +188,7 @@ def _described(
 ) -> dict[str, Any]:
     """The record's keys, the same on every process."""
     num_clients = len(job.shards)
-    longest = {prefix: slowest(s, communicator) for prefix, s in own.items() if s}
+    longest = {prefix: slowest(s, communicator) for prefix, s in own.items()}
     result = quantiles(longest[""])
     for prefix in _BARE:
         if prefix in longest:

@@ -278,7 +278,6 @@ class Layout:
         self.fixed = fixed
         self.rows: Rows | None = None  # what `_source` is of
         self.rank_masks: Masks | None = None
-        self.num_live: dict[str, int] = {}  # by these rank_masks
         parts = [item for adapter in adapters for item in adapter.parts.items()]
         self._parameters = [parameter for _, parameter in parts]
         self._parts = {part for part, _ in parts}
@@ -430,8 +429,10 @@ def write_rows(
         layout.write_again()
         return
     adapters = list(named_adapters(model))
-    same = layout is not None and layout.rank_masks is rank_masks
-    num_live = layout.num_live if layout is not None and same else count_live(rank_masks)
+    if layout is not None and layout.rank_masks is rank_masks and layout.intact:
+        num_live = {name: adapter.num_live for name, adapter in adapters}
+    else:
+        num_live = count_live(rank_masks)
     live = [
         _live(rows[name], rank_masks[name], num_live[name]) if name in rows else torch.zeros(0, 1)
         for name, _ in adapters
@@ -445,7 +446,7 @@ def write_rows(
         model.layout = layout  # type: ignore[assignment]
         return
     layout.write(live)
-    layout.rows, layout.rank_masks, layout.num_live = rows, rank_masks, num_live
+    layout.rows, layout.rank_masks = rows, rank_masks
 
 
 def _live(rows: Tensor, rank_mask: Tensor, num_live: int) -> Tensor:

@@ -74,7 +74,7 @@ def start_client(
         client.model.train()
     seed = derive(state.seed, "dropout", state.round_index, client.client_id)
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else none draws there
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else nothing there draws
         torch.cuda.manual_seed(seed)
 
 

@@ -4,8 +4,8 @@ measuring took the share of a round that it may take."""
 import sys
 from pathlib import Path
 
-from analysis.load import load_campaign
-from analysis.table_summary import data
+from analysis.records.campaign import load_campaign
+from analysis.tables.summary import data
 
 MARGIN_POINTS = 5.0
 METER_PERCENT = 0.5

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Slurm of two emulated nodes on this host, for tests/test_slurm_cluster.py. For root on Debian 12,
+# A Slurm of two emulated nodes on this host, for tests/bench/jobs/test_slurm_cluster.py. For root on Debian 12,
 # with or without systemd.
 #
 #   .ci/start_slurm.sh         install, start, return when both nodes are idle

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import spread
-from analysis.ends import ends
-from analysis.load import (
+from analysis import stats as spread
+from analysis.records.campaign import (
     PANEL,
     SERIES,
     Campaign,
@@ -17,8 +16,9 @@ from analysis.load import (
     setting_text,
     setting_texts,
 )
-from analysis.provenance import commit, hardware, joined
-from analysis.tables import Table, number
+from analysis.records.per_run import ends
+from analysis.records.provenance import commit, hardware, joined
+from analysis.tables.render import Table, number
 
 NAME = "compare"
 ACCURACY, BYTES, SECONDS = "accuracy_percent", "cumulative_uplink_bytes", "total_seconds"

@@ -13,7 +13,7 @@ from analysis.options import Compare, Costs, Directory, Out
 from fedara_core.errors import InputError, Interrupted, JobError
 
 if TYPE_CHECKING:
-    from fedara_core.comm import Communicator  # torch: only for those who need it
+    from fedara_core.comm.comm import Communicator  # torch: only for those who need it
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,7 +65,7 @@ def run(
       mpiexec -n 4 fedara run my.toml --set federation.num_clients=100
       torchrun --nproc-per-node 2 -m bench run my.toml
     """
-    from bench.runner import run_all
+    from bench.run.runner import run_all
 
     chosen = [*(overrides or []), *(["energy.enabled=false"] if no_energy else [])]
     _as_job(comm, lambda job: run_all(config, results, chosen, job, index))
@@ -103,8 +103,8 @@ def sweep(
       fedara sweep bench/configs/trec6.toml --dry-run
       fedara sweep my.toml --processes 2 --jobs 4 --set federation.num_rounds=20
     """
-    from bench.plan import describe, make_plan
-    from bench.sweep import run_sweep
+    from bench.jobs.local import run_sweep
+    from bench.jobs.plan import describe, make_plan
 
     try:
         plan = make_plan(config, results, overrides or [])
@@ -136,8 +136,8 @@ def submit(
     \b
       fedara submit bench/configs/trec6.toml --site slurm/sites/generic_cpu.toml --dry-run
     """
-    from bench.plan import make_plan
-    from bench.slurm import read_site, submit_plan
+    from bench.jobs.plan import make_plan
+    from bench.jobs.slurm import read_site, submit_plan
 
     try:
         plan = make_plan(config, results, overrides or [])
@@ -152,7 +152,7 @@ def status(
     results: Annotated[Path, typer.Argument(help="The folder of a sweep: --results.")],
 ) -> None:
     """Say what runs, what is done, what failed and why, and the accuracy so far."""
-    from bench.status import read_status, show
+    from bench.jobs.status import read_status, show
 
     try:
         show(read_status(results), Console(highlight=False))
@@ -182,7 +182,7 @@ def reproduce(
       fedara reproduce results/published/quickstart/RUN_ID
       mpiexec -n 2 fedara reproduce RUN_DIR --set dataset.name=file:DIR
     """
-    from bench.reproduce import reproduce as run_again
+    from bench.tools.reproduce import reproduce as run_again
 
     def job(communicator: "Communicator") -> None:
         if not run_again(run_dir, results, overrides or [], within_points, communicator):
@@ -200,7 +200,7 @@ def list_command(
     ] = False,
 ) -> None:
     """Say what there is to choose from."""
-    from bench.catalog import CATALOGS, describe_methods
+    from bench.tools.catalog import CATALOGS, describe_methods
 
     if what not in CATALOGS:
         _refuse(InputError(f"list {what!r}: allowed: {', '.join(CATALOGS)}"))
@@ -225,7 +225,7 @@ def export(
     A method whose layers are W0 + scale B A becomes a LoRA folder for PeftModel.from_pretrained;
     the README in it says how to load it.
     """
-    from bench.export import export as write
+    from bench.tools.export import export as write
 
     try:
         typer.echo(f"{out}: {write(run_dir, out, client)}")
@@ -247,7 +247,7 @@ def report(
       fedara report --compare results/before results/after
     """
     try:
-        from analysis.__main__ import main as analyse
+        from analysis.cli import main as analyse
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -258,7 +258,7 @@ def report(
 @app.command()
 def doctor() -> None:
     """Say what works here (MPI, torch, GPU, energy counters, Slurm, hub), and what to do."""
-    from bench.doctor import show
+    from bench.tools.doctor import show
 
     show(Console())
 
@@ -272,7 +272,7 @@ def overhead(
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 64,
 ) -> None:
     """Seconds per round of the suite against a bare PyTorch loop that does the same steps."""
-    from bench.overhead import describe, measure
+    from bench.micro.overhead import describe, measure
 
     try:
         typer.echo(describe(measure(repeats, model, max_length)))
@@ -297,7 +297,7 @@ def collectives(
         str, typer.Option(help="0: masks as disjoint as they can be; 1: equal masks.")
     ] = "0,1",
     paths: Annotated[
-        str, typer.Option(help="Merge paths, of fedara_core/collectives.py.")
+        str, typer.Option(help="Merge paths, of fedara_core/merge.")
     ] = "allgather,split,allreduce,dense",
     codecs: Annotated[str, typer.Option(help="Codecs of the payload.")] = "fp32",
     iterations: Annotated[int, typer.Option(help="Timed calls of a combination.")] = 20,
@@ -322,7 +322,7 @@ def collectives(
       mpiexec -n 4 fedara micro collectives
       torchrun --nproc-per-node 2 -m bench micro collectives --payload-bytes 1e6
     """
-    from bench.micro_collectives import parse_settings, run_collectives
+    from bench.micro.collectives import parse_settings, run_collectives
 
     def job(communicator: "Communicator") -> None:
         settings = parse_settings(
@@ -365,7 +365,7 @@ def roundtrip(
     \b
       mpiexec -n 2 fedara micro roundtrip --clients 10,128
     """
-    from bench.roundtrip import parse_settings, run_roundtrip
+    from bench.micro.roundtrip import parse_settings, run_roundtrip
 
     def job(communicator: "Communicator") -> None:
         settings = parse_settings(
@@ -404,8 +404,8 @@ def scaling(
       for p in 1 2 4; do mpiexec -n $p fedara micro scaling; done
       fedara report results/micro
     """
-    from bench.micro_record import names
-    from bench.micro_scaling import Settings, check, run_scaling
+    from bench.micro.record import names
+    from bench.micro.scaling import Settings, check, run_scaling
     from fedara_core.method import method_names
 
     def job(communicator: "Communicator") -> None:
@@ -425,7 +425,7 @@ def scaling(
 
 def _as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
     """Run `action` on every process; wrong input ends them all with code 2, any error the job."""
-    from fedara_core.comm import abort_on_error, open_communicator
+    from fedara_core.comm.comm import abort_on_error, open_communicator
 
     try:
         communicator = open_communicator(comm)
@@ -455,7 +455,7 @@ def _as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
 
 def _end_for_now(error: Interrupted, communicator: "Communicator") -> NoReturn:
     """Say what was interrupted, have Slurm start the job again, and leave."""
-    from bench.slurm_job import requeue
+    from bench.jobs.slurm_job import requeue
 
     communicator.close()
     if communicator.world_rank == 0:
@@ -481,7 +481,7 @@ def main() -> None:
         number: int,
         line: str | None = None,
     ) -> str:
-        if Path(file).parent == Path(__file__).parent:
+        if Path(__file__).parent in Path(file).parents:
             return f"warning: {message}\n"
         return plain(message, category, file, number, line)
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import rounds
-from bench.config import load_runs
-from bench.meter import Meter
-from bench.rounds import Job, one_round, prepare
-from fedara_core.comm import Communicator
+from bench.config.schema import load_runs
+from bench.metering.meter import Meter
+from bench.run import rounds
+from bench.run.rounds import Job, one_round, prepare
+from fedara_core.comm.comm import Communicator
 from fedara_core.method import ServerState
 from fedara_core.wire import Upload
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import CLI, TINY, Finished, fedara_here, launch
 
 from fedara_core.method import method_names
+from support.launch import CLI, TINY, Finished, fedara_here, launch
 
 METHODS = ", ".join(method_names())
 

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_turn import in_turn
 from torch import Tensor
 
 import bench
-from bench import rounds
-from bench.checkpoint import find_checkpoint, restore, save_checkpoint
-from bench.estimate import round_bytes
-from bench.rounds import Job, draw_cohort, place, train_client
+from bench.run import rounds
+from bench.run.checkpoint import find_checkpoint, restore, save_checkpoint
+from bench.run.rounds import Job, draw_cohort, place, train_client
+from bench.tools.estimate import round_bytes
 from fedara_core import methods
 from fedara_core.adapters import named_adapters
-from fedara_core.collectives import RunningMean
-from fedara_core.comm import Communicator
+from fedara_core.comm.comm import Communicator
+from fedara_core.merge.collectives import RunningMean
 from fedara_core.method import Method, ServerState, load_method, method_names
 from fedara_core.wire import Upload, pack, unpack
+from support.in_turn import in_turn
 
 SETTINGS = ("train.local_steps=2",)
 NUM_ROUNDS = 6
@@ -34,7 +34,7 @@ HEAD = {"classifier.bias", "classifier.weight"}
 
 @dataclass(frozen=True)
 class Complete:
-    """A whole run twice: by hand with every upload kept, and through bench.rounds."""
+    """A whole run twice: by hand with every upload kept, and through bench.run.rounds."""
 
     name: str
     states: list[ServerState]  # before each round by hand, and the last

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.rounds import Job
+from bench.run.rounds import Job
 from fedara_core import methods
 from fedara_core.method import load_method, method_names
 

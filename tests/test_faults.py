@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from launch import TINY, Finished, digests_in, fedara_here, launch
 
-FAULT_JOB = Path(__file__).with_name("fault_job.py")
+from support.launch import TINY, Finished, digests_in, fedara_here, launch
+
+FAULT_JOB = Path(__file__).parent / "support" / "fault_job.py"
 CONFIG = ("run", TINY, "--set", "federation.num_rounds=3", "--set", "train.local_steps=2")
 LIMIT_SECONDS = 10
 

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from launch import TINY, Launched, digests_in, fedara_here
+from support.launch import TINY, Launched, digests_in, fedara_here
 
-KILL_JOB = Path(__file__).with_name("kill_job.py")
+KILL_JOB = Path(__file__).parent / "support" / "kill_job.py"
 KILLS = 20
 SEED = 7
 NUM_ROUNDS = 12

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench.catalog import CONFIGS
-from bench.config import RunConfig, load_runs
-from bench.rounds import prepare
-from fedara_core.comm import Communicator
+from bench.config.schema import RunConfig, load_runs
+from bench.run.rounds import prepare
+from bench.tools.catalog import CONFIGS
+from fedara_core.comm.comm import Communicator
 from fedara_core.method import load_method, method_names
 
 PAPERS = CONFIGS / "papers"

@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.models import build_model
-from bench.rounds import Job, client_batches, draw_cohort
+from bench.models.encoders import build_model
+from bench.run.rounds import Job, client_batches, draw_cohort
 from fedara_core.adapters import (
     Adapter,
     LowRank,

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import CLI, TINY, Finished, Launched, fedara_here, launch, rounds_of, wait_for
 
-from bench.config import ClientsConfig, RunConfig, load_runs
+from bench.config.schema import ClientsConfig, RunConfig, load_runs
 from fedara_core.method import load_method, method_names
+from support.launch import CLI, TINY, Finished, Launched, fedara_here, launch, rounds_of, wait_for
 
 # What may not depend on where the clients ran.
 SAME = (

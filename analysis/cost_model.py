@@ -1,0 +1,162 @@
+"""The scaling model: what an exchange would take on up to 10^6 processes; modelled, not measured.
+
+    seconds = overhead + alpha messages + beta bytes
+
+overhead: seconds that a call takes in any case; alpha: seconds of latency a message; beta: seconds
+a byte that a process receives, with the local sum, which grows like them. Messages that follow
+each other and bytes, for P processes, K clients, k bytes of a client's rows, U of the union of the
+masks, n of the layout, m of one client's mask:
+
+masks       everywhere first, on every path, by recursive doubling, their sizes before them:
+            2 ceil(log2 P) messages; (P-1)/P K m bytes
+allgather   recursive doubling: ceil(log2 P) messages; (P-1)/P K k bytes
+split       pairwise alltoallv, then recursive doubling: P - 1 + ceil(log2 P) messages;
+            (P-1)/P (K k / P + U) bytes
+allreduce   recursive halving, then doubling: 2 ceil(log2 P) messages; (P-1)/P 2 U bytes
+dense       the same with n for U
+
+Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH" (2005).
+A ring moves the same bytes in P - 1 messages, so that for it the latency here is a lower bound.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedara_core.errors import InputError
+from fedara_core.merge.cost import PATHS, moved_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One exchange of num_clients clients, spread evenly over world_size processes."""
+
+    num_clients: int
+    world_size: int
+    part_bytes: float  # of one client's rows
+    union_bytes: float
+    layout_bytes: float
+    mask_bytes: float = 0.0  # of one client's rank_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one path costs on one machine."""
+
+    overhead_seconds: float = 0.0
+    alpha_seconds: float  # a message
+    beta_seconds_per_byte: float
+
+
+def num_messages(path: str, world_size: int) -> int:
+    """Messages that follow each other, the masks' too, by the algorithm at the top of this file."""
+    doubling = (world_size - 1).bit_length()  # ceil(log2 P)
+    of_rows = {"allgather": doubling, "split": world_size - 1 + doubling}
+    return 2 * doubling + of_rows.get(path, 2 * doubling)
+
+
+def moved_bytes(path: str, exchange: Exchange) -> float:
+    """Bytes that one process receives."""
+    moved = moved_values(
+        num_parts=exchange.num_clients,
+        world_size=exchange.world_size,
+        part_values=exchange.part_bytes,
+        union_values=exchange.union_bytes,
+        layout_values=exchange.layout_bytes,
+    )
+    others = (exchange.world_size - 1) / exchange.world_size
+    return moved[path] + others * exchange.num_clients * exchange.mask_bytes
+
+
+def predict(path: str, exchange: Exchange, cost: Cost) -> float:
+    """Modelled seconds of one exchange."""
+    return (
+        cost.overhead_seconds
+        + cost.alpha_seconds * num_messages(path, exchange.world_size)
+        + cost.beta_seconds_per_byte * moved_bytes(path, exchange)
+    )
+
+
+def union_bytes(
+    *, num_clients: int, part_bytes: float, layout_bytes: float, overlap: float
+) -> float:
+    """The union of masks that share `overlap` of their rows and are else as disjoint as can be."""
+    shared = overlap * part_bytes
+    return shared + min(layout_bytes - shared, num_clients * (part_bytes - shared))
+
+
+def fit(path: str, measured: Sequence[tuple[Exchange, float]]) -> Cost:
+    """The cost with the least sum of squared relative errors, none of its numbers below 0.
+
+    measured: exchanges of `path` over two processes or more, and their seconds. Where all have as
+    many messages, overhead can not be told from latency and is taken as 0. Raises InputError where
+    there is too little to fit.
+    """
+    if len(measured) < 2:
+        raise InputError(f"{path}: {len(measured)} measured exchanges; allowed: 2 or more")
+    seconds = np.array([s for _, s in measured])
+    messages = np.array([num_messages(path, e.world_size) for e, _ in measured], float)
+    num_bytes = np.array([moved_bytes(path, e) for e, _ in measured])
+    known = len(set(messages)) > 1
+    terms = np.stack([np.full_like(seconds, known), messages, num_bytes], axis=1)
+    overhead, alpha, beta = _not_negative(terms / seconds[:, None])
+    return Cost(overhead_seconds=overhead, alpha_seconds=alpha, beta_seconds_per_byte=beta)
+
+
+def relative_errors(
+    path: str, measured: Sequence[tuple[Exchange, float]], cost: Cost
+) -> list[float]:
+    """|modelled / measured - 1| of each exchange."""
+    return [abs(predict(path, exchange, cost) / seconds - 1) for exchange, seconds in measured]
+
+
+def _not_negative(terms: np.ndarray) -> list[float]:
+    """x >= 0 with the least |terms x - 1|: the best of the fits with some of x left at 0."""
+    scales = np.linalg.norm(terms, axis=0)  # seconds and bytes are ten decades apart
+    found = [(float(len(terms)), [0.0] * len(scales))]
+    columns = [index for index, scale in enumerate(scales) if scale > 0]
+    for number in range(1, len(columns) + 1):
+        for chosen in map(list, itertools.combinations(columns, number)):
+            scaled = terms[:, chosen] / scales[chosen]
+            solution = np.linalg.lstsq(scaled, np.ones(len(terms)), rcond=None)[0]
+            if (solution < 0).any():
+                continue
+            error = float(((scaled @ solution - 1) ** 2).sum())
+            x = np.zeros(len(scales))
+            x[chosen] = solution / scales[chosen]
+            found.append((error, x.tolist()))
+    return min(found)[1]
+
+
+def read_costs(file: Path) -> dict[str, Cost]:
+    """Costs from a TOML file with a table for each path, or one named all for those without.
+
+    Keys: alpha_seconds, beta_seconds_per_byte and, if it is not 0, overhead_seconds. Raises
+    InputError.
+    """
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{file}: not readable as TOML: {error}") from None
+    unknown = set(tables) - {"all", *PATHS}
+    if unknown or not tables:
+        named = ", ".join(sorted(unknown)) or "nothing"
+        raise InputError(f"{file}: it has {named}; allowed: tables all, {', '.join(PATHS)}")
+    costs = {name: _cost(table, f"{file}: [{name}]") for name, table in tables.items()}
+    everywhere = {path: costs["all"] for path in PATHS if "all" in costs}
+    return everywhere | {path: costs[path] for path in PATHS if path in costs}
+
+
+def _cost(table: object, place: str) -> Cost:
+    needed = {"alpha_seconds", "beta_seconds_per_byte"}
+    allowed = {"overhead_seconds", *needed}
+    if not isinstance(table, Mapping) or not (
+        needed <= set(table) <= allowed
+        and all(isinstance(v, int | float) and 0 <= v < float("inf") for v in table.values())
+    ):
+        raise InputError(f"{place}: {table}; allowed: {', '.join(sorted(allowed))}, 0 or above")
+    return Cost(**table)

@@ -1,0 +1,32 @@
+"""Figure: accuracy of the server's state against the bytes that clients have sent up."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.figures.panels import accuracy_curves, draw_panels
+from analysis.records.campaign import SERIES, Campaign
+
+NAME = "accuracy_bytes"
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """The points of the figure: columns of panels.accuracy_curves, sorted by round.
+
+    cumulative_uplink_bytes_mean is the mean over seeds, whose masks and so whose bytes may differ.
+    """
+    return accuracy_curves(campaign).sort_values([*SERIES, "round_index"], ignore_index=True)
+
+
+def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write accuracy_bytes.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
+    frame = data(campaign)
+    return draw_panels(
+        campaign,
+        frame.assign(uplink_megabytes=frame["cumulative_uplink_bytes_mean"] / 1e6),
+        out_dir / NAME,
+        x="uplink_megabytes",
+        x_label="Cumulative uplink (MB)",
+        title="Accuracy of the server's state against cumulative uplink: the payload of all "
+        "cohorts' uploads so far, headers and masks included, mean over seeds, 1 MB = 10^6 bytes.",
+    )

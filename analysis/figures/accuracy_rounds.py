@@ -1,0 +1,28 @@
+"""Figure: accuracy of the server's state against communication rounds completed."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.figures.panels import accuracy_curves, draw_panels
+from analysis.records.campaign import SERIES, Campaign
+
+NAME = "accuracy_rounds"
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """The points of the figure: columns of panels.accuracy_curves, sorted by round."""
+    frame = accuracy_curves(campaign).drop(columns="cumulative_uplink_bytes_mean")
+    return frame.sort_values([*SERIES, "round_index"], ignore_index=True)
+
+
+def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write accuracy_rounds.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
+    return draw_panels(
+        campaign,
+        data(campaign),
+        out_dir / NAME,
+        x="rounds_completed",
+        x_label="Rounds completed",
+        title="Accuracy of the server's state against communication rounds completed.",
+    )

@@ -1,0 +1,105 @@
+"""The conditions under which a campaign was run, in words, for captions and tables."""
+
+import textwrap
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import stats as spread
+from analysis.records import caveats
+from analysis.records.campaign import USUAL_SETTINGS, Campaign, by_series, panels, series_name
+
+# Label, and the columns of Campaign.runs behind it; a column that no run has is passed over, and
+# so are usual settings.
+_CONDITIONS = {
+    "model": ["model.name"],
+    "clients": ["federation.num_clients"],
+    "cohort": ["federation.cohort"],
+    "dropout": ["clients.dropout"],
+    "over-selection": ["clients.over_selection"],
+    "deadline in modelled s": ["clients.deadline_seconds"],
+    "speed spread": ["clients.speed_spread"],
+    "rounds": ["federation.num_rounds"],
+    "local steps": ["train.local_steps"],
+    "local epochs": ["train.local_epochs"],
+    "batch size": ["train.batch_size"],
+    "optimizer": ["train.optimizer"],
+    "lr": ["train.lr"],
+    "LoRA rank": ["adapter.lora_rank"],
+    "targets": ["adapter.targets"],
+    "evaluated on": ["evaluate.split"],
+    "examples evaluated before the last round (all in the last)": ["evaluate.eval_examples"],
+    "processes": ["comm", "world_size"],
+    "device": ["device"],
+    "CPU": ["cpu"],
+    "GPU": ["gpu"],
+    "data digest": ["dataset_digest"],
+    "commit": ["git_commit", "git_dirty"],
+}
+_WIDTH = 100
+
+
+def write(campaign: Campaign, out: Path, *, title: str) -> Path:
+    """Write the caption `out`.txt beside a figure; returns its path."""
+    first = f"{title} {_seeds_sentence(campaign)}"
+    return write_text(out, [first, *caveats.warnings(campaign), *conditions(campaign)])
+
+
+def write_text(out: Path, paragraphs: list[str]) -> Path:
+    """Write `out`.txt, wrapped; returns its path."""
+    file = out.with_name(f"{out.name}.txt")
+    # Run ids hold hyphens, and must stay whole so that they can be searched for.
+    wrapped = [textwrap.fill(text, _WIDTH, break_on_hyphens=False) for text in paragraphs]
+    file.write_text("\n\n".join(wrapped) + "\n", encoding="utf-8", newline="\n")
+    return file
+
+
+@lru_cache(maxsize=1)  # each figure of a report writes the same ones
+def conditions(campaign: Campaign) -> list[str]:
+    """One line per panel, with every value that occurs in it, and one on incomplete runs."""
+    lines = []
+    for dataset, partition in panels(campaign):
+        same = (campaign.runs["dataset"] == dataset) & (campaign.runs["partition"] == partition)
+        runs = campaign.runs[same]
+        parts = [f"{label} {text}" for label in _CONDITIONS if (text := _values(runs, label))]
+        lines.append(f"{dataset}, {partition}: {'; '.join(parts)}; {_seeds(runs)}.")
+    if campaign.incomplete:
+        names = ", ".join(campaign.incomplete)
+        lines.append(f"Left out as incomplete ({len(campaign.incomplete)}): {names}.")
+    return lines
+
+
+def _values(runs: pd.DataFrame, label: str) -> str:
+    columns = [column for column in _CONDITIONS[label] if column in runs]
+    rows = runs[columns].dropna(how="all").drop_duplicates().itertuples(index=False)
+    usual = tuple(USUAL_SETTINGS.get(column) for column in columns)
+    found = [row for row in rows if tuple(row) != usual]
+    texts = {_join(label, [value for value in row if not pd.isna(value)]) for row in found}
+    return " or ".join(sorted(texts - {""}))
+
+
+def _join(label: str, values: list[object]) -> str:
+    if label == "commit":
+        dirty = " with uncommitted changes" if True in values else ""
+        return f"{str(values[0])[:12]}{dirty}"
+    if label == "data digest":
+        return str(values[0])[:12]
+    if label == "processes":
+        return " x ".join(str(value) for value in values)
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _seeds(runs: pd.DataFrame) -> str:
+    parts = []
+    for method, setting, group in by_series(runs):
+        seeds = ", ".join(str(seed) for seed in sorted(group["seed"]))
+        parts.append(f"{series_name(method, setting)} n = {len(group)} ({seeds})")
+    return "seeds: " + ", ".join(parts)
+
+
+def _seeds_sentence(campaign: Campaign) -> str:
+    counts = campaign.runs.groupby(["dataset", "partition", "method", "setting"]).size()
+    if counts.max() == 1:
+        return "One seed each: differences between methods carry no measure of spread."
+    return f"Mean over seeds. {spread.SENTENCE}"

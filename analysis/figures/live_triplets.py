@@ -1,0 +1,99 @@
+"""Figure: live triplets of each adapter over the rounds, as a heat map, where any are pruned."""
+
+from pathlib import Path
+from textwrap import fill
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.figures import caption, style
+from analysis.records.campaign import (
+    SERIES,
+    Campaign,
+    NotDrawn,
+    by_series,
+    is_panel,
+    panels,
+    series_name,
+)
+
+NAME = "live_triplets"
+_MAX_LABELS = 48
+_TITLE_LETTERS = 34  # that fit over a panel
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """Columns: dataset, partition, method, setting, adapter, round_index, live_triplets (mean over
+    seeds); only of methods that end with fewer live triplets than they had after the first round.
+    """
+    rows = campaign.adapters.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
+    if rows.empty:
+        raise NotDrawn("no run holds live_triplets_by_adapter")
+    totals = rows.groupby([*SERIES, "round_index"])["live_triplets"].sum().groupby(SERIES)
+    pruned = totals.last() < totals.first()
+    kept = pruned[pruned].index.to_frame(index=False)
+    if kept.empty:
+        raise NotDrawn("no method pruned a triplet")
+    groups = rows.merge(kept, on=SERIES).groupby([*SERIES, "adapter", "round_index"])
+    return groups["live_triplets"].mean().reset_index()
+
+
+def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write live_triplets.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
+    frame = data(campaign)
+    blocks = [
+        (panel, series_name(method, setting), rows)
+        for panel in panels(campaign)
+        for method, setting, rows in by_series(frame[is_panel(frame, panel)])
+    ]
+    num_adapters = max(rows["adapter"].nunique() for _, _, rows in blocks)
+    height = 1.05 + 0.11 * min(num_adapters, _MAX_LABELS)
+    num_columns = min(3, len(blocks))
+    num_rows = -(-len(blocks) // num_columns)
+    with style.context():
+        fig = Figure(figsize=(1.4 + 2.6 * num_columns, height * num_rows))
+        grid = fig.subplots(num_rows, num_columns, squeeze=False)
+        for ax in grid.flat[len(blocks) :]:
+            ax.set_visible(False)
+        top = frame["live_triplets"].max()
+        row_names: list[str] = []
+        for place, (ax, (panel, label, rows)) in enumerate(zip(grid.flat, blocks, strict=False)):
+            wide = rows.pivot(index="adapter", columns="round_index", values="live_triplets")
+            wide = wide.loc[sorted(wide.index, key=_natural)]
+            # cividis is monotone in grey and the same to colour-blind readers.
+            image = ax.imshow(
+                wide, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest"
+            )
+            rounds = range(0, len(wide.columns), max(1, len(wide.columns) // 5))
+            ax.set_xticks(list(rounds), [str(1 + int(wide.columns[i])) for i in rounds])
+            ax.set_title(
+                "\n".join(fill(text, _TITLE_LETTERS) for text in (label, ", ".join(panel)))
+            )
+            ax.set_xlabel("Round")
+            ax.grid(False)
+            step = -(-len(wide) // _MAX_LABELS)
+            names = [_short(name) for name in wide.index[::step]]
+            if place % num_columns and names == row_names:
+                ax.set_yticks([])  # the same adapters as to the left
+            else:
+                ax.set_yticks(range(0, len(wide), step), names, fontsize=5.5)
+            row_names = names
+        fig.colorbar(image, ax=grid, label="Live triplets", shrink=0.6)
+        files = style.save(fig, out_dir / NAME)
+    title = (
+        "Live triplets of each adapter after each round, layers from the lowest at the top; an "
+        "adapter at 0 has left the model. Only methods that prune are shown."
+    )
+    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _short(name: str) -> str:
+    """From the layer's number on: "encoder.encoder.layer.3.output.dense" is "3.output.dense"."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[0] :]) if numbers else name

@@ -1,0 +1,143 @@
+"""Figure: what local training costs round by round, FedARA against LoRA."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis import stats as spread
+from analysis.figures import caption, style
+from analysis.figures.panels import add_legend, draw_lines, seeds_text
+from analysis.records import caveats
+from analysis.records.campaign import (
+    PANEL,
+    SERIES,
+    Campaign,
+    NotDrawn,
+    is_panel,
+    known_energy,
+    panels,
+)
+
+NAME = "local_train"
+_METHODS = ["fedara", "lora"]
+# Column of a round, axis label, and what is drawn for one of the column's unit.
+_COSTS = {
+    "local_train_seconds": ("Measured seconds", 1.0),
+    "flops": ("Counted TFLOP", 1e-12),
+    "num_backward_layers": ("Layers in backward pass", 1.0),
+    "trained_bytes": ("Adapters, optimiser (MB)", 1e-6),
+    "local_train_peak_memory_bytes": ("Peak memory (MB)", 1e-6),
+    "local_train_peak_device_memory_bytes": ("Peak GPU memory (MB)", 1e-6),
+    "local_train_joules": ("Counted energy (J)", 1.0),
+}
+_PANEL_INCHES = (2.7, 2.2)
+_MAX_COLUMNS = 3
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """Panels in which both methods were timed; mean over seeds and its 95 % interval.
+
+    Columns: dataset, partition, method, setting, round_index, num_seeds, and X_{mean,low,high} of
+    each cost X (local_train_seconds, flops, num_backward_layers, trained_bytes: of adapters and
+    optimiser, local_train_peak_memory_bytes, local_train_peak_device_memory_bytes,
+    local_train_joules). A cost that some round of a panel does not hold is missing in all of the
+    panel; joules also where sources differ, and the host's memory where runs shared processes.
+    """
+    rows = campaign.rounds.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
+    rows = rows[rows["method"].isin(_METHODS)].dropna(subset=["local_train_seconds"])
+    if not rows.empty:
+        both = rows.groupby(PANEL)["method"].transform("nunique") == len(_METHODS)
+        rows = rows[both]
+    if rows.empty:
+        raise NotDrawn("no data set and partition with the seconds of both fedara and lora")
+    costs = rows.reindex(columns=[*_COSTS, "adapter_bytes", "optimizer_bytes"])
+    costs["trained_bytes"] = costs.pop("adapter_bytes") + costs.pop("optimizer_bytes")
+    if known_energy(campaign)[0] is None:
+        costs["local_train_joules"] = float("nan")
+    for panel in caveats.shared_processes(campaign):
+        costs.loc[is_panel(rows, panel), "local_train_peak_memory_bytes"] = float("nan")
+    in_panel = [rows[name] for name in PANEL]
+    known = costs.notna().groupby(in_panel).transform("all")
+    groups = rows[[*SERIES, "run_id", "round_index"]].join(costs.where(known))
+    return groups.groupby([*SERIES, "round_index"], as_index=False).agg(
+        num_seeds=("run_id", "nunique"),
+        **{
+            f"{cost}_{name}": (cost, function)
+            for cost in _COSTS
+            for name, function in (("mean", "mean"), ("low", spread.low), ("high", spread.high))
+        },
+    )
+
+
+def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write local_train.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
+    frame = data(campaign)
+    frame = frame.assign(rounds_completed=frame["round_index"] + 1)
+    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    costs = [cost for cost in _COSTS if frame[f"{cost}_mean"].notna().any()]
+    mixed = caveats.mixed_machines(campaign)
+    num_columns, num_rows = _shape(len(shown), len(costs))
+    width, height = _PANEL_INCHES
+    with style.context():
+        fig = Figure(figsize=(width * num_columns, height * num_rows))
+        grid = fig.subplots(num_rows, num_columns, squeeze=False).ravel()
+        places = [(panel, cost) for panel in shown for cost in costs]
+        for ax in grid[len(places) :]:
+            ax.set_visible(False)
+        for (panel, cost), ax in zip(places, grid, strict=False):
+            _draw_cost(ax, frame[is_panel(frame, panel)], cost)
+            if cost == costs[0]:
+                mark = f"\n({caveats.MARK})" if panel in mixed else ""
+                ax.set_title(f"{', '.join(panel)}{mark}", loc="left")
+        add_legend(fig, list(grid), seeds_text(frame["num_seeds"]))
+        files = style.save(fig, out_dir / NAME)
+    title = (
+        "Local training in each round. Seconds: of all clients that one process hosts, maximum "
+        "over processes; single peaks are other work on the machine. TFLOP (10^12): counted from "
+        "shapes and live triplets, forward and backward, sum over the cohort. Layers: wrapped "
+        "linear layers from the last down to the lowest one that trains, the most of any client. "
+        "Adapters, optimiser: bytes of a client's live rows and of its optimiser's state, the "
+        "head's included, the most of any client. Peak memory: in the phase, the largest process, "
+        "with all that it holds; not drawn where runs shared processes. A fall of FedARA's line is "
+        "what pruning saves. "
+        f"{_energy_sentence(campaign, 'local_train_joules' in costs)}"
+    )
+    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+
+
+def _shape(num_panels: int, num_costs: int) -> tuple[int, int]:
+    """Columns and rows: a row for each panel, but one panel or one cost alone fills rows."""
+    num_places = num_panels * num_costs
+    if num_panels > 1 < num_costs:
+        return num_costs, num_panels
+    num_rows = math.ceil(num_places / _MAX_COLUMNS)
+    return math.ceil(num_places / num_rows), num_rows
+
+
+def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str) -> None:
+    label, scale = _COSTS[cost]
+    ends = [f"{cost}_{end}" for end in ("mean", "low", "high")]
+    scaled = rows.assign(**{name: scale * rows[name] for name in ends})
+    if scaled[ends[0]].isna().all():
+        ax.text(0.5, 0.5, "not in these records", transform=ax.transAxes, ha="center", fontsize=7)
+    else:
+        draw_lines(ax, scaled, "rounds_completed", cost)
+        ax.set_ylim(0, 1.1 * scaled[ends].max().max())
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    ax.set_xlim(left=0.5)  # no tick at a round 0
+    if cost == "num_backward_layers":
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    ax.set_xlabel("Round")
+    ax.set_ylabel(label)
+
+
+def _energy_sentence(campaign: Campaign, drawn: bool) -> str:
+    """Whose joules are drawn, or why none are."""
+    source, reason = known_energy(campaign)
+    if drawn:
+        return f"Energy: of the hosts, gross, in the phase, counted by {source}."
+    return f"No energy: {reason or 'no counter was read in every round'}."

@@ -1,0 +1,189 @@
+"""Accuracy curves, one panel per data set and partition: what both curve figures share."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from pandas.api.types import is_integer_dtype
+
+from analysis import stats as spread
+from analysis.figures import caption, style
+from analysis.records.campaign import (
+    PANEL,
+    SERIES,
+    AnalysisError,
+    Campaign,
+    by_series,
+    is_panel,
+    panels,
+)
+
+_MAX_COLUMNS = 3
+_PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
+_LEGEND_LINE_INCHES = 0.18
+_CHARACTER_INCHES = 0.072
+_MAX_ENTRIES_BELOW = 9
+_MAX_MARKERS = 10
+
+
+def accuracy_curves(campaign: Campaign) -> pd.DataFrame:
+    """Mean over seeds and its 95 % interval for each line and each round with an evaluation.
+
+    Columns: dataset, partition, method, setting, round_index, rounds_completed, num_seeds,
+    accuracy_percent_{mean,low,high} (low and high missing for one seed),
+    cumulative_uplink_bytes_mean.
+    """
+    evaluated = campaign.rounds.dropna(subset=["accuracy"])
+    rows = evaluated.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
+    rows["accuracy_percent"] = 100 * rows["accuracy"]
+    groups = rows.groupby([*SERIES, "round_index"], as_index=False)
+    frame = groups.agg(
+        num_seeds=("run_id", "nunique"),
+        accuracy_percent_mean=("accuracy_percent", "mean"),
+        accuracy_percent_low=("accuracy_percent", spread.low),
+        accuracy_percent_high=("accuracy_percent", spread.high),
+        cumulative_uplink_bytes_mean=("cumulative_uplink_bytes", "mean"),
+    )
+    # Accuracy is that of the state after the round.
+    frame.insert(len(SERIES) + 1, "rounds_completed", frame["round_index"] + 1)
+    return frame
+
+
+def draw_panels(
+    campaign: Campaign, frame: pd.DataFrame, out: Path, *, x: str, x_label: str, title: str
+) -> list[Path]:
+    """Draw accuracy over column `x` of `frame`; writes `out`.pdf, .png and the caption `out`.txt.
+
+    The x axis is logarithmic when the lines end more than a factor of ten apart.
+    """
+    if frame.empty:
+        raise AnalysisError("no finished run holds an evaluated round: nothing to draw")
+    shown = [panel for panel in panels(campaign) if panel in _panels_of(frame)]
+    with style.context():
+        num_columns = columns_of(shown)
+        fig, axes = grid(shown, num_columns)
+        log_x = _spans_decades(frame, x)
+        for index, (panel, ax) in enumerate(zip(shown, axes, strict=True)):
+            draw_lines(ax, frame[is_panel(frame, panel)], x, "accuracy_percent")
+            ax.set_title(", ".join(panel))
+            if log_x:
+                ax.set_xscale("log")
+                ax.xaxis.set_major_formatter(style.plain_number)
+            elif is_integer_dtype(frame[x]):
+                ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            last_of_column = index + num_columns >= len(shown)
+            ax.set_xlabel(x_label if last_of_column else "")
+            ax.set_ylabel("Accuracy (%)" if index % num_columns == 0 else "")
+        add_legend(fig, axes, seeds_text(frame["num_seeds"]))
+        files = style.save(fig, out)
+    return [*files, caption.write(campaign, out, title=title)]
+
+
+def columns_of(shown: list[tuple[str, str]]) -> int:
+    """One row per data set where data sets have several partitions, otherwise just filled rows."""
+    most_partitions = max(Counter(dataset for dataset, _ in shown).values())
+    return min(most_partitions if most_partitions > 1 else len(shown), _MAX_COLUMNS)
+
+
+def grid(shown: list[tuple[str, str]], num_columns: int) -> tuple[Figure, list[Any]]:
+    num_rows = math.ceil(len(shown) / num_columns)
+    width, height = _PANEL_INCHES
+    fig = Figure(figsize=(width * num_columns, height * num_rows))
+    first_of: dict[str, Any] = {}
+    axes = []
+    for index, (dataset, _) in enumerate(shown, start=1):
+        # One accuracy scale per data set, so that its partitions can be compared by eye.
+        ax = fig.add_subplot(num_rows, num_columns, index, sharey=first_of.get(dataset))
+        first_of.setdefault(dataset, ax)
+        axes.append(ax)
+    return fig, axes
+
+
+def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
+    """One line per method and setting: y_mean over column x, with the band y_low to y_high."""
+    for method, setting, line in by_series(frame):
+        settings = sorted(frame.loc[frame["method"] == method, "setting"].unique())
+        look, fill = style.setting_look(method, settings.index(setting))
+        ax.plot(
+            line[x],
+            line[f"{y}_mean"],
+            color=look.color,
+            marker=look.marker,
+            markersize=look.size(),
+            markerfacecolor=fill,
+            linestyle=look.linestyle,
+            markevery=math.ceil(len(line) / _MAX_MARKERS),
+            label=series_label(method, setting),
+        )
+        if line["num_seeds"].max() > 1:
+            low, high = line[f"{y}_low"], line[f"{y}_high"]
+            ax.fill_between(line[x], low, high, color=look.color, alpha=0.2, linewidth=0)
+
+
+def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
+    """One legend for all panels, where no line can be; the figure grows to hold it.
+
+    Few entries stand below the panels; many beside them, where the eye finds one by its name.
+    """
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        lines, labels = ax.get_legend_handles_labels()
+        handles = dict(zip(labels, lines, strict=True)) | handles
+    labels = sorted(handles)
+    beside = len(labels) > _MAX_ENTRIES_BELOW
+    if beside:
+        num_columns = 1
+        num_lines = 2 + sum(1 + label.count("\n") for label in labels)
+        # Margins take as much of the width as two characters of each label do.
+        longest = max(len(line) for label in labels for line in label.split("\n"))
+        fig.set_figwidth(fig.get_figwidth() + 0.7 + _CHARACTER_INCHES * longest)
+        fig.set_figheight(max(fig.get_figheight(), num_lines * _LEGEND_LINE_INCHES))
+    else:
+        labels = [label.replace("\n", " ") for label in sorted(handles)]
+        handles = {label.replace("\n", " "): handle for label, handle in handles.items()}
+        inches_per_entry = 0.8 + 0.075 * max(len(label) for label in labels)
+        fitting = int(fig.get_figwidth() / inches_per_entry)
+        num_columns = max(1, min(len(labels), fitting))
+        num_lines = 1 + math.ceil(len(labels) / num_columns)
+        fig.set_figheight(fig.get_figheight() + num_lines * _LEGEND_LINE_INCHES)
+    fig.legend(
+        [handles[label] for label in labels],
+        labels,
+        title=title.replace(", ", ",\n") if beside else title,
+        loc="outside right upper" if beside else "outside lower center",
+        ncols=num_columns,
+        handlelength=3.2,
+    )
+
+
+def series_label(method: str, setting: str) -> str:
+    """A line's name; the setting on a second line, which legends below the panels join again."""
+    return f"{method}\n({setting})" if setting else method
+
+
+def label_inches(labels: list[str]) -> float:
+    """About the width that the longest of these takes beside the axes, so that a figure grows by it
+    and not its axes shrink."""
+    return _CHARACTER_INCHES * max(map(len, labels))
+
+
+def seeds_text(num_seeds: pd.Series) -> str:
+    """What a line and its band are, with the number of seeds."""
+    low, high = num_seeds.min(), num_seeds.max()
+    if high == 1:
+        return "one seed each (n = 1)"
+    count = f"n = {low}" if low == high else f"n = {low} to {high}"
+    return f"mean and 95 % interval, {count} seeds"
+
+
+def _spans_decades(frame: pd.DataFrame, x: str) -> bool:
+    ends = frame.groupby(SERIES)[x].max()
+    return bool(frame[x].min() > 0 and ends.max() > 10 * ends.min())
+
+
+def _panels_of(frame: pd.DataFrame) -> set[tuple[str, str]]:
+    return set(frame[PANEL].itertuples(index=False, name=None))

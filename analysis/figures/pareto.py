@@ -1,0 +1,99 @@
+"""Figure: last accuracy against the bytes that clients sent up, with the Pareto front."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis import stats as spread
+from analysis.figures import caption, style
+from analysis.figures.panels import add_legend, columns_of, grid, seeds_text, series_label
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels
+from analysis.records.per_run import ends
+
+NAME = "pareto"
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """One row per method and setting of a panel, means over seeds.
+
+    Columns: dataset, partition, method, setting, num_seeds, accuracy_percent_{mean,low,high},
+    uplink_bytes, and on_front: nothing in the panel is more accurate at as few bytes, or as
+    accurate at fewer.
+    """
+    runs = ends(campaign).dropna(subset=["accuracy_percent"])
+    if runs.empty:
+        raise NotDrawn("no run holds an evaluated round")
+    frame = runs.groupby(SERIES, as_index=False).agg(
+        num_seeds=("run_id", "nunique"),
+        accuracy_percent_mean=("accuracy_percent", "mean"),
+        accuracy_percent_low=("accuracy_percent", spread.low),
+        accuracy_percent_high=("accuracy_percent", spread.high),
+        uplink_bytes=("cumulative_uplink_bytes", "mean"),
+    )
+    frame["on_front"] = False
+    for _, group in frame.groupby(PANEL):
+        frame.loc[group.index, "on_front"] = _front(group)
+    return frame
+
+
+def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write pareto.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
+    frame = data(campaign)
+    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    with style.context():
+        num_columns = columns_of(shown)
+        fig, axes = grid(shown, num_columns)
+        for index, (panel, ax) in enumerate(zip(shown, axes, strict=True)):
+            _draw_points(ax, frame[is_panel(frame, panel)])
+            ax.set_title(", ".join(panel))
+            ax.set_xlabel("Uplink of the whole run (MB)")
+            ax.set_ylabel("Accuracy (%)" if index % num_columns == 0 else "")
+        add_legend(fig, axes, seeds_text(frame["num_seeds"]))
+        files = style.save(fig, out_dir / NAME)
+    title = (
+        "Accuracy of the last evaluated round against the uplink of the whole run: payload of all "
+        "cohorts' uploads, headers and masks included, 1 MB = 10^6 bytes. The grey steps are the "
+        "Pareto front of the means: nothing shown is more accurate for as few bytes. It takes no "
+        "account of the spread over seeds."
+    )
+    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+
+
+def _front(group: pd.DataFrame) -> pd.Series:
+    order = group.sort_values(
+        ["uplink_bytes", "accuracy_percent_mean"], ascending=[True, False], kind="stable"
+    )
+    best_before = order["accuracy_percent_mean"].cummax().shift(fill_value=float("-inf"))
+    return (order["accuracy_percent_mean"] > best_before).reindex(group.index)
+
+
+def _draw_points(ax: Any, rows: pd.DataFrame) -> None:
+    front = rows[rows["on_front"]].sort_values("uplink_bytes")
+    ax.step(
+        front["uplink_bytes"] / 1e6,
+        front["accuracy_percent_mean"],
+        where="post",
+        color="#BBBBBB",
+        zorder=0,
+    )
+    for _, row in rows.iterrows():
+        settings = sorted(rows.loc[rows["method"] == row["method"], "setting"])
+        look, fill = style.setting_look(row["method"], settings.index(row["setting"]))
+        x, y = row["uplink_bytes"] / 1e6, row["accuracy_percent_mean"]
+        if not pd.isna(row["accuracy_percent_low"]):
+            ends_of_bar = [row["accuracy_percent_low"], row["accuracy_percent_high"]]
+            ax.plot([x, x], ends_of_bar, color=look.color, alpha=0.5)
+        ax.plot(
+            x,
+            y,
+            color=look.color,
+            marker=look.marker,
+            markerfacecolor=fill,
+            markersize=look.size(6),
+            linestyle="none",
+            label=series_label(row["method"], row["setting"]),
+        )
+    if rows["uplink_bytes"].max() > 10 * rows["uplink_bytes"].min() > 0:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(style.plain_number)

@@ -1,0 +1,101 @@
+"""Figure: where a round's seconds go, by phase and method, as stacked bars."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.figures import caption, style
+from analysis.figures.panels import label_inches
+from analysis.records import caveats
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel, panels, series_name
+
+NAME = "phases"
+# In the order of a round; colours from dark to light and hatches, so that they differ in grey.
+_PHASES = {
+    "download": (style.BLACK, ""),
+    "local_train": (style.BLUE, ""),
+    "pack": (style.PURPLE, "//"),
+    "wait": ("#DDDDDD", ".."),
+    "exchange": (style.VERMILLION, "\\\\"),
+    "aggregate": (style.GREEN, "xx"),
+    "evaluate": (style.SKY, ""),
+    "checkpoint": (style.ORANGE, "--"),
+    "meter": ("#999999", "||"),
+}
+_BARS_INCHES = 5.6
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """Columns: dataset, partition, method, setting, phase, seconds: mean over rounds and runs.
+
+    Rounds without a phase, such as those without an evaluation, count as 0 seconds of it.
+    """
+    columns = {f"{phase}_seconds": phase for phase in _PHASES}
+    present = [name for name in columns if name in campaign.rounds]
+    rounds = campaign.rounds.dropna(subset=present, how="all")
+    if not present or rounds.empty:
+        raise NotDrawn("no run holds seconds by phase")
+    rows = rounds.fillna(dict.fromkeys(present, 0.0)).merge(campaign.runs[["run_id", *SERIES]])
+    means = rows.groupby([*SERIES, "run_id"])[present].mean().groupby(SERIES).mean()
+    long = means.rename(columns=columns).reset_index()
+    return long.melt(id_vars=SERIES, var_name="phase", value_name="seconds")
+
+
+def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write phases.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
+    frame = data(campaign)
+    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    counts = [len(frame[is_panel(frame, panel)][SERIES].drop_duplicates()) for panel in shown]
+    heights = [0.9 + 0.2 * count for count in counts]
+    mixed = caveats.mixed_machines(campaign)
+    names = _names(frame)
+    with style.context():
+        fig = Figure(figsize=(_BARS_INCHES + label_inches(names), sum(heights) + 0.4))
+        axes = fig.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, panel in zip(axes, shown, strict=True):
+            _draw_bars(ax, frame[is_panel(frame, panel)])
+            mark = f" ({caveats.MARK})" if panel in mixed else ""
+            ax.set_title(f"{', '.join(panel)}{mark}", loc="left")
+        axes[-1].set_xlabel("Seconds of a round (mean over rounds and runs)")
+        handles = {
+            label: handle
+            for ax in axes
+            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=5)
+        files = style.save(fig, out_dir / NAME)
+    title = (
+        "Seconds of a round by phase, mean over all rounds and runs; the evaluation's seconds are "
+        "spread over the rounds without one. Each phase is the maximum over processes, so a bar "
+        "may be longer than its round. Seconds compare methods only where the runs had the same "
+        "machine to themselves."
+    )
+    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    return [series_name(*series) for series in zip(rows["method"], rows["setting"], strict=True)]
+
+
+def _draw_bars(ax: Any, rows: pd.DataFrame) -> None:
+    wide = rows.pivot_table(index=["method", "setting"], columns="phase", values="seconds")
+    left = pd.Series(0.0, index=wide.index)
+    for phase, (color, hatch) in _PHASES.items():
+        if phase not in wide:
+            continue
+        ax.barh(
+            range(len(wide)),
+            wide[phase],
+            left=left,
+            color=color,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0,
+            label=phase.replace("_", " "),
+        )
+        left += wide[phase].fillna(0)
+    ax.set_yticks(range(len(wide)), _names(wide.reset_index()))
+    ax.set_ylim(len(wide) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)

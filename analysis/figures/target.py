@@ -1,0 +1,169 @@
+"""Figure: uplink bytes, seconds and counted joules to a target accuracy, as ratios to LoRA."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import stats as spread
+from analysis.figures import caption, style
+from analysis.figures.panels import label_inches
+from analysis.records import caveats
+from analysis.records.campaign import (
+    PANEL,
+    SERIES,
+    Campaign,
+    NotDrawn,
+    is_panel,
+    panels,
+    series_name,
+)
+from analysis.records.target import PART_OF_LORA, costs_to_target
+
+NAME = "target"
+# What a panel is of, under the name of its cost in `costs_to_target`.
+_LABELS = {
+    "uplink_bytes": "Uplink bytes",
+    "seconds": "Measured seconds",
+    "joules": "Counted joules",
+}
+_OF_A_MACHINE = ("seconds", "joules")
+_COST_INCHES = 2.6
+_MARKER_SIZE = 6
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """One row per line of the figure: `ratios` of uplink_bytes, seconds and, where a counter was
+    read in every round of a run, joules. In a panel whose machines differ the last two are missing.
+    """
+    frame = ratios(campaign, list(_LABELS))
+    mixed = caveats.mixed_machines(campaign)
+    unlike = [tuple(panel) in mixed for panel in frame[PANEL].itertuples(index=False)]
+    of_a_machine = [name for name in frame if str(name).startswith(_OF_A_MACHINE)]
+    frame.loc[unlike, of_a_machine] = float("nan")
+    return frame
+
+
+def ratios(campaign: Campaign, costs: list[str]) -> pd.DataFrame:
+    """Columns: dataset, partition, method, setting, target_accuracy_percent (mean over seeds),
+    num_runs, num_reached, and of each cost X_ratio, X_ratio_{low,high}: the ratio to lora with the
+    same seed, mean over the runs that reached the target, and its interval. Missing where none did.
+    """
+    runs = costs_to_target(campaign)
+    lora = runs[runs["method"] == "lora"].groupby([*PANEL, "seed"])[costs].mean()
+    runs = runs.join(lora.add_prefix("lora_"), on=[*PANEL, "seed"])
+    rows = []
+    for series, group in runs.groupby(SERIES, sort=False):
+        row: dict[str, Any] = dict(zip(SERIES, series, strict=True))
+        row |= {
+            "target_accuracy_percent": group["target_accuracy_percent"].mean(),
+            "num_runs": len(group),
+            "num_reached": int(group["uplink_bytes"].notna().sum()),
+        }
+        for cost in costs:
+            ratio = group[cost] / group[f"lora_{cost}"]
+            row |= {f"{cost}_ratio": ratio.mean(), f"{cost}_ratio_low": spread.low(ratio)}
+            row[f"{cost}_ratio_high"] = spread.high(ratio)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write target.pdf, .png and .txt (the caption); raises NotDrawn where LoRA is missing."""
+    frame = data(campaign)
+    labels = {cost: text for cost, text in _LABELS.items() if _is_drawn(frame, cost)}
+    files = draw_ratios(campaign, frame, labels, out_dir / NAME)
+    return [*files, caption.write(campaign, out_dir / NAME, title=sentence("Cost"))]
+
+
+def draw_ratios(
+    campaign: Campaign,
+    frame: pd.DataFrame,
+    labels: dict[str, str],
+    out: Path,
+    *,
+    modelled: bool = False,
+) -> list[Path]:
+    """Draw `ratios` of the costs that have labels, a row of axes per panel; writes .pdf and .png.
+
+    What is modelled has hollow markers. Raises NotDrawn where nothing reached its target.
+    """
+    if not (frame["num_reached"] > 0).any():
+        raise NotDrawn("no run reached its target accuracy in an evaluated round")
+    mixed = caveats.mixed_machines(campaign)
+    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    heights = [1 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
+    names = _names(frame)
+    with style.context():
+        width = _COST_INCHES * len(labels) + label_inches(names)
+        fig = Figure(figsize=(width, sum(heights)))
+        axes = fig.subplots(len(shown), len(labels), squeeze=False, height_ratios=heights)
+        for row, panel in zip(axes, shown, strict=True):
+            rows = frame[is_panel(frame, panel)].sort_values(["method", "setting"])
+            for ax, (cost, label) in zip(row, labels.items(), strict=True):
+                of_a_machine = cost in _OF_A_MACHINE and panel in mixed
+                gap = caveats.MARK if of_a_machine else "not measured"
+                _draw_cost(ax, rows, cost, gap=gap, modelled=modelled)
+                ax.set_xlabel(f"{label} / lora's")
+                ax.set_yticklabels(_names(rows) if ax is row[0] else [])
+            target = rows.loc[rows["method"] == "lora", "target_accuracy_percent"].mean()
+            title = f"{', '.join(panel)}; cost to {target:.1f} % accuracy, mean over seeds"
+            row[0].set_title(title, loc="left")
+        return style.save(fig, out)
+
+
+def sentence(cost: str) -> str:
+    """The caption's first words about a cost to the target."""
+    return (
+        f"{cost} until the first evaluated round at or above the target accuracy, which is "
+        f"{100 * PART_OF_LORA:g} % of LoRA's last accuracy with the same seed, relative to LoRA "
+        "with that seed; left of 1 is cheaper. Accuracy is known only in evaluated rounds, so a "
+        "ratio is as coarse as they are. Where fewer than all n runs reached the target, the mean "
+        "is over those that did, which flatters."
+    )
+
+
+def _is_drawn(frame: pd.DataFrame, cost: str) -> bool:
+    """Bytes and seconds always, so that a gap shows; joules only where somebody counted them."""
+    return cost != "joules" or bool(frame["joules_ratio"].notna().any())
+
+
+def _names(rows: pd.DataFrame) -> list[str]:
+    return [
+        f"{series_name(row['method'], row['setting'])} ({row['num_reached']}/{row['num_runs']})"
+        for _, row in rows.iterrows()
+    ]
+
+
+def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str, *, gap: str, modelled: bool) -> None:
+    found = rows[f"{cost}_ratio"]
+    for place, (_, row) in enumerate(rows.iterrows()):
+        look = style.look(row["method"])
+        ratio = row[f"{cost}_ratio"]
+        if pd.isna(ratio):
+            # At the left edge, in the axes' own coordinates, so that no scale is implied.
+            text = "not reached" if row["num_reached"] == 0 else gap
+            ax.text(0.01, place, text, transform=ax.get_yaxis_transform(), fontsize=7, va="center")
+            continue
+        low, high = row[f"{cost}_ratio_low"], row[f"{cost}_ratio_high"]
+        if not pd.isna(low):
+            ax.plot([low, high], [place, place], color=look.color, linewidth=2, alpha=0.5)
+        ax.plot(
+            ratio,
+            place,
+            marker=look.marker,
+            color=look.color,
+            markerfacecolor="white" if modelled else look.color,
+            markersize=look.size(_MARKER_SIZE),
+        )
+    ends = rows[[f"{cost}_ratio{end}" for end in ("", "_low", "_high")]]
+    if found.max() >= 10 * found.min() > 0:
+        ax.set_xscale("log")
+        ax.margins(x=0.08)
+        ax.xaxis.set_major_formatter(style.plain_number)
+    else:  # a short logarithmic axis would have no number
+        ax.set_xlim(0, 1.1 * max(1.0, ends.fillna(0).max().max()))
+    ax.axvline(1, color=style.GREY, linewidth=0.8, zorder=0)
+    ax.set_yticks(range(len(rows)))
+    ax.set_ylim(len(rows) - 0.5, -0.5)

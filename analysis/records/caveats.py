@@ -1,0 +1,118 @@
+"""What in a campaign does not compare: unlike machines, unlike seeds, a method on its own."""
+
+import json
+from functools import lru_cache
+
+import pandas as pd
+
+from analysis.records.campaign import PANEL, Campaign, by_series, panels, series_name
+
+# What seconds, memory and joules depend on besides the method.
+_MACHINE = {
+    "cpu": "CPU",
+    "num_cores": "cores",
+    "gpu": "GPU",
+    "device": "device",
+    "world_size": "processes",
+}
+MARK = "machines differ: seconds do not compare"  # beside such seconds, or in their place
+
+
+@lru_cache(maxsize=1)  # each figure and table asks, and none changes the answer
+def mixed_machines(campaign: Campaign) -> dict[tuple[str, str], str]:
+    """By panel whose runs ran on unlike machines what differs, such as "CPU (A or B)"."""
+    mixed = {}
+    for panel, runs in _by_panel(campaign):
+        found = {text: _values(runs, column) for column, text in _MACHINE.items()}
+        differing = [f"{text} ({' or '.join(v)})" for text, v in found.items() if len(v) > 1]
+        if differing:
+            mixed[panel] = ", ".join(differing)
+    return mixed
+
+
+def shared_processes(campaign: Campaign) -> set[tuple[str, str]]:
+    """Panels in which one process ran several runs, as a sweep in one job does.
+
+    Its peak memory in a later run holds what the earlier ones left behind.
+    """
+    shared = set()
+    for panel, runs in _by_panel(campaign):
+        texts = runs.get("processes", pd.Series(dtype=str)).dropna()
+        found = [{(p.get("host"), p.get("pid")) for p in json.loads(text)} for text in texts]
+        if len(set().union(*found)) < sum(map(len, found)):
+            shared.add(panel)
+    return shared
+
+
+@lru_cache(maxsize=1)
+def sentences(campaign: Campaign) -> list[str]:
+    """One sentence for each reason to read figures and tables with care, panel by panel."""
+    mixed, shared = mixed_machines(campaign), shared_processes(campaign)
+    lines = []
+    for panel, runs in _by_panel(campaign):
+        name = ", ".join(panel)
+        if panel in mixed:
+            lines.append(
+                f"{name}: runs differ in {mixed[panel]}, so that their seconds, memory and "
+                "energy do not compare methods."
+            )
+        if panel in shared:
+            lines.append(
+                f"{name}: runs shared processes, so that the peak memory of a later run holds what "
+                "earlier ones left behind, and does not compare methods."
+            )
+        if devices := _unlike_devices(runs):
+            lines.append(
+                f"{name}: runs were modelled on unlike numbers of {', '.join(devices)}, so that "
+                "modelled seconds and joules do not compare methods."
+            )
+        if runs["method"].nunique() == 1:
+            lines.append(f"{name}: one method, {runs['method'].iloc[0]}: no methods to compare.")
+        if seeds := _seeds(runs):
+            lines.append(f"{name}: means are over different seeds: {seeds}.")
+    return lines
+
+
+def warnings(campaign: Campaign) -> list[str]:
+    """`sentences` as they stand below tables and figures and on the page."""
+    return [f"Warning: {text}" for text in sentences(campaign)]
+
+
+def _by_panel(campaign: Campaign) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    groups = dict(list(campaign.runs.groupby(PANEL)))
+    return [(panel, groups[panel]) for panel in panels(campaign)]
+
+
+def _values(runs: pd.DataFrame, column: str) -> list[str]:
+    """The values that occur, "none" among them where a run does not name one."""
+    if column not in runs:
+        return []
+    values = runs[column].astype(object)
+    return sorted({"none" if pd.isna(value) else _text(value) for value in values})
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _unlike_devices(runs: pd.DataFrame) -> list[str]:
+    """Names of the devices whose profiles differ between runs, as with two files of one's own."""
+    profiles = runs.filter(regex=r"^device_profiles\.")
+    differing = [str(key) for key in profiles if profiles[key].nunique() > 1]
+    names = [key.removeprefix("device_profiles.").rpartition(".")[0] for key in differing]
+    return sorted(set(names))
+
+
+def _seeds(runs: pd.DataFrame) -> str:
+    """Who has which seeds, such as "0, 1 (fedara, lora); 0 (slora)"; empty where all are alike."""
+    methods_by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for method, setting, group in by_series(runs):
+        seeds = tuple(sorted(group["seed"]))
+        methods_by_seeds.setdefault(seeds, []).append(series_name(method, setting))
+    if len(methods_by_seeds) == 1:
+        return ""
+    parts = [
+        f"{', '.join(map(str, seeds))} ({', '.join(methods)})"
+        for seeds, methods in sorted(methods_by_seeds.items(), key=lambda item: -len(item[0]))
+    ]
+    return "; ".join(parts)

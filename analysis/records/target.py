@@ -1,0 +1,52 @@
+"""What each run paid until it first reached its target: 95 % of lora's accuracy, seed by seed."""
+
+import pandas as pd
+
+from analysis.records.campaign import (
+    PANEL,
+    SERIES,
+    Campaign,
+    NotDrawn,
+    known_energy,
+    modelled_devices,
+)
+from analysis.records.per_run import ends
+
+PART_OF_LORA = 0.95
+_COSTS = ["uplink_bytes", "total_bytes", "seconds", "joules"]
+
+
+def targets(campaign: Campaign) -> pd.DataFrame:
+    """target_accuracy_percent by dataset, partition and seed: 95 % of lora's last accuracy there.
+
+    By seed, since a seed is a partition of its own, and some are harder by many points. Raises
+    NotDrawn without an evaluated run of lora.
+    """
+    final = ends(campaign)
+    lora = final[(final["method"] == "lora") & final["accuracy_percent"].notna()]
+    if lora.empty:
+        raise NotDrawn("no evaluated run of lora, which sets the target accuracy")
+    means = PART_OF_LORA * lora.groupby([*PANEL, "seed"])["accuracy_percent"].mean()
+    return means.rename("target_accuracy_percent").reset_index()
+
+
+def costs_to_target(campaign: Campaign) -> pd.DataFrame:
+    """One row per run whose panel and seed have a target.
+
+    Columns: run_id, dataset, partition, method, setting, seed, target_accuracy_percent, and of the
+    first evaluated round at or above it uplink_bytes, total_bytes (up and down), seconds, joules
+    (counted ones, of one source) and modelled_joules.D of each device, all summed up to that round
+    and missing where the target was never reached.
+    """
+    costs = [*_COSTS, *(f"modelled_joules.{name}" for name in modelled_devices(campaign))]
+    if known_energy(campaign)[0] is None:
+        costs.remove("joules")
+    keys = ["run_id", *SERIES, "seed"]
+    runs = campaign.runs[keys].merge(targets(campaign), on=[*PANEL, "seed"])
+    rounds = campaign.rounds.merge(runs[["run_id", "target_accuracy_percent"]], on="run_id")
+    reached = rounds[100 * rounds["accuracy"] >= rounds["target_accuracy_percent"]]
+    first = reached.sort_values("round_index").groupby("run_id").head(1).set_index("run_id")
+    for name in costs:
+        runs[name] = runs["run_id"].map(first.get(f"cumulative_{name}", pd.Series(dtype=float)))
+    runs = runs.reindex(columns=list(dict.fromkeys([*runs, *_COSTS])))
+    return runs.sort_values([*SERIES, "seed"], ignore_index=True)

@@ -1,0 +1,199 @@
+"""Table: FedARA's headline numbers in its paper (arXiv 2501.14406) beside those of the records."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from analysis.records import caveats
+from analysis.records.campaign import (
+    PANEL,
+    Campaign,
+    NotDrawn,
+    energy_kind,
+    is_panel,
+    known_energy,
+    modelled_devices,
+    panels,
+)
+from analysis.records.per_run import LATE, ends, mean_of_all
+from analysis.records.target import costs_to_target
+from analysis.tables.render import Table
+
+NAME = "headline"
+# Which baselines are weak and which strong is our reading of the paper: what it builds on, and what
+# was made to improve on that.
+_WEAK = ["fedadapter", "lora"]
+_STRONG = ["slora", "adalora", "ffa_lora", "federa"]
+_ACCURACIES = {
+    "accuracy_percent": "",
+    "late_accuracy_percent": f" (mean of the last {LATE} evaluations)",
+}
+_ABSENT = "not in these records"
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """One row per data set, partition, setting of the whole FedARA (no ablation) and reading.
+
+    Columns: dataset, partition, setting, paper, reading, ours (text with unit, or why it is
+    missing), num_runs, run_ids. Panels in which LoRA has several settings, as in a tuning campaign,
+    are left out: they are no replicates of one result. Raises NotDrawn without fedara and a method
+    to compare it with.
+    """
+    runs = ends(campaign)
+    try:
+        reached = costs_to_target(campaign).set_index("run_id")["total_bytes"]
+    except NotDrawn:
+        reached = pd.Series(dtype=float)
+    runs["total_bytes_to_target"] = runs["run_id"].map(reached)
+    mixed = caveats.mixed_machines(campaign)
+    cost_readings = _cost_readings(campaign)
+    rows: list[dict[str, Any]] = []
+    for panel in panels(campaign):
+        group = runs[is_panel(runs, panel)]
+        others = group[group["method"] != "fedara"]
+        lora = others[others["method"] == "lora"]
+        if others.empty or lora["setting"].nunique() > 1:
+            continue
+        gap = caveats.MARK if panel in mixed else ""
+        whole = group[(group["method"] == "fedara") & ~group["is_ablation"]]
+        for setting, fedara in whole.groupby("setting"):
+            place = dict(zip(PANEL, panel, strict=True)) | {"setting": setting}
+            found = [
+                *_accuracies(fedara, others),
+                *_against_lora(fedara, lora, _BYTES, _ratio),
+                *_against_lora(fedara, lora, cost_readings, _change, gap),
+            ]
+            rows += [place | row for row in found]
+    if not rows:
+        raise NotDrawn("no data set and partition with fedara, and other methods at one setting")
+    return pd.DataFrame(rows)
+
+
+def table(campaign: Campaign) -> Table:
+    """The table and what must be said below it."""
+    frame = data(campaign)
+    cells = frame.drop(columns="run_ids").rename(columns={"num_runs": "runs"}).astype(str)
+    cells = cells.rename(columns={"setting": "fedara's setting"})
+    if not frame["setting"].any():
+        cells = cells.drop(columns="fedara's setting")
+    reason = known_energy(campaign)[1]
+    notes = [
+        "Paper: FedARA, arXiv 2501.14406. Whether its percentages are points, and whether 2.40x is",
+        "total traffic or traffic to a target accuracy, is not public: both readings are given.",
+        f"Weak baselines: {', '.join(_WEAK)}. Strong: {', '.join(_STRONG)}; of them those with",
+        "records, settings and methods weighted equally. The grouping is ours. Models, data and",
+        "machines differ from the paper's; seconds compare only runs that had the same machine to",
+        "themselves. Counted FLOPs are of local training. Modelled seconds and joules are of",
+        "rounds (download, local training, upload) on edge devices, from counted FLOPs and bytes;",
+        "nothing of them is measured. headline.csv names the runs behind each cell.",
+        *([f"Energy: {reason}."] if reason else []),
+    ]
+    title = "Headline numbers of the paper and of these records"
+    return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)
+
+
+# The paper's number, the column of `ends`, its name, and whether unlike machines differ in it.
+_Reading = tuple[str, str, str, bool]
+_BYTES: list[_Reading] = [
+    ("2.40x", "cumulative_total_bytes", "bytes up and down of LoRA to FedARA's, whole run", False),
+    ("2.40x", "total_bytes_to_target", "the same until 95 % of LoRA's last accuracy", False),
+]
+
+
+def _cost_readings(campaign: Campaign) -> list[_Reading]:
+    """Of time and energy; the names say what is measured, counted or modelled."""
+    source = known_energy(campaign)[0]
+    how = f"{energy_kind(source)} by {source}" if source else "measured"
+    devices = modelled_devices(campaign)
+    return [
+        *_both_ways("-48.90 %", "local_train_seconds", "measured: seconds of local training", True),
+        *_both_ways("-48.90 %", "flops", "counted: FLOPs of local training", False),
+        *(
+            reading
+            for name in devices
+            for reading in _both_ways(
+                "-48.90 %", f"modelled_seconds.{name}", f"modelled: seconds on {name}", False
+            )
+        ),
+        ("-46.95 %", "energy_joules", f"{how}: joules of the whole run", True),
+        *_both_ways("-46.95 %", "local_train_joules", "counted: joules of local training", True),
+        *(
+            reading
+            for name in devices
+            for reading in _both_ways(
+                "-46.95 %", f"modelled_joules.{name}", f"modelled: joules on {name}", False
+            )
+        ),
+    ]
+
+
+def _both_ways(paper: str, column: str, text: str, of_a_machine: bool) -> list[_Reading]:
+    return [
+        (paper, f"all_{column}", f"{text}, whole run", of_a_machine),
+        (paper, f"last_{column}", f"{text}, last round", of_a_machine),
+    ]
+
+
+def _accuracies(fedara: pd.DataFrame, others: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = []
+    for paper, kind, methods in (("+8.49 %", "weak", _WEAK), ("+6.95 %", "strong", _STRONG)):
+        baselines = others[others["method"].isin(methods)]
+        for column, when in _ACCURACIES.items():
+            # No mean where one run lacks the number: it would be of other runs than the row names.
+            by_method = baselines.groupby(["method", "setting"])[column].agg(mean_of_all)
+            base, ours = by_method.mean(skipna=False), mean_of_all(fedara[column])
+            text = f"accuracy over {kind} baselines{when}"
+            if pd.isna(ours - base):
+                rows += [_gap(paper, f"{text}, {unit}", _ABSENT) for unit in ("points", "relative")]
+                continue
+            points, relative = f"{ours - base:+.2f}", f"{100 * (ours / base - 1):+.2f} %"
+            rows.append(_found(paper, f"{text}, points", points, fedara, baselines))
+            rows.append(_found(paper, f"{text}, relative", relative, fedara, baselines))
+    return rows
+
+
+def _against_lora(
+    fedara: pd.DataFrame,
+    lora: pd.DataFrame,
+    readings: list[_Reading],
+    form: Callable[[float, float], str],
+    gap: str = "",
+) -> list[dict[str, Any]]:
+    """Readings of means over runs, FedARA's and LoRA's; no number where some run does not hold it.
+
+    gap: why what depends on the machine does not compare, if it does not.
+    """
+    rows = []
+    for paper, column, reading, of_a_machine in readings:
+        known = pd.concat([fedara[column], lora[column]]).notna()
+        if lora.empty or not known.any():
+            rows.append(_gap(paper, reading, _ABSENT))
+        elif not known.all():
+            rows.append(_gap(paper, reading, "not known of every run"))
+        elif gap and of_a_machine:
+            rows.append(_gap(paper, reading, gap))
+        else:
+            text = form(fedara[column].mean(), lora[column].mean())
+            rows.append(_found(paper, reading, text, fedara, lora))
+    return rows
+
+
+def _ratio(ours: float, base: float) -> str:
+    return f"{base / ours:.2f}x"
+
+
+def _change(ours: float, base: float) -> str:
+    return f"{100 * (ours / base - 1):+.2f} %"
+
+
+def _gap(paper: str, reading: str, reason: str) -> dict[str, Any]:
+    return {"paper": paper, "reading": reading, "ours": reason, "num_runs": 0, "run_ids": ""}
+
+
+def _found(
+    paper: str, reading: str, text: str, ours: pd.DataFrame, others: pd.DataFrame
+) -> dict[str, Any]:
+    run_ids = sorted([*ours["run_id"], *others["run_id"]])
+    numbers = {"num_runs": len(run_ids), "run_ids": " ".join(run_ids)}
+    return {"paper": paper, "reading": reading, "ours": text, **numbers}

@@ -1,0 +1,49 @@
+"""Table: modelled seconds and joules of each method on edge devices, beside the counted FLOPs."""
+
+import pandas as pd
+
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, modelled_devices
+from analysis.records.per_run import ends, in_panels, mean_of_all, series_cells
+from analysis.records.provenance import joined
+from analysis.tables.render import Table, number
+
+NAME = "modelled"
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """One row per data set, partition, method and setting; means over runs, sums over rounds.
+
+    Columns: those, num_runs, run_ids, flops, and of each device D modelled_seconds.D and
+    modelled_joules.D; missing where not every round of every run holds them.
+    """
+    devices = modelled_devices(campaign)
+    if not devices:
+        raise NotDrawn("no run has rounds that are modelled on devices")
+    names = [f"modelled_{unit}.{device}" for device in devices for unit in ("seconds", "joules")]
+    groups = ends(campaign).groupby(SERIES, as_index=False)
+    frame = groups.agg(
+        num_runs=("run_id", "nunique"),
+        run_ids=("run_id", joined),
+        **{name: (f"all_{name}", mean_of_all) for name in ("flops", *names)},
+    )
+    return in_panels(campaign, frame)
+
+
+def table(campaign: Campaign) -> Table:
+    """The table and what must be said below it."""
+    frame = data(campaign)
+    cells = series_cells(frame)
+    cells["counted TFLOP"] = (frame["flops"] / 1e12).map(lambda value: number(value, 2))
+    for device in modelled_devices(campaign):
+        for unit, heading, digits in (("seconds", "s", 1), ("joules", "kJ", 3)):
+            values = frame[f"modelled_{unit}.{device}"] / (1e3 if unit == "joules" else 1)
+            cells[f"{device}, {heading}"] = [number(value, digits) for value in values]
+    notes = [
+        "Nothing here is measured. FLOPs of local training are counted from shapes and live",
+        "triplets; seconds and joules on the named devices are modelled from them and from the",
+        "bytes (bench/devices.toml; device_profiles in run.json). A round's seconds are those of",
+        "its slowest client, its joules those of all its clients; sums over all rounds, means",
+        "over n runs.",
+    ]
+    title = "Modelled cost on edge devices"
+    return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)

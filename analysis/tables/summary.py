@@ -1,0 +1,215 @@
+"""Table: final accuracy, traffic and time of each method, per data set and partition."""
+
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from analysis.figures import caption
+from analysis.records import caveats
+from analysis.records.campaign import PANEL, SERIES, Campaign, known_energy, panels, series_name
+from analysis.records.provenance import joined
+
+NAME = "summary"
+_SHOW_COLUMNS = 100
+_ENERGY_HEADING = ["energy\nJ"]
+_ENERGY = {"energy_joules": ("energy_joules", "mean"), "energy_source": ("energy_source", "first")}
+
+# Headings of summary.md (in one line) and of the screen (in two, to fit 100 columns).
+_HEADINGS = [
+    "method",
+    "n",
+    "accuracy\n%",
+    "macro\nF1",
+    "up\nMB",
+    "down\nMB",
+    "up /\nlora",
+    "total\ns",
+    "train s\nfirst",
+    "train s\nlast",
+    "live\ntriplets",
+]
+
+
+def data(campaign: Campaign) -> pd.DataFrame:
+    """One row per data set, partition, method and setting; means over runs, which differ in seed.
+
+    Columns: dataset, partition, method, setting, num_rounds, cohort, num_runs,
+    accuracy_percent_{mean,std}, macro_f1_{mean,std} (of the last round with an evaluation; std is
+    the sample standard deviation, missing for one run), uplink_bytes, downlink_bytes (sums over all
+    rounds), uplink_ratio_to_lora (missing without a caveats lora), total_seconds (of the whole
+    run), first_round_local_train_seconds, last_round_local_train_seconds, live_triplets of the last
+    round, where all runs' energy has one source energy_joules of the whole run and that
+    energy_source (not there where sources differ: see `energy_note`), and run_ids.
+    """
+    groups = _per_run(campaign).groupby(SERIES, as_index=False)
+    measured = {} if known_energy(campaign)[0] is None else _ENERGY
+    frame = groups.agg(
+        num_rounds=("num_rounds", "first"),
+        cohort=("cohort", "first"),
+        num_runs=("run_id", "nunique"),
+        accuracy_percent_mean=("accuracy_percent", "mean"),
+        accuracy_percent_std=("accuracy_percent", "std"),
+        macro_f1_mean=("macro_f1", "mean"),
+        macro_f1_std=("macro_f1", "std"),
+        uplink_bytes=("cumulative_uplink_bytes", "mean"),
+        downlink_bytes=("cumulative_downlink_bytes", "mean"),
+        total_seconds=("total_seconds", "mean"),
+        first_round_local_train_seconds=("first_round_local_train_seconds", "mean"),
+        last_round_local_train_seconds=("local_train_seconds", "mean"),
+        live_triplets=("live_triplets", "mean"),
+        **measured,
+        run_ids=("run_id", joined),
+    )
+    ratios = [_ratio_to_lora(row, frame) for _, row in frame.iterrows()]
+    frame.insert(list(frame).index("total_seconds"), "uplink_ratio_to_lora", ratios)
+    order = {panel: place for place, panel in enumerate(panels(campaign))}
+    place = frame[PANEL].apply(lambda row: order[tuple(row)], axis=1)
+    return (
+        frame.assign(_place=place)
+        .sort_values(["_place", "method", "setting"], ignore_index=True)
+        .drop(columns="_place")
+    )
+
+
+def energy_note(campaign: Campaign) -> str:
+    """Whose joules the table has, or why it has none; empty where no run measured energy."""
+    source, reason = known_energy(campaign)
+    if source:
+        return f"J: energy of the whole run by {source}; -model: modelled."
+    return "" if campaign.runs["energy_source"].isna().all() else f"No energy: {reason}."
+
+
+def write(campaign: Campaign, out_dir: Path) -> list[Path]:
+    """Write summary.md (rounded, MB) and summary.csv (all digits, bytes) to `out_dir`."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    frame = data(campaign)
+    markdown, csv = out_dir / f"{NAME}.md", out_dir / f"{NAME}.csv"
+    markdown.write_text(_markdown(campaign, frame), encoding="utf-8", newline="\n")
+    frame.to_csv(csv, index=False, lineterminator="\n")
+    return [markdown, csv]
+
+
+def show(campaign: Campaign) -> None:
+    """Print the table, one block per data set and partition, at most 100 columns wide."""
+    console = Console()
+    console.width = min(console.width, _SHOW_COLUMNS) if console.is_terminal else _SHOW_COLUMNS
+    mixed = caveats.mixed_machines(campaign)
+    for panel, rows in _blocks(data(campaign)):
+        mark = f" ({caveats.MARK})" if panel in mixed else ""
+        table = Table(
+            title=f"{', '.join(panel)}{mark}", title_justify="left", padding=(0, 1, 0, 0), box=None
+        )
+        for heading in _headings(rows):
+            text = heading == "method"
+            table.add_column(heading, justify="left" if text else "right", no_wrap=not text)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    if note := energy_note(campaign):
+        console.print(note, soft_wrap=True)
+
+
+def _per_run(campaign: Campaign) -> pd.DataFrame:
+    own = ["run_id", *SERIES, "total_seconds", "energy_source", "energy_joules"]
+    runs = campaign.runs[own].assign(
+        num_rounds=campaign.runs["federation.num_rounds"],
+        cohort=campaign.runs.get("federation.cohort"),
+    )
+    rounds = campaign.rounds.sort_values(["run_id", "round_index"])
+    ends = rounds.groupby("run_id").tail(1)
+    first = rounds.groupby("run_id").head(1).set_index("run_id")["local_train_seconds"]
+    evaluated = rounds.dropna(subset=["accuracy"]).groupby("run_id").tail(1).set_index("run_id")
+    per_run = runs.merge(
+        ends.drop(
+            columns=["accuracy", "macro_f1", "total_seconds", "energy_source"], errors="ignore"
+        )
+    )
+    return per_run.assign(
+        accuracy_percent=100 * per_run["run_id"].map(evaluated["accuracy"]),
+        macro_f1=per_run["run_id"].map(evaluated["macro_f1"]),
+        first_round_local_train_seconds=per_run["run_id"].map(first),
+    )
+
+
+def _ratio_to_lora(row: pd.Series, frame: pd.DataFrame) -> float:
+    """Uplink relative to lora's in the same panel, over as many rounds with as large a cohort.
+
+    Several lora rows that differ in uplink: the one at the same setting, or no ratio.
+    """
+    keys = [*PANEL, "num_rounds", "cohort"]
+    lora = frame[(frame["method"] == "lora") & (frame[keys] == row[keys]).all(axis=1)]
+    same_setting = lora[lora["setting"] == row["setting"]]
+    uplink = (lora if same_setting.empty else same_setting)["uplink_bytes"].unique()
+    return row["uplink_bytes"] / uplink[0] if len(uplink) == 1 else float("nan")
+
+
+def _blocks(frame: pd.DataFrame) -> list[tuple[tuple[str, str], list[list[str]]]]:
+    """(panel, rows of formatted cells under _HEADINGS), in the order of the frame."""
+    groups = frame.groupby(PANEL, sort=False)
+    return [
+        ((str(dataset), str(partition)), [_cells(row) for _, row in rows.iterrows()])
+        for (dataset, partition), rows in groups
+    ]
+
+
+def _cells(row: pd.Series) -> list[str]:
+    cells = [
+        series_name(row["method"], row["setting"]),
+        str(row["num_runs"]),
+        _number(row["accuracy_percent_mean"], 1) + _spread(row["accuracy_percent_std"], 1),
+        _number(row["macro_f1_mean"], 3),
+        _megabytes(row["uplink_bytes"]),
+        _megabytes(row["downlink_bytes"]),
+        _number(row["uplink_ratio_to_lora"], 3),
+        _number(row["total_seconds"], 1),
+        _number(row["first_round_local_train_seconds"], 2),
+        _number(row["last_round_local_train_seconds"], 2),
+        _number(row["live_triplets"], 0),
+    ]
+    return cells + ([_number(row["energy_joules"], 0)] if "energy_joules" in row else [])
+
+
+def _headings(rows: list[list[str]]) -> list[str]:
+    return [*_HEADINGS, *_ENERGY_HEADING][: len(rows[0])]
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _megabytes(num_bytes: float) -> str:
+    megabytes = num_bytes / 1e6
+    return f"{megabytes:.2f}" if megabytes >= 1 else f"{megabytes:.3g}"
+
+
+def _spread(std: float, digits: int) -> str:
+    return "" if pd.isna(std) else f" +- {std:.{digits}f}"
+
+
+def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
+    lines = ["# Summary", ""]
+    mixed = caveats.mixed_machines(campaign)
+    for panel, rows in _blocks(frame):
+        mark = f" ({caveats.MARK})" if panel in mixed else ""
+        lines += [f"## {', '.join(panel)}{mark}", ""]
+        headings = [heading.replace("\n", " ") for heading in _headings(rows)]
+        lines += [_line(headings), _line(["---", *["--:"] * (len(headings) - 1)])]
+        lines += [*map(_line, rows), ""]
+    lines += [
+        "n: runs, which differ in seed. Accuracy, macro F1: last evaluated round, mean (+- sample",
+        "standard deviation). MB: 10^6 bytes, sum over all rounds. up / lora: uplink as a part of",
+        "lora's. total s: whole run. train s: local training in the first and in the last round,",
+        "maximum over processes. live triplets: last round.",
+        *filter(None, [energy_note(campaign)]),
+        "",
+    ]
+    below = [*caveats.warnings(campaign), *caption.conditions(campaign)]
+    lines += [f"- {line}" for line in below]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

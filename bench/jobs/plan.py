@@ -1,0 +1,162 @@
+"""The frozen plan of a sweep: a file with one line per run, that jobs pick their lines from."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.config.schema import RunConfig, load_record, load_runs, parse_run
+from bench.jobs.status import log_file
+from bench.run.checkpoint import write_atomically
+from fedara_core.errors import InputError
+
+_SUFFIX = ".jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A sweep's runs. Its name holds a digest of its text: another expansion is another file."""
+
+    name: str
+    results: Path
+    text: str
+    runs: tuple[RunConfig, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.results / f"{self.name}{_SUFFIX}"
+
+    def log(self, index: int) -> Path:
+        """Where the run on line `index` writes what it prints."""
+        return log_file(self.results, self.name, index)
+
+    def left(self) -> list[int]:
+        """Lines whose run is not finished, counted from 0."""
+        return [
+            index
+            for index, config in enumerate(self.runs)
+            if not (self.results / config.run_id / "DONE").exists()
+        ]
+
+    def write(self) -> None:
+        """Write the plan file and make the folder of the logs. Raises InputError."""
+        try:
+            (self.results / "logs").mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():  # jobs may be reading it, and its text is its name
+                write_atomically(self.path, self.text.encode())
+        except OSError as error:
+            raise InputError(
+                f"--results {self.results}: {error.strerror}; allowed: a folder that can be "
+                "written to"
+            ) from None
+
+
+def make_plan(config: Path, results: Path | None, overrides: list[str]) -> Plan:
+    """Expand a config's sweep; nothing is written yet. results: by default results/<its name>."""
+    runs = tuple(load_runs(config, overrides))
+    text = "".join(_line(run) for run in runs)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Plan(
+        name=f"plan-{config.stem}-{digest}",
+        results=results or Path("results") / config.stem,
+        text=text,
+        runs=runs,
+    )
+
+
+def load_points(path: Path, overrides: list[str], index: int | None = None) -> list[RunConfig]:
+    """The runs of a config or of a plan file, or the run of a record's run.json; with `index`, the
+    one run that it counts from 0."""
+    if path.name == "run.json":
+        runs = [load_record(path, overrides)]
+    elif path.suffix != _SUFFIX:
+        runs = load_runs(path, overrides)
+    elif overrides:
+        raise InputError(f"--set {overrides[0]!r}: {path} is a frozen plan; allowed: its config")
+    else:
+        runs = _read(path)
+    if index is None:
+        return runs
+    if not 0 <= index < len(runs):
+        raise InputError(f"--index {index}: {path} has {len(runs)} runs; allowed: 0 and up")
+    return [runs[index]]
+
+
+def describe(plan: Plan) -> Iterator[str]:
+    """Lines for --dry-run: each run's share of the work, and the total of those that are left.
+
+    Bytes are those of the first round, as often as there are rounds. Raises InputError.
+    """
+    from bench.tools.estimate import round_bytes  # torch: only for those who need it
+
+    left = set(plan.left())
+    total, known = [0, 0], True
+    for index, run in enumerate(plan.runs):
+        num_rounds, sent = run.federation.num_rounds, round_bytes(run)
+        text = f"{index:>4}  {run.run_id:<44} {num_rounds} rounds x {run.num_drawn} "
+        if sent is not None:
+            up, down = (num_rounds * num_bytes for num_bytes in sent)
+            text += f"clients, up {_size(up)}, down {_size(down)}"
+        else:
+            text += "clients, bytes unknown"
+        yield text + ("" if index in left else ", done")
+        if index in left and sent is not None:
+            total = [total[0] + up, total[1] + down]
+        known &= sent is not None
+    runs = [plan.runs[index] for index in sorted(left)]
+    yield (
+        f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them done; left: "
+        f"{sum(run.federation.num_rounds for run in runs)} rounds, "
+        f"{sum(run.federation.num_rounds * run.num_drawn for run in runs)} times a client trains, "
+        f"up {_size(total[0])}, down {_size(total[1])}"
+    )
+    yield "bytes: as in the first round; methods that prune send less later"
+    if not known:
+        yield "unknown where model or data are not on this machine"
+
+
+def _size(num_bytes: int) -> str:
+    """In the unit that suits."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= length:
+            return f"{num_bytes / length:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"
+
+
+def beside(python: str, name: str) -> str:
+    """A program next to this Python, else on PATH. Raises InputError."""
+    found = shutil.which(name, path=str(Path(python).parent)) or shutil.which(name)
+    if found is None:
+        raise InputError(f"{name} is neither beside {python} nor on PATH")
+    return found
+
+
+def _line(run: RunConfig) -> str:
+    config = run.model_dump(mode="json")
+    return json.dumps({"run_id": run.run_id, "config": config}, ensure_ascii=True) + "\n"
+
+
+def _read(path: Path) -> list[RunConfig]:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [_parse(path, number, line) for number, line in enumerate(lines)]
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = f"is damaged ({error})"
+    raise InputError(f"plan {path} {reason}; allowed: a file that fedara sweep or submit wrote")
+
+
+def _parse(path: Path, number: int, line: dict[str, Any]) -> RunConfig:
+    run = parse_run(line["config"])
+    if run.run_id != line["run_id"]:  # a default or a method's meaning changed since
+        raise InputError(
+            f"plan {path}, line {number}: {line['run_id']} is {run.run_id} in this version of the "
+            "suite; allowed: a plan of this version (fedara sweep writes one)"
+        )
+    return run

@@ -1,0 +1,225 @@
+"""A plan as Slurm jobs: an array with one task of the array per run, and one that draws figures."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.config.toml_file import read_toml
+from bench.jobs.plan import Plan
+from bench.run.checkpoint import write_atomically
+from fedara_core.errors import InputError
+
+_Word = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]  # stands in a line of #SBATCH
+_Time = Annotated[str, Field(pattern=r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$")]
+_SIGNAL_SECONDS = 120  # before the time limit: a round and a checkpoint must fit in
+
+_NEW_STEP = """\
+# MPICH names its shared memory by job and step, and a killed step leaves it behind: a requeued job
+# goes on under a number that no step had.
+for _ in $(seq "${SLURM_RESTART_COUNT:-0}"); do srun --nodes=1 --ntasks=1 --mpi=none true; done
+"""
+_WAIT = f"""\
+step=$!
+
+# Slurm sends USR1 to this shell {_SIGNAL_SECONDS} s before the time limit; the processes need it.
+# srun hands it on to them; at TERM it would kill them.
+trap 'kill -USR1 "$step"' USR1 TERM
+code=0
+wait "$step" || code=$?
+while kill -0 "$step" 2>/dev/null; do  # a signal ended the wait, not the run
+  code=0
+  wait "$step" || code=$?
+done
+"""
+
+
+class Site(BaseModel):
+    """How runs are submitted at one place; the keys are named after the options of sbatch.
+
+    nodes, ntasks_per_node: of one run; their product is its number of processes. mpi: srun's
+    plug-in. exclusive: no other job on the nodes, which measured energy needs. array_limit: runs at
+    the same time. modules: loaded in this order; setup: shell lines after that.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    time: _Time
+    mpi: _Word
+    account: _Word | None = None
+    partition: _Word | None = None
+    qos: _Word | None = None
+    constraint: _Word | None = None
+    nodes: int = Field(1, ge=1)
+    ntasks_per_node: int = Field(1, ge=1)
+    cpus_per_task: int = Field(1, ge=1)
+    gpus_per_task: int = Field(0, ge=0)
+    mem_per_cpu: _Word | None = None
+    exclusive: bool = False
+    array_limit: int | None = Field(None, ge=1)
+    modules: list[_Word] = []
+    setup: list[str] = []
+
+
+def read_site(path: Path) -> Site:
+    """A site file. Raises InputError with one line that names key, value and rule."""
+    try:
+        return Site.model_validate(read_toml(path, "site", "a file like slurm/sites/*.toml"))
+    except ValidationError as error:
+        reason = "; ".join(_explain(item) for item in error.errors())
+    raise InputError(f"site {path}: {reason}")
+
+
+def submit_plan(plan: Plan, site: Site, *, dry_run: bool) -> list[str]:
+    """Write the plan and its job scripts and submit them; returns what to print.
+
+    With dry_run nothing is written. Raises InputError, also for an sbatch that is missing or
+    refuses.
+    """
+    left = plan.left()
+    if not left:
+        return [f"{plan.path}: all {len(plan.runs)} runs are done, nothing to submit"]
+    python, folder = sys.executable, Path.cwd()
+    texts = {
+        plan.path.with_suffix(".sbatch"): array_script(plan, site, left, python, folder),
+        plan.path.with_name(f"{plan.name}-figures.sbatch"): figures_script(
+            plan, site, python, folder
+        ),
+    }
+    if dry_run:
+        shown = [f"# {path}\n{text}" for path, text in texts.items()]
+        return [*shown, f"{len(left)} of {len(plan.runs)} runs would be submitted"]
+    if shutil.which("sbatch") is None:
+        raise InputError("no sbatch here; allowed: on a machine with Slurm, or with --dry-run")
+    plan.write()
+    for path, text in texts.items():
+        write_atomically(path, text.encode())
+    array, figures = texts
+    array_id = _sbatch(array)
+    figures_id = _sbatch(figures, f"--dependency=afterany:{array_id}")
+    return [
+        f"job {array_id}: {len(left)} of {len(plan.runs)} runs of {plan.path}",
+        f"job {figures_id}: figures, when all of them have ended",
+        f"fedara status {plan.results} says how far they are",
+    ]
+
+
+def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: Path) -> str:
+    """The job script of these lines of the plan, run by `python` in `folder`."""
+    limit = f"%{site.array_limit}" if site.array_limit else ""
+    log = str(plan.log(0)).removesuffix("-0.log") + "-%a.log"
+    options = {
+        "job-name": plan.name.replace("plan-", "fedara-", 1),
+        "chdir": str(folder),
+        "output": log,
+        "open-mode": "append",
+        "array": _ranges(lines) + limit,
+        **_place(site),
+        "time": site.time,
+        "nodes": str(site.nodes),
+        "ntasks-per-node": str(site.ntasks_per_node),
+        "cpus-per-task": str(site.cpus_per_task),
+        **({"gpus-per-task": str(site.gpus_per_task)} if site.gpus_per_task else {}),
+        **({"exclusive": ""} if site.exclusive else {}),
+        "requeue": "",
+        "signal": f"B:USR1@{_SIGNAL_SECONDS}",
+    }
+    command = _command(python, "bench", "run", str(plan.path), "--results", str(plan.results))
+    return (
+        _header(options, "One run of a plan: the line of the plan that the array's index counts.")
+        + _surroundings(site)
+        + 'export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"\n\n'
+        + _NEW_STEP
+        + "\n# srun does not take --cpus-per-task from sbatch (since Slurm 22.05). The processes\n"
+        "# end together; should one die alone, srun ends those that wait for it.\n"
+        f'srun -c "$SLURM_CPUS_PER_TASK" --wait=10 --mpi={site.mpi} \\\n'
+        f"  {command} \\\n"
+        '  --index "$SLURM_ARRAY_TASK_ID" &\n'
+        + _WAIT
+        + '\n# The last line of a failed run\'s log; "fedara status" reads it.\n'
+        '[ "$code" -eq 0 ] || echo "fedara: exit code $code"\n'
+        'exit "$code"\n'
+    )
+
+
+def figures_script(plan: Plan, site: Site, python: str, folder: Path) -> str:
+    """The job script that draws figures and table from the runs that finished."""
+    options = {
+        "job-name": plan.name.replace("plan-", "fedara-", 1) + "-figures",
+        "chdir": str(folder),
+        "output": str(plan.results / "logs" / f"{plan.name}-figures.log"),
+        "open-mode": "append",
+        **_place(site),
+        "time": "00:15:00",
+        "ntasks": "1",
+    }
+    command = _command(python, "analysis", str(plan.results))
+    return (
+        _header(options, "Figures and table from the records of the runs that finished.")
+        + _surroundings(site)
+        + f"{command}\n"
+    )
+
+
+def _header(options: dict[str, str], what: str) -> str:
+    lines = [
+        f"#SBATCH --{key}" + (f"={_quoted(value)}" if value else "")
+        for key, value in options.items()
+    ]
+    return "\n".join(["#!/bin/bash", *lines, f"# {what}", ""])
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if re.search(r"\s", value) else value
+
+
+def _place(site: Site) -> dict[str, str]:
+    keys = ("account", "partition", "qos", "constraint", "mem_per_cpu")
+    named = {key.replace("_", "-"): getattr(site, key) for key in keys}
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def _surroundings(site: Site) -> str:
+    lines = [f"module load {module}" for module in site.modules] + site.setup
+    return "\n" + "".join(f"{line}\n" for line in lines)
+
+
+def _command(*words: str) -> str:
+    python, module, *rest = words
+    return shlex.join([python, "-m", module, *rest])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-3,7 for [0, 1, 2, 3, 7]."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def _sbatch(script: Path, *options: str) -> str:
+    """Submit a script; returns the job id. Raises InputError with what sbatch said."""
+    words = ["sbatch", "--parsable", *options, str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.split())
+        raise InputError(f"sbatch refused {script}: {said}; allowed: what your site file says")
+    return done.stdout.strip().partition(";")[0]  # jobid;cluster
+
+
+def _explain(item: object) -> str:
+    assert isinstance(item, dict)
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key}; allowed: {', '.join(Site.model_fields)}"
+    if item["type"] == "missing":
+        return f"{key} is missing; it has no default"
+    return f"{key} = {item['input']!r} is not allowed: {item['msg']}"

@@ -1,0 +1,223 @@
+"""How far the runs of a results folder are, from files alone: imports no torch.
+
+A results folder holds plan-*.jsonl (bench/jobs/plan.py), a folder for each run (bench/run/record.py) and
+logs/, where each line of a plan has one log. A log's last line says whether its run failed.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench.run import lock
+from fedara_core.errors import InputError, Interrupted
+
+STATES = ("running", "failed", "interrupted", "waiting", "done")  # what to look at first
+_STYLES = {
+    "running": "cyan",
+    "failed": "red",
+    "interrupted": "yellow",
+    "waiting": "dim",
+    "done": "green",
+}
+_TAIL_BYTES = 1 << 20  # of rounds.jsonl: hundreds of rounds, some of a cohort of 10^5
+_LOG_TAIL_BYTES = 1 << 14
+_EXIT = "fedara: exit code "
+_SLURM = r"(slurmstepd\S*|srun): "  # what Slurm itself writes into a log begins so
+_REQUEUED = re.compile(r"fedara: job \S+ is requeued$|slurmstepd.* DUE TO JOB REQUEUE")
+# What ended a job that could not write its exit code any more; a step also lives on after a signal.
+_KILLED = re.compile(
+    _SLURM + r"error: (\*\*\* JOB .*CANCELLED(?!.*REQUEUE)|.*(oom|Out Of Memory|TIME LIMIT))"
+)
+_REASON = re.compile(rf"(fedara: |[\w.]+(Error|Exception|Interrupt|Exit)\b|{_SLURM}err)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """One run. accuracy: of the last round that has one. num_rounds: absent without a plan."""
+
+    run_id: str
+    state: str
+    rounds_done: int
+    num_rounds: int | None
+    accuracy: float | None
+    reason: str
+    silent_seconds: float | None  # since the last write to its record or log
+
+
+def log_file(results: Path, plan: str, index: int) -> Path:
+    """The log of line `index` (from 0) of a plan."""
+    return results / "logs" / f"{plan}-{index}.log"
+
+
+def exit_line(code: int) -> str:
+    """What a log ends with when its run failed."""
+    return f"{_EXIT}{code}\n"
+
+
+def read_status(results: Path) -> list[RunStatus]:
+    """Every run that a plan in `results` lists or that has a folder there. Raises InputError."""
+    if not results.is_dir():
+        raise InputError(f"{results}: no such folder; allowed: the folder given as --results")
+    runs: dict[str, RunStatus] = {}
+    for run_id, num_rounds, logs in _planned(results):
+        runs[run_id] = look(results / run_id, num_rounds, logs)
+    for file in sorted(results.glob("*/run.json")):
+        if file.parent.name not in runs and not (file.parent / "rows.jsonl").exists():
+            runs[file.parent.name] = look(file.parent, _num_rounds(_parse(file.read_text())), [])
+    if not runs:
+        raise InputError(f"{results}: no plan and no record here; allowed: the folder of --results")
+    return list(runs.values())
+
+
+def look(run_dir: Path, num_rounds: int | None, logs: list[Path]) -> RunStatus:
+    """The state of one run, from its folder and the newest of its logs."""
+    log = max((path for path in logs if path.exists()), key=_modified, default=None)
+    rounds_done, accuracy = _progress(run_dir / "rounds.jsonl")
+    signs = [p for p in (log, run_dir / "rounds.jsonl", run_dir / "run.json") if p and p.exists()]
+    held = (run_dir / lock.FILE).exists()
+    ended, reason = _end(log) if log else ("", "")
+    if (run_dir / "DONE").exists():
+        state, reason = "done", ""
+    elif ended:
+        state = ended
+    elif held or log:
+        state = "running"
+    else:
+        state = "interrupted" if signs else "waiting"
+    return RunStatus(
+        run_id=run_dir.name,
+        state=state,
+        rounds_done=rounds_done,
+        num_rounds=num_rounds,
+        accuracy=accuracy,
+        reason=reason,
+        silent_seconds=time.time() - max(map(_modified, signs)) if signs else None,
+    )
+
+
+def show(runs: list[RunStatus], console: Console) -> None:
+    """Print the table, what needs attention first, and the counts."""
+    console.print(table(sorted(runs, key=lambda run: STATES.index(run.state))))
+    for run in runs:
+        if run.state == "failed":
+            console.print(Text(f"{run.run_id}: {run.reason}", "red"), soft_wrap=True)
+    counts = [f"{sum(run.state == state for run in runs)} {state}" for state in STATES]
+    console.print(f"{len(runs)} runs: {', '.join(counts)}")
+
+
+def table(runs: list[RunStatus]) -> Table:
+    """One row per run."""
+    columns = Table(box=None, pad_edge=False)
+    columns.add_column("run", overflow="fold")
+    columns.add_column("state", no_wrap=True)
+    for title in ("rounds", "accuracy %", "last sign"):
+        columns.add_column(title, justify="right", no_wrap=True)
+    for run in runs:
+        columns.add_row(
+            Text(run.run_id),
+            Text(run.state, _STYLES[run.state]),
+            f"{run.rounds_done}/{'?' if run.num_rounds is None else run.num_rounds}",
+            "" if run.accuracy is None else f"{100 * run.accuracy:.1f}",
+            "" if run.silent_seconds is None else _ago(run.silent_seconds),
+        )
+    return columns
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """The last lines of a log that hold anything."""
+    return [line for line in _tail(log, _LOG_TAIL_BYTES).splitlines() if line.strip()][-count:]
+
+
+def _planned(results: Path) -> Iterator[tuple[str, int | None, list[Path]]]:
+    """run_id, num_rounds and possible logs; plans may share runs."""
+    found: dict[str, tuple[int | None, list[Path]]] = {}
+    for plan in sorted(results.glob("plan-*.jsonl")):
+        for index, text in enumerate(plan.read_text(encoding="utf-8").splitlines()):
+            line = _parse(text)
+            if "run_id" not in line:
+                raise InputError(f"plan {plan}, line {index} is damaged; delete the file")
+            _, logs = found.setdefault(line["run_id"], (_num_rounds(line), []))
+            logs.append(log_file(results, plan.stem, index))
+    for run_id, (num_rounds, logs) in found.items():
+        yield run_id, num_rounds, logs
+
+
+def _num_rounds(record: dict[str, Any]) -> int | None:
+    try:
+        return int(record["config"]["federation"]["num_rounds"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _progress(rounds: Path) -> tuple[int, float | None]:
+    """Rounds on disk and the last accuracy, from the end of the file."""
+    lines = _tail(rounds, _TAIL_BYTES).split("\n")[:-1]  # a whole line ends with a newline
+    count = 0
+    for line in reversed(lines):
+        row = _parse(line)
+        count = count or int(row.get("round_index", -1)) + 1
+        if "accuracy" in row:
+            return count, float(row["accuracy"])
+    return count, None
+
+
+def _end(log: Path) -> tuple[str, str]:
+    """The state in which a log says that its run ended, "" if it does not, and why."""
+    lines = last_lines(log, 200)
+    code = lines.pop() if lines and lines[-1].startswith(_EXIT) else ""
+    last_words = list(takewhile(re.compile(_SLURM).match, reversed(lines)))
+    before = lines[-1 - len(last_words)] if len(last_words) < len(lines) else ""
+    for line in (before, *last_words):
+        if _REQUEUED.match(line):  # Slurm ends it at that, with any code
+            return "interrupted", line.removeprefix("fedara: ")
+    if not (code or any(_KILLED.match(line) for line in last_words)):
+        return "", ""
+    earlier = [number for number, line in enumerate(lines) if line.startswith(_EXIT)]
+    this_try = lines[earlier[-1] + 1 :] if earlier else lines
+    killed = [line for line in this_try if _KILLED.match(line)]
+    named = killed or [line for line in this_try if _REASON.match(line)]
+    said = (named or this_try or [""])[-1].removeprefix("fedara: ").strip()
+    if code == exit_line(Interrupted.exit_code).strip():
+        return "interrupted", said
+    return "failed", " ".join(
+        filter(None, [said, f"({code.removeprefix('fedara: ')})" if code else ""])
+    )
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """A JSON object; nothing for a line that is cut off."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _tail(path: Path, num_bytes: int) -> str:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - num_bytes))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} s ago"

@@ -1,0 +1,1 @@
+"""Seconds, joules, memory, FLOPs and modelled devices."""

@@ -1,0 +1,304 @@
+"""Energy of a whole run by codecarbon, who samples on a host, and what works here."""
+
+import json
+import logging
+import os
+import socket
+import time
+import warnings
+from collections import Counter as Tally
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.metering.counters import (
+    POWERCAP,
+    Counter,
+    EnergyCounters,
+    NoCounter,
+    nvml_indices,
+    open_nvml,
+    open_rapl,
+    scope,
+)
+from fedara_core.comm.comm import Communicator
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_JOULES_PER_KWH = 3.6e6
+_CPU_SOURCES = {"intel_rapl": "rapl", "cpu_load": "load-model", "constant": "tdp-model"}
+
+
+def host_identity() -> str:
+    """What processes of one physical host share, also as several emulated Slurm nodes."""
+    boot_id = ""
+    with suppress(OSError):
+        boot_id = _BOOT_ID.read_text(encoding="ascii").strip()
+    return f"{boot_id} {socket.gethostname()}"
+
+
+def samplers(identities: Sequence[str]) -> list[int]:
+    """The world_rank that samples for each host, its lowest, from all processes' identities."""
+    return [identities.index(identity) for identity in dict.fromkeys(identities)]
+
+
+class NullEnergy:
+    """In place of EnergyCounters and of RunEnergy on a process that does not sample: no answers."""
+
+    samples = False
+
+    def __init__(self, missing: str = "") -> None:
+        self.missing = missing
+
+    def joules(self) -> dict[str, float]:
+        return {}
+
+    def idle_watts(self, seconds: float) -> dict[str, float]:
+        """Sleep all the same: a process that waits in MPI spins, and the host would not idle."""
+        time.sleep(seconds)
+        return {}
+
+    def labels(self) -> dict[str, str]:
+        return {}
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> dict[str, Any]:
+        return {}
+
+
+class RunEnergy:
+    """codecarbon in machine mode, without network and files, from `start` to `stop`.
+
+    country_iso_code: three letters, or None for no CO2; gpus: NVML indices or UUIDs of the GPUs
+    that the job uses. missing: why there was nothing. codecarbon starts short child processes
+    (lscpu, cpuinfo, nvidia-smi, under Slurm scontrol) and two timer threads; the first start takes
+    about 2 seconds.
+    """
+
+    samples = True
+
+    def __init__(self, country_iso_code: str | None, gpus: Sequence[int | str] = ()) -> None:
+        self._country_iso_code = country_iso_code
+        self._gpus = gpus
+        self.missing = ""
+        self._indices: list[int] = []
+        self._tracker: Any = None
+
+    def start(self) -> None:
+        """Start to measure. Where that fails: one warning, and `stop` gives nothing."""
+        with suppress(NoCounter):
+            self._indices = nvml_indices(self._gpus) if self._gpus else []
+        try:
+            # It wants a country even where nobody asks for CO2.
+            tracker = _offline_tracker(self._country_iso_code or "USA", self._indices)
+            tracker.get_detected_hardware()  # raises what start() would swallow
+            tracker.start()
+        except Exception as error:  # whatever ails codecarbon, the run goes on
+            self.missing = _warn_no_energy(error)
+        else:
+            self._tracker = tracker
+
+    def stop(self) -> dict[str, Any]:
+        """What the run took, or nothing.
+
+        energy_joules and energy_part_sources by part (cpu, ram, gpu), energy_source, energy_scope,
+        and co2_grams if codecarbon knows the country's electricity. A source that ends in -model is
+        modelled; any other is a counter's or a sensor's. codecarbon always models ram.
+        """
+        tracker, self._tracker = self._tracker, None
+        if tracker is None:
+            return {}
+        try:
+            tracker.stop()
+            return _result(tracker, len(self._indices), co2=self._country_iso_code is not None)
+        except Exception as error:  # as in start
+            self.missing = _warn_no_energy(error)
+            return {}
+
+
+def _offline_tracker(country_iso_code: str, indices: list[int]) -> Any:
+    """A tracker that no setting outside this file makes write, send or scale."""
+    from codecarbon import OfflineEmissionsTracker  # starts NVML, so only where it is wanted
+
+    # Silent: a failure gets one warning here. Set by hand, for log_level comes after first lines.
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+    return OfflineEmissionsTracker(
+        country_iso_code=country_iso_code,
+        gpu_ids=indices,  # not UUIDs: it takes the G off GPU-... and then finds none
+        tracking_mode="machine",
+        output_methods=[],
+        output_dir=os.curdir,
+        emissions_endpoint=None,
+        electricitymaps_api_token="",  # None would look for an older key
+        pue=1.0,
+        log_level="critical",
+        allow_multiple_runs=True,
+    )
+
+
+def _result(tracker: Any, num_gpus: int, *, co2: bool) -> dict[str, Any]:
+    """`RunEnergy.stop`'s mapping. Raises where codecarbon gave no data."""
+    data = getattr(tracker, "final_emissions_data", None)
+    if data is None:
+        raise RuntimeError("it gave no data")
+    sources = dict(_part_source(hardware) for hardware in tracker._hardware)
+    if not num_gpus:  # told of no GPU, it counts all of them from the second run of a process on
+        sources.pop("gpu", None)
+    joules = {part: getattr(data, f"{part}_energy") * _JOULES_PER_KWH for part in sources}
+    joules = {part: joules[part] for part in ("cpu", "ram", "gpu") if joules.get(part)}
+    if "cpu" not in joules:
+        raise RuntimeError("it gave no energy for the processor")
+    parts = {part: sources[part] for part in joules}
+    host = "+".join(part for part in parts if part != "gpu")
+    result = {
+        "energy_joules": joules,
+        "energy_part_sources": parts,
+        "energy_source": f"codecarbon-{'+'.join(dict.fromkeys(parts.values()))}",
+        "energy_scope": f"host:{host}, gpu:{num_gpus}" if "gpu" in parts else f"host:{host}",
+    }
+    if not co2:
+        return result
+    if data.country_name:
+        counted = sum(joules.values()) / (data.energy_consumed * _JOULES_PER_KWH)
+        result["co2_grams"] = data.emissions * 1000 * counted  # of the parts above alone
+    else:  # codecarbon would take the world's average
+        text = f"no CO2: codecarbon knows no electricity mix of {data.country_iso_code!r}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return result
+
+
+def _part_source(hardware: Any) -> tuple[str, str]:
+    """Which part (cpu, ram, gpu) this piece of codecarbon's hardware is, and how it is measured."""
+    kind = type(hardware).__name__
+    if kind == "CPU":
+        return "cpu", _CPU_SOURCES.get(hardware._mode, hardware._mode)
+    if kind == "RAM":
+        return "ram", "ram-model"
+    if kind == "GPU":  # without a counter it adds up readings of power, one a second
+        powers = [device._use_power_fallback for device in hardware.devices.devices]
+        return "gpu", "nvml-power" if any(powers) else "nvml"
+    return hardware.chip_part.lower(), kind.lower()  # a board's own sensors
+
+
+def _warn_no_energy(error: Exception) -> str:
+    text = f"no codecarbon energy: {type(error).__name__}: {error}"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostEnergy:
+    """What measures energy on this process: its host's counters and codecarbon, or nothing.
+
+    idle_watts: by source of the counters, of this host. num_hosts: with a sampler each.
+    """
+
+    counters: EnergyCounters | NullEnergy = field(default_factory=NullEnergy)
+    run: RunEnergy | NullEnergy = field(default_factory=NullEnergy)
+    idle_watts: Mapping[str, float] = field(default_factory=dict)
+    num_hosts: int = 0
+
+
+def no_energy(missing: str) -> HostEnergy:
+    """Of a job that measures no energy, and why."""
+    return HostEnergy(run=NullEnergy(missing))
+
+
+def open_energy(
+    *,
+    country_iso_code: str | None,
+    idle_seconds: float,
+    gpu: str | None,
+    communicator: Communicator,
+) -> HostEnergy:
+    """Choose each host's sampler, open its counters and watch the idle host; all call it together.
+
+    gpu: UUID of the GPU that this process uses.
+    """
+    identity = host_identity()
+    facts = json.dumps([identity, gpu]).encode()
+    everyone = [json.loads(part) for part in communicator.gather_bytes(facts)]
+    world_ranks = samplers([host for host, _ in everyone])
+    if communicator.world_rank in world_ranks:
+        gpus = list(dict.fromkeys(uuid for host, uuid in everyone if host == identity and uuid))
+        counters: EnergyCounters | NullEnergy = EnergyCounters(gpus)
+        run: RunEnergy | NullEnergy = RunEnergy(country_iso_code, gpus)
+    else:
+        counters, run = NullEnergy(), NullEnergy()
+    labels = "+".join(counters.labels().values())
+    counted = any(communicator.gather_bytes(labels.encode()))
+    idle = counters.idle_watts(idle_seconds) if counted and idle_seconds else {}
+    return HostEnergy(counters=counters, run=run, idle_watts=idle, num_hosts=len(world_ranks))
+
+
+def add_hosts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`RunEnergy.stop`'s mapping for several hosts; nothing unless all of one kind."""
+    scopes = Tally(str(result.get("energy_scope")) for result in results)
+    text = ", ".join(s if n == 1 else f"{n} x ({s})" for s, n in scopes.items())
+    return _add(results, text)
+
+
+def add_parts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`RunEnergy.stop`'s mapping for a run in several parts; nothing unless all of one kind."""
+    scopes = dict.fromkeys(str(result.get("energy_scope")) for result in results)
+    return _add(results, "; ".join(scopes))
+
+
+def _add(results: Sequence[Mapping[str, Any]], energy_scope: str) -> dict[str, Any]:
+    if not all(results) or len({result["energy_source"] for result in results}) != 1:
+        return {}
+    first = results[0]
+    joules = [result["energy_joules"] for result in results]
+    total: dict[str, Any] = {
+        "energy_joules": {part: sum(by_part[part] for by_part in joules) for part in joules[0]},
+        "energy_part_sources": first["energy_part_sources"],
+        "energy_source": first["energy_source"],
+        "energy_scope": energy_scope,
+    }
+    if all("co2_grams" in result for result in results):
+        total["co2_grams"] = sum(result["co2_grams"] for result in results)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCheck:
+    """One line of `fedara doctor`: does this source work here; if not, advice says what to do."""
+
+    source: str
+    works: bool
+    text: str
+    advice: str = ""
+
+
+def check_sources(powercap: Path = POWERCAP) -> list[SourceCheck]:
+    """What each energy source gives here, or why nothing. Takes about 2 seconds."""
+    return [
+        _check_counter("rapl", partial(open_rapl, powercap)),
+        _check_counter("nvml", open_nvml),
+        _check_codecarbon(),
+    ]
+
+
+def _check_counter(source: str, opener: Callable[[], list[Counter]]) -> SourceCheck:
+    try:
+        return SourceCheck(source=source, works=True, text=f"counts {scope(opener())}")
+    except NoCounter as error:
+        return SourceCheck(source=source, works=False, text=error.reason, advice=error.advice)
+
+
+def _check_codecarbon() -> SourceCheck:
+    run = RunEnergy("USA")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.start()
+        time.sleep(0.1)  # less than 0.05 seconds is no energy to codecarbon
+        result = run.stop()
+    if not result:
+        text = str(caught[-1].message) if caught else "no energy"
+        return SourceCheck(source="codecarbon", works=False, text=text)
+    parts = ", ".join(f"{part} by {how}" for part, how in result["energy_part_sources"].items())
+    return SourceCheck(source="codecarbon", works=True, text=parts)

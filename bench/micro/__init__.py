@@ -1,0 +1,1 @@
+"""Micro-benchmarks: parts of a round, timed alone."""

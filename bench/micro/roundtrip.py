@@ -1,0 +1,313 @@
+"""`fedara micro roundtrip`: rounds without training, real payloads.
+
+A round is the suite's own: every client downloads the state into the model, trains no step and
+uploads what is in it; uploads meet; the server aggregates. Beside it, in the same run: two bare
+loops that do the same to plain tensors in one process, one without any message and one where every
+client's message is a copy of its tensors; and the library's bare allgather of as many bytes.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bench.config.schema import parse_run
+from bench.metering.meter import PHASES, Measured, Meter
+from bench.micro.collectives import bare_allgather
+from bench.micro.record import MicroRecord, names, numbers, quantiles, slowest
+from bench.run.rounds import Job, advance, place
+from bench.run.runner import give_back_freed_memory, keep_freed_memory, set_threads
+from bench.tools.estimate import null_job
+from fedara_core.codec import CODECS
+from fedara_core.comm.comm import Communicator
+from fedara_core.errors import InputError
+from fedara_core.merge.cost import PATHS
+from fedara_core.method import load_method, method_names
+
+BENCHMARK = "micro-roundtrip"
+NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats
+_WARM_UP = 3
+_BARE = ("bare_loop_", "bare_messages_", "bare_allgather_")
+_BESIDE = "beside_messages_"  # the suite's rounds that take turns with the bare loop with messages
+_KEPT_ROUNDS = 1000  # a schedule this long leaves all ranks alive in the rounds that are measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The axes, and how many rounds of each combination are timed."""
+
+    clients: tuple[int, ...]
+    methods: tuple[str, ...]
+    paths: tuple[str, ...]
+    codecs: tuple[str, ...]
+    model: str
+    lora_rank: int
+    rounds: int
+
+
+def parse_settings(
+    *,
+    clients: str,
+    methods: str,
+    paths: str,
+    codecs: str,
+    model: str,
+    lora_rank: int,
+    rounds: int,
+) -> Settings:
+    """The options as settings. Raises InputError with the option, its value and what is allowed."""
+    if not 1 <= rounds <= _KEPT_ROUNDS // 20:
+        raise InputError(f"--rounds {rounds}: allowed: 1 to {_KEPT_ROUNDS // 20}")
+    return Settings(
+        clients=tuple(int(number) for number in numbers("--clients", clients, 1, 1e6)),
+        methods=names("--methods", methods, tuple(method_names())),
+        paths=names("--paths", paths, tuple(path for path in PATHS if path != "dense")),
+        codecs=names("--codecs", codecs, CODECS),
+        model=model,
+        lora_rank=lora_rank,
+        rounds=rounds,
+    )
+
+
+def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> Path:
+    """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
+    set_threads(1, communicator)
+    keep_freed_memory()
+    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+    record = MicroRecord(BENCHMARK, settings, results, communicator, {})
+    for row in _rows(settings, communicator):
+        console.print(_describe(row), soft_wrap=True)
+        record.add(row)
+    record.finish()
+    console.print(f"done, records in {record.run_dir}", soft_wrap=True)
+    return record.run_dir
+
+
+def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
+    """One object per combination, the same on every process."""
+    for method in settings.methods:
+        for num_clients in settings.clients:
+            for path in settings.paths:
+                if load_method(method).needs_factors and path != "allgather":
+                    continue  # no sum will do
+                for codec in settings.codecs:
+                    _forget()
+                    job = _make_job(method, num_clients, path, codec, settings)
+                    measured = _measure(job, settings.rounds, communicator)
+                    del job
+                    axes = {"method": method, "num_clients": num_clients}
+                    axes |= {"path": path, "codec": codec}
+                    yield {**axes, **measured}
+
+
+def _forget() -> None:
+    """Give back what the last combination took, or it would count in the next one's peak."""
+    gc.collect()
+    give_back_freed_memory()
+
+
+def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Settings) -> Job:
+    """A job whose clients have examples by number only, and take no step."""
+    config = parse_run(
+        {
+            "method": {"name": method},
+            "model": {"name": settings.model},
+            "adapter": {"lora_rank": settings.lora_rank, "lora_alpha": float(settings.lora_rank)},
+            "federation": {
+                "num_clients": num_clients,
+                "cohort": num_clients,
+                "num_rounds": _KEPT_ROUNDS,
+                "merge_path": path,
+            },
+            "codec": {"up": codec},
+            "train": {"local_steps": 1},
+        }
+    )
+    return null_job(config, num_classes=NUM_CLASSES)
+
+
+def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:
+    """Seconds of the suite's rounds and of the bare loop, turn about; of rounds and of the bare
+    loop with messages, and of the bare allgather, whose buffers are no part of the first rounds'
+    memory."""
+    meter = Meter(job.device)
+    parameters = _parameters(job)
+    own: dict[str, list[float]] = {}
+    own[""], own["bare_loop_"], measured, row = _turn_about(
+        _bare_loop, parameters, job, rounds, meter, communicator
+    )
+    own[_BESIDE], own["bare_messages_"], _, _ = _turn_about(
+        _bare_messages, parameters, job, rounds, meter, communicator
+    )
+    packed = torch.zeros(_packed_bytes(job, row, communicator), dtype=torch.uint8)
+    bare_call = bare_allgather(packed, communicator)
+    if bare_call is not None:
+        _timed(bare_call, communicator)
+        own["bare_allgather_"] = [_timed(bare_call, communicator) for _ in range(rounds)]
+    return _described(job, row, own, measured, communicator)
+
+
+def _turn_about(
+    loop: Callable[[list[Tensor], list[Tensor], Job], None],
+    parameters: list[Tensor],
+    job: Job,
+    rounds: int,
+    meter: Meter,
+    communicator: Communicator,
+) -> tuple[list[float], list[float], list[Measured], dict[str, Any]]:
+    """Seconds of the suite's rounds, seconds of the bare loop after each of them, what was measured
+    of the rounds, and the last one's record."""
+    seconds, bare_seconds, measured = [], [], []
+    state, row = job.state, {}
+    for _ in range(_WARM_UP + rounds):
+        communicator.barrier()
+        meter.take()
+        start = time.perf_counter()
+        state, row = advance(job, state, communicator, meter)
+        seconds.append(time.perf_counter() - start)
+        measured.append(meter.take())
+        bare_seconds.append(_timed_first(loop, parameters, job, communicator))
+    kept = slice(_WARM_UP, None)  # first rounds fault their pages in
+    return seconds[kept], bare_seconds[kept], measured[kept], row
+
+
+def _described(
+    job: Job,
+    row: dict[str, Any],
+    own: dict[str, list[float]],
+    measured: Sequence[Measured],
+    communicator: Communicator,
+) -> dict[str, Any]:
+    """The record's keys, the same on every process."""
+    num_clients = len(job.shards)
+    longest = {prefix: slowest(s, communicator) for prefix, s in own.items()}
+    result = quantiles(longest[""])
+    for prefix in _BARE:
+        if prefix in longest:
+            result[f"{prefix}median_seconds"] = float(np.median(longest[prefix]))
+    medians = {
+        phase: slowest(
+            [statistics.median(m.seconds.get(phase, 0.0) for m in measured)], communicator
+        )[0]
+        for phase in PHASES
+    }
+    median = result["median_seconds"]
+    return {
+        **result,
+        "ratio_to_bare_loop": float(np.median(longest[""] / longest["bare_loop_"])),
+        "ratio_to_bare_messages": float(np.median(longest[_BESIDE] / longest["bare_messages_"])),
+        "rounds_per_second": 1 / median,
+        "messages_per_second": num_clients / median,
+        "seconds_per_client": median / num_clients,
+        "uplink_bytes_per_client": row["uplink_bytes"] / num_clients,
+        "downlink_bytes_per_client": _total(row["downlink_bytes"], communicator) / num_clients,
+        "wire_bytes_sent": _total(row["wire_bytes_sent"], communicator),
+        **_peak_memory(measured[-1], communicator),
+        "phase_seconds": {phase: round(s, 6) for phase, s in medians.items() if s},
+    }
+
+
+def _total(number: int, communicator: Communicator) -> int:
+    """Sum over processes."""
+    return sum(int(part) for part in communicator.gather_bytes(str(number).encode()))
+
+
+def _peak_memory(measured: Measured, communicator: Communicator) -> dict[str, int]:
+    """Maximum over processes; nothing where the platform does not tell."""
+    own = str(measured.memory.get("peak_memory_bytes", "")).encode()
+    peaks = [int(part) for part in communicator.gather_bytes(own) if part]
+    return {"peak_memory_bytes": max(peaks)} if peaks else {}
+
+
+def _timed(call: Any, communicator: Communicator) -> float:
+    communicator.barrier()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _packed_bytes(job: Job, row: Mapping[str, Any], communicator: Communicator) -> int:
+    """Bytes of the messages of the process with most clients, by a round's mean message."""
+    placed = place(job, range(len(job.shards)), communicator.world_size)
+    return round(row["uplink_bytes"] / len(job.shards) * max(map(len, placed)))
+
+
+def _parameters(job: Job) -> list[Tensor]:
+    """Tensors of the shapes that a client trains."""
+    job.method.download(job.model, job.state, None)
+    return [p.detach().clone() for p in job.model.parameters() if p.requires_grad]
+
+
+def _bare_loop(parameters: list[Tensor], mean: list[Tensor], job: Job) -> None:
+    """The same without a suite: for every client copy the mean's tensors into a model's, add these
+    to a sum by the client's weight; divide."""
+    total = [torch.zeros_like(tensor) for tensor in mean]
+    for shard in job.shards:
+        _copy(mean, parameters)
+        _add(parameters, len(shard), total)
+    _divide(total, job)
+
+
+def _bare_messages(parameters: list[Tensor], mean: list[Tensor], job: Job) -> None:
+    """The same where every client leaves a message, a copy of its tensors; the sum comes then."""
+    messages = []
+    for shard in job.shards:
+        _copy(mean, parameters)
+        messages.append(([parameter.clone() for parameter in parameters], len(shard)))
+    total = [torch.zeros_like(tensor) for tensor in mean]
+    for message, num_examples in messages:
+        _add(message, num_examples, total)
+    _divide(total, job)
+
+
+def _copy(mean: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    for parameter, tensor in zip(parameters, mean, strict=True):
+        parameter.copy_(tensor)
+
+
+def _add(tensors: Sequence[Tensor], weight: int, total: Sequence[Tensor]) -> None:
+    for summed, tensor in zip(total, tensors, strict=True):
+        summed.add_(tensor, alpha=weight)
+
+
+def _divide(total: Sequence[Tensor], job: Job) -> None:
+    num_examples = sum(map(len, job.shards))
+    for summed in total:
+        summed.div_(num_examples)
+
+
+def _timed_first(
+    loop: Callable[[list[Tensor], list[Tensor], Job], None],
+    parameters: list[Tensor],
+    job: Job,
+    communicator: Communicator,
+) -> float:
+    """Seconds of world_rank 0, while the others wait; 0 elsewhere."""
+    communicator.barrier()
+    if communicator.world_rank != 0:
+        return 0.0
+    mean = [parameter.clone() for parameter in parameters]
+    start = time.perf_counter()
+    loop(parameters, mean, job)
+    return time.perf_counter() - start
+
+
+def _describe(row: dict[str, Any]) -> str:
+    """One line of progress."""
+    bare = row.get("bare_allgather_median_seconds")
+    beside = "" if bare is None else f", bare allgather {1e3 * bare:.2f} ms"
+    return (
+        f"{row['method']}, {row['num_clients']} clients, {row['path']}, {row['codec']}: "
+        f"{1e3 * row['median_seconds']:.2f} ms a round, "
+        f"{row['messages_per_second']:.0f} messages/s, bare loop "
+        f"{1e3 * row['bare_loop_median_seconds']:.2f} ms, with messages "
+        f"{1e3 * row['bare_messages_median_seconds']:.2f} ms{beside}"
+    )

@@ -1,0 +1,122 @@
+"""`fedara micro scaling`: seconds of whole rounds against the number of processes.
+
+Strong scaling: the same cohort on any number of processes; ideally P processes take a P-th of the
+time. Weak scaling: the same number of clients on each process; ideally the time stays. A launch
+measures its own number of processes; launches of several numbers make the figure.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.config.schema import RunConfig, parse_run
+from bench.metering.meter import PHASES, Measured, Meter
+from bench.micro.record import MicroRecord, quantiles, slowest
+from bench.run.rounds import advance, prepare
+from bench.run.runner import set_threads
+from fedara_core.comm.comm import Communicator, together
+from fedara_core.errors import InputError
+
+BENCHMARK = "micro-scaling"
+_WARM_UP = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """cohort: clients of a round of strong scaling; clients_per_process: of weak scaling; 0: not
+    measured. rounds: timed ones of each."""
+
+    cohort: int
+    clients_per_process: int
+    methods: tuple[str, ...]
+    model: str
+    max_length: int
+    local_steps: int
+    rounds: int
+
+
+def check(settings: Settings) -> Settings:
+    """The settings as they are. Raises InputError with the option, its value and the rule."""
+    least = {"local_steps": 1, "rounds": 1, "cohort": 0, "clients_per_process": 0}
+    for name, low in least.items():
+        if getattr(settings, name) < low:
+            option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
+            raise InputError(f"{option}: allowed: {low} or more")
+    if not settings.cohort and not settings.clients_per_process:
+        raise InputError("--cohort 0 --clients-per-process 0: allowed: one of them above 0")
+    return settings
+
+
+def run_scaling(settings: Settings, results: Path, communicator: Communicator) -> Path:
+    """Measure both kinds and record them; returns the record's folder (of world_rank 0)."""
+    set_threads(1, communicator)
+    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+    record = MicroRecord(BENCHMARK, settings, results, communicator, {})
+    for row in _rows(settings, communicator):
+        console.print(
+            f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients on "
+            f"{communicator.world_size} processes: {row['median_seconds']:.3f} s a round",
+            soft_wrap=True,
+        )
+        record.add(row)
+    record.finish()
+    console.print(f"done, records in {record.run_dir}", soft_wrap=True)
+    return record.run_dir
+
+
+def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
+    """One object per kind of scaling, the same on every process."""
+    weak = settings.clients_per_process * communicator.world_size
+    for method in settings.methods:
+        for scaling, cohort in (("strong", settings.cohort), ("weak", weak)):
+            if cohort:
+                axes = {"scaling": scaling, "method": method, "cohort": cohort}
+                yield axes | _measure(_config(settings, method, cohort), settings, communicator)
+
+
+def _measure(config: RunConfig, settings: Settings, communicator: Communicator) -> dict[str, Any]:
+    """Seconds of a round without evaluation, the maximum over processes; phases likewise."""
+    job = together(communicator, lambda: prepare(config, communicator))
+    meter, state = Meter(job.device), job.state
+    seconds: list[float] = []
+    measured: list[Measured] = []
+    for _ in range(_WARM_UP + settings.rounds):
+        communicator.barrier()
+        meter.take()
+        start = time.perf_counter()
+        state, _row = advance(job, state, communicator, meter)
+        seconds.append(time.perf_counter() - start)
+        measured.append(meter.take())
+    medians = {
+        phase: statistics.median(m.seconds.get(phase, 0.0) for m in measured[_WARM_UP:])
+        for phase in PHASES
+    }
+    longest = {phase: float(slowest([s], communicator)[0]) for phase, s in medians.items()}
+    return {
+        **quantiles(slowest(seconds[_WARM_UP:], communicator)),
+        "phase_seconds": {phase: round(s, 6) for phase, s in longest.items() if s},
+    }
+
+
+def _config(settings: Settings, method: str, cohort: int) -> RunConfig:
+    """All clients of a round have as much to do, so that the shares can be equal."""
+    return parse_run(
+        {
+            "method": {"name": method},
+            "model": {"name": settings.model, "max_length": settings.max_length},
+            "dataset": {"name": "toy" if settings.model == "tiny" else "docstrings"},
+            "partition": {"scheme": "iid"},
+            "federation": {
+                "num_clients": cohort,
+                "cohort": cohort,
+                "num_rounds": 20 * (_WARM_UP + settings.rounds),  # no schedule prunes that early
+            },
+            "train": {"local_steps": settings.local_steps, "lr": 1e-3},
+            "system": {"device": "cpu", "threads": 1},
+        }
+    )

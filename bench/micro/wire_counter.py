@@ -1,0 +1,165 @@
+"""Bytes that really left this process: the kernel's socket counters, or Open MPI's monitoring.
+
+A counter is only used if it sees all of a probe's bytes. The processes of one host often talk
+through shared memory, past every counter; then nothing is counted, and the reason is told.
+"""
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+import torch
+
+from fedara_core.comm.comm import Communicator
+
+_PROBE_BYTES = 1 << 18
+_HINT = (
+    "to count, let all bytes pass a counter: Open MPI with --mca pml_monitoring_enable 1; MPICH "
+    "with MPIR_CVAR_NOLOCAL=1 and UCX_TLS=tcp,self (ucx) or FI_PROVIDER=tcp (ofi)"
+)
+
+
+class Counter:
+    """The null counter, and the interface of the others. reason: why nothing is counted."""
+
+    source: str | None = None  # the record's measured_bytes_source
+
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason
+
+    def sent(self) -> int:
+        """Bytes that this process has sent to others so far."""
+        return 0
+
+    def count(self, action: Callable[[], object], communicator: Communicator) -> int | None:
+        """Bytes that action() sends from this process; None if they can not be counted.
+
+        Every process calls it, and action() runs in any case. What is still on its way when it
+        returns has left by the end of a barrier, whose own bytes are taken off again.
+        """
+        if self.source is None:
+            action()
+            return None
+        return self._moved(action, communicator) - self._moved(_nothing, communicator)
+
+    def _moved(self, action: Callable[[], object], communicator: Communicator) -> int:
+        start = self.sent()
+        action()
+        communicator.barrier()
+        return self.sent() - start
+
+
+class TcpCounter(Counter):
+    """The kernel's counters of all TCP sockets that this process has open (Linux 4.19 and later).
+
+    Counted is the stream: every byte once, those that wait in the kernel too, without headers of
+    TCP and below, and without what was sent again.
+    """
+
+    source = "tcp_info"
+
+    def sent(self) -> int:
+        return sum(map(_written, os.listdir("/proc/self/fd")))
+
+
+# Offsets in struct tcp_info of linux/tcp.h, which only ever grows at its end.
+_NOTSENT_BYTES = struct.Struct("=144xI")
+_SENT_AND_RETRANS_BYTES = struct.Struct("=200xQQ")
+
+
+def _written(descriptor: str) -> int:
+    """Bytes that were written to the socket behind a file descriptor; 0 if it is no TCP socket."""
+    with contextlib.suppress(OSError):  # closed by now, or no socket
+        if not os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:"):
+            return 0
+        with socket.socket(fileno=os.dup(int(descriptor))) as copy:
+            if copy.family not in (socket.AF_INET, socket.AF_INET6):
+                return 0
+            info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 512)
+        if len(info) >= _SENT_AND_RETRANS_BYTES.size:
+            sent, sent_again = _SENT_AND_RETRANS_BYTES.unpack_from(info)
+            return int(sent - sent_again + _NOTSENT_BYTES.unpack_from(info)[0])
+    return 0
+
+
+class PmlMonitoringCounter(Counter):
+    """Open MPI's pml_monitoring through MPI_T: bytes of all messages, those of collectives too.
+
+    Raises OSError where the component is missing or off.
+    """
+
+    source = "pml_monitoring"
+    _VARIABLE = b"pml_monitoring_messages_size"
+    _CLASS_SIZE = 2  # MPI_T_PVAR_CLASS_SIZE in Open MPI, the one library with this variable
+
+    def __init__(self) -> None:
+        super().__init__()
+        from mpi4py import MPI
+
+        self._library = ctypes.CDLL(MPI.__file__)  # finds what the module is linked with, too
+        self._session, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
+        index, length = ctypes.c_int(), ctypes.c_int()
+        world = ctypes.c_void_p(MPI._addressof(MPI.COMM_WORLD))
+        self._call("init_thread", 0, ctypes.byref(ctypes.c_int()))
+        self._call("pvar_get_index", self._VARIABLE, self._CLASS_SIZE, ctypes.byref(index))
+        self._call("pvar_session_create", ctypes.byref(self._session))
+        self._call(
+            "pvar_handle_alloc",
+            *(self._session, index, world, ctypes.byref(self._handle), ctypes.byref(length)),
+        )
+        self._call("pvar_start", self._session, self._handle)
+        self._bytes_by_peer = (ctypes.c_ulong * length.value)()
+        self._world_rank = MPI.COMM_WORLD.Get_rank()
+
+    def sent(self) -> int:
+        self._call("pvar_read", self._session, self._handle, self._bytes_by_peer)
+        # An alltoall's message to oneself is monitored like the others, but leaves nobody.
+        return sum(self._bytes_by_peer) - self._bytes_by_peer[self._world_rank]
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._library, f"MPI_T_{name}")(*arguments)
+        if code != 0:
+            raise OSError(f"MPI_T_{name} failed with code {code}")
+
+
+def open_counter(communicator: Communicator) -> Counter:
+    """The first counter that sees all bytes of a probe, the same on every process."""
+    if communicator.world_size == 1:
+        return Counter("one process moves no bytes")
+    seen = []
+    for kind in (PmlMonitoringCounter, TcpCounter):
+        counter = _try(kind, communicator)
+        if not all(communicator.gather_bytes(b"x" if counter.source else b"")):
+            continue  # absent on some process
+        sent = _probe(counter, communicator)
+        needed = communicator.world_size * (communicator.world_size - 1) * _PROBE_BYTES
+        if sent >= needed:
+            return counter
+        seen.append(f"{counter.source} saw {sent} of {needed} bytes")
+    return Counter("; ".join([*(seen or ["no counter here"]), _HINT]))
+
+
+def _try(kind: Callable[[], Counter], communicator: Communicator) -> Counter:
+    """A counter of this kind, or the null counter where there is none."""
+    if kind is PmlMonitoringCounter and communicator.kind != "mpi":
+        return Counter()
+    if kind is TcpCounter and not (hasattr(socket, "TCP_INFO") and os.path.isdir("/proc/self/fd")):
+        return Counter()
+    try:
+        return kind()
+    except (OSError, AttributeError):  # no such variable; an MPI library without MPI_T
+        return Counter()
+
+
+def _probe(counter: Counter, communicator: Communicator) -> int:
+    """Bytes seen of an allgather, over all processes."""
+    probe = torch.zeros(_PROBE_BYTES, dtype=torch.uint8)
+    sent = counter.count(lambda: communicator.allgather(probe), communicator)
+    return sum(int(part) for part in communicator.gather_bytes(str(sent).encode()))
+
+
+def _nothing() -> None:
+    """What a barrier alone is counted with."""

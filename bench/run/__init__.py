@@ -1,0 +1,1 @@
+"""A config's rounds, from preparation to records."""

@@ -1,0 +1,130 @@
+"""One job at a time on a run's folder: the file LOCK says who is at it, and is gone afterwards.
+
+The kernel ends a lock with its process, so on one host a LOCK that can be locked is stale. Some
+cluster file systems have no such locks, or none between hosts; there the process id and Slurm tell
+whether the job that wrote the file still runs.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from bench.jobs.slurm_job import JobId, own_job, queue_state
+from fedara_core.errors import InputError
+
+FILE = "LOCK"
+PATIENCE_SECONDS = 5.0  # processes of a job that was killed may take a moment to go
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # a file system's answer
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[str]:
+    """Hold the folder's lock; gives a line that says what stale lock was taken over, or "".
+
+    InputError if another job holds it, with its host and job id.
+    """
+    path = run_dir / FILE
+    descriptor, sure = _open_locked(path)
+    try:
+        holder = _read(descriptor)
+        if holder and not _is_gone(holder, sure):
+            raise _held(path, holder)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    try:
+        yield f"{path}: the job of {_describe(holder)} is gone; taken over" if holder else ""
+    finally:
+        path.unlink(missing_ok=True)  # still locked: nobody takes it for a stale one meanwhile
+        with suppress(OSError):  # not empty: the record
+            run_dir.rmdir()  # of a refused run nothing stays
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> tuple[int, bool]:
+    """A descriptor of the file at `path` that no process of this host holds, and whether the
+    kernel is sure of that."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        sure = True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read(descriptor)
+            os.close(descriptor)
+            if time.monotonic() > end:
+                raise _held(path, holder) from None
+            time.sleep(0.1)
+            continue
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            sure = False
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor, sure
+        except FileNotFoundError:  # its holder has ended between our two steps
+            pass
+        os.close(descriptor)
+
+
+def _own() -> dict[str, Any]:
+    own = {"host": socket.gethostname(), "pid": os.getpid()}
+    job = own_job()
+    return own | ({"job_id": job.number, "restarts": job.restarts} if job else {})
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """What the holder wrote; nothing if it has not yet."""
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_gone(holder: dict[str, Any], sure: bool) -> bool:
+    """Whether the job that wrote the file has ended. sure: no process of this host holds it."""
+    if holder.get("host") == socket.gethostname():
+        return sure or not Path(f"/proc/{holder.get('pid')}").exists()
+    if "job_id" not in holder:
+        return False
+    theirs, own = JobId(holder["job_id"], holder.get("restarts", 0)), own_job()
+    if own and own.number == theirs.number:
+        return own.restarts != theirs.restarts  # Slurm has started us anew since
+    return not _in_queue(theirs.number)
+
+
+def _in_queue(job_number: str) -> bool:
+    """Whether Slurm still runs the job; yes where it can not be asked."""
+    if shutil.which("squeue") is None:
+        return True
+    done = queue_state(job_number)
+    if done.returncode:  # of a number that it has forgotten it says so
+        return "Invalid job id" not in done.stderr
+    return bool(done.stdout.strip())
+
+
+def _held(path: Path, holder: dict[str, Any]) -> InputError:
+    return InputError(
+        f"{path.parent}: in use by {_describe(holder)}; allowed: when that has ended (delete "
+        f"{path} if it has, and left it behind)"
+    )
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    job = f", Slurm job {holder['job_id']}" if "job_id" in holder else ""
+    return f"process {holder.get('pid', '?')} on host {holder.get('host', '?')}{job}"

@@ -1,0 +1,263 @@
+"""Runs the points of a config one after another in one job, with progress on world_rank 0."""
+
+import ctypes
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.config.schema import EnergyConfig, RunConfig
+from bench.jobs.plan import load_points
+from bench.metering.codecarbon import HostEnergy, no_energy, open_energy
+from bench.run.cost_table import show_costs
+from bench.run.lock import locked
+from bench.run.record import Recorder
+from bench.run.rounds import prepare, run
+from bench.run.stop import Asked, listening
+from fedara_core.comm.comm import Communicator, together
+from fedara_core.errors import Diverged, InputError, Interrupted
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
+
+
+def run_all(
+    path: Path,
+    results: Path,
+    overrides: list[str],
+    communicator: Communicator,
+    index: int | None = None,
+) -> None:
+    """Run every point of the config or plan at `path` that has no DONE yet, or only point `index`.
+
+    world_rank 0 reads the config and says what is left. An InputError is raised on all processes,
+    and so is Interrupted, after a whole round, where one of them gets SIGUSR1 or SIGTERM.
+    """
+    keep_freed_memory()
+    pending = _pending(path, results, overrides, communicator, index)
+    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+    diverged: list[Diverged] = []
+    finished: list[Path] = []
+    energies = _Energies(communicator)
+    with listening() as asked:
+        for title, config, done in pending:
+            if done:
+                console.print(f"{title}: finished earlier, skipped")
+                continue
+            if signal_name := asked.agree(communicator):
+                raise Interrupted(f"interrupted by {signal_name}; start again to go on")
+            recorder = Recorder(results, config)
+            try:
+                with _alone(recorder, communicator, console) as done:
+                    if done:  # by the job that had the folder until now
+                        console.print(f"{title}: finished meanwhile, skipped")
+                        continue
+                    _run_point(title, config, communicator, recorder, console, energies, asked)
+            except Diverged as error:  # the same on every process; the other points still run
+                console.print(f"{title}: {error}", soft_wrap=True)
+                diverged.append(error)
+            else:
+                console.print(f"{title}: done, records in {recorder.run_dir}", soft_wrap=True)
+                finished.append(recorder.run_dir)
+    if communicator.world_rank == 0:
+        show_costs(finished, console)
+    if diverged:
+        raise diverged[0]
+
+
+def _run_point(
+    title: str,
+    config: RunConfig,
+    communicator: Communicator,
+    recorder: Recorder,
+    console: Console,
+    energies: "_Energies",
+    asked: Asked,
+) -> None:
+    """Run one point to its end."""
+    set_threads(config.system.threads, communicator)
+    console.print(f"{title}: preparing")
+    job = together(communicator, lambda: prepare(config, communicator))
+    if communicator.world_size > config.num_drawn:
+        console.print(
+            f"{communicator.world_size} processes share a cohort of {config.num_drawn}: "
+            "some train nobody"
+        )
+    energy = energies.of(config.energy, job.device)
+
+    def notice(text: str) -> None:
+        console.print(f"{title}: {text}", soft_wrap=True)
+
+    with _Progress(console, config) as report:
+        run(job, communicator, recorder, report, energy, asked, notice)
+
+
+@contextmanager
+def _alone(recorder: Recorder, communicator: Communicator, console: Console) -> Iterator[bool]:
+    """Hold the run's folder: world_rank 0 for all; gives whether the run is done by now. InputError
+    where another job holds it."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            if communicator.world_rank != 0:
+                return
+            try:
+                taken_over = stack.enter_context(locked(recorder.run_dir))
+            except OSError as error:
+                raise InputError(
+                    f"{recorder.run_dir}: {error.strerror}; allowed: a folder with room to write to"
+                ) from None
+            if taken_over:
+                console.print(taken_over, soft_wrap=True)
+
+        together(communicator, lock)
+        yield communicator.broadcast(b"\1" if recorder.done else b"\0") == b"\1"
+
+
+class _Energies:
+    """Energy meters of a job, opened once for the runs that share their settings."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._opened: dict[tuple[EnergyConfig, str], HostEnergy] = {}
+
+    def of(self, config: EnergyConfig, device: torch.device) -> HostEnergy:
+        """Every process calls it together."""
+        if not config.enabled:
+            return no_energy("energy.enabled = false")
+        key = config, device.type
+        if key not in self._opened:
+            self._opened[key] = open_energy(
+                country_iso_code=config.country_iso_code,
+                idle_seconds=config.idle_seconds,
+                gpu=gpu_uuid(device),
+                communicator=self._communicator,
+            )
+        return self._opened[key]
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """NVML's name of a GPU; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def set_threads(wanted: int | str, communicator: Communicator) -> None:
+    """Fix the intra-op threads, the same number on every process, since bits depend on it.
+
+    auto shares out each host's cores; the smallest share counts.
+    """
+    mine = _num_threads(wanted, communicator.host_size, os.environ)
+    everyone = communicator.gather_bytes(str(mine).encode())
+    torch.set_num_threads(min(int(number) for number in everyone))
+
+
+def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) -> int:
+    if isinstance(wanted, int):
+        return wanted
+    for key in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        if environ.get(key, "").isdigit():
+            return max(1, int(environ[key]))
+    return max(1, len(os.sched_getaffinity(0)) // host_size)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 512 MB of freed memory for the next allocation (mallopt(3)).
+
+    So much, since a round's uploads take up to 256 MB (rounds.HELD_VALUES). By itself it hands
+    larger blocks back, and touching their pages anew took up to a third of a round without
+    training. Settings in the environment stand, and other C libraries stay as they are.
+    """
+    if any(key.startswith(("MALLOC_MMAP", "MALLOC_TRIM", "GLIBC_TUNABLES")) for key in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc hand all freed memory back to the system (malloc_trim(3))."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _pending(
+    path: Path,
+    results: Path,
+    overrides: list[str],
+    communicator: Communicator,
+    index: int | None,
+) -> list[tuple[str, RunConfig, bool]]:
+    """Title, config and whether it is done, for each point: read by world_rank 0, told to all."""
+
+    def read() -> bytes:
+        if communicator.world_rank != 0:
+            return b""
+        configs = load_points(path, overrides, index)
+        _make_folder(results)
+        done = [Recorder(results, config).done for config in configs]
+        return json.dumps([[c.model_dump_json() for c in configs], done]).encode()
+
+    texts, done = json.loads(communicator.broadcast(together(communicator, read)))
+    configs = [RunConfig.model_validate_json(text) for text in texts]
+    titles = [f"[{n}/{len(configs)}] {c.run_id}" for n, c in enumerate(configs, start=1)]
+    return list(zip(titles, configs, done, strict=True))
+
+
+def _make_folder(results: Path) -> None:
+    reason = "" if not results.exists() or os.access(results, os.W_OK) else "not writable"
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise InputError(f"--results {results}: {reason}; allowed: a folder that can be written to")
+
+
+class _Progress:
+    """Reports rounds: a bar on a terminal, plain lines elsewhere, nothing off world_rank 0."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self._console = console
+        self._num_rounds = config.federation.num_rounds
+        self._bar = Progress(
+            TextColumn(config.method.name),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console.quiet or not console.is_terminal,
+        )
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._num_rounds)
+        return self._report
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _report(self, row: dict[str, Any]) -> None:
+        text = f"round {row['round_index'] + 1}/{self._num_rounds}"
+        if "num_arrived" in row:
+            text += f"  arrived {row['num_arrived']} of {len(row['cohort'])}"
+        if "train_loss" in row:
+            text += f"  loss {row['train_loss']:.3f}"
+        if "accuracy" in row:
+            text += f"  accuracy {100 * row['accuracy']:5.1f} %"
+        self._bar.update(self._task, completed=row["round_index"] + 1, description=text)
+        if self._console.is_terminal:
+            return
+        text += (
+            f"  up {row['uplink_bytes'] / 1e6:.2f} MB  live {row['live_triplets']}"
+            f"  {row['seconds']['total']:.1f} s"
+        )
+        self._console.print(text, soft_wrap=True)

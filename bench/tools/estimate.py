@@ -1,0 +1,82 @@
+"""What a run will send, before it runs: the messages of its first round, without training."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.config.schema import DatasetConfig, RunConfig, parse_run
+from bench.data.texts import BUILT_IN_SETS, load_dataset
+from bench.metering.meter import Meter
+from bench.models.encoders import BUILT_IN
+from bench.run.arrivals import make_fleet
+from bench.run.rounds import Job, build, draw_cohort, send_down, train_client
+from fedara_core.train import Encoded, LocalTraining
+
+
+def null_job(config: RunConfig, *, num_classes: int) -> Job:
+    """The run's model, method and first state, and clients with examples by number only, that take
+    no step."""
+    device = torch.device("cpu")
+    model, method, state = build(config, num_classes=num_classes, device=device)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    empty = Encoded(input_ids=nothing[:, None], lengths=nothing, labels=nothing)
+    num_clients = config.federation.num_clients
+    return Job(
+        config=config,
+        model=model,
+        method=method,
+        state=state,
+        fleet=make_fleet(config, {}, []),
+        training=LocalTraining(**{**config.train.model_dump(), "local_steps": 0}),
+        train=empty,
+        evaluated=empty,
+        shards=[np.arange(10 + client_id % 7) for client_id in range(num_clients)],
+        label_counts=np.zeros((num_clients, num_classes), np.int64),
+        partition_summary=[],
+        dataset_digest="",
+        labels=[],
+        device=device,
+    )
+
+
+def round_bytes(config: RunConfig) -> tuple[int, int] | None:
+    """Bytes up and down of round 0, all clients of its cohort; methods that prune send less later.
+
+    None where that needs a model or data that is not on this machine. Raises InputError.
+    """
+    name = config.model.name
+    if name not in BUILT_IN and not Path(name).expanduser().is_dir():
+        return None
+    if config.dataset.name not in BUILT_IN_SETS and not config.dataset.name.startswith("file:"):
+        return None
+    settings = config.model_dump(mode="json")
+    decides = ("method", "adapter", "model", "dataset", "federation", "codec")
+    decides += ("clients", "devices")  # how many are drawn
+    if config.adapter.client_lora_ranks:
+        decides += ("seed",)  # who has which
+    kept = {key: settings[key] for key in decides}
+    return _round_bytes(json.dumps(kept | {"train": {"local_steps": 1}}, sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def _round_bytes(settings: str) -> tuple[int, int]:
+    """The points of a sweep mostly share what decides this."""
+    config = parse_run(json.loads(settings))
+    job = null_job(config, num_classes=_num_classes(config.dataset))
+    state, saved_bytes, _ = send_down(job, job.state)
+    reference = job.method.reference(state) if config.codec.up != "fp32" else None
+    meter = Meter(job.device)
+    costs = [
+        train_client(job, state, client_id, meter, lambda upload: None, reference)
+        for client_id in draw_cohort(job, 0)
+    ]
+    downlink_bytes = sum(cost.downlink_bytes - saved_bytes for cost in costs)
+    return sum(cost.uplink_bytes for cost in costs), downlink_bytes
+
+
+@lru_cache(maxsize=4)
+def _num_classes(config: DatasetConfig) -> int:
+    return len(load_dataset(config).labels)

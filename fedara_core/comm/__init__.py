@@ -1,0 +1,1 @@
+"""Communicators: serial, MPI, torch.distributed."""

@@ -1,0 +1,1 @@
+"""How uploads of all processes are combined."""

@@ -1,0 +1,281 @@
+"""FLOPs counted from shapes: torch's counter, every method, cases by hand, what pruning saves."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.metering.flops import StepFlops, Uncountable
+from bench.models.encoders import MeanPooled, OwnHead
+from bench.run.rounds import Job
+from fedara_core.adapters import AdapterConfig, LowRank, Masks, Rows, inject, write_rows
+from fedara_core.factors import lora_rows
+from fedara_core.method import Client, load_method, method_names
+from fedara_core.train import start_client
+
+MakeJob = Callable[..., Job]
+Play = Callable[..., list[Any]]
+
+SHAPES = [(1, 1), (7, 12)]  # off the grid that the counts are interpolated from
+NUM_LAYERS = 3
+SHORT = (
+    *("federation.num_rounds=3", "federation.cohort=2", "train.local_steps=1"),
+    "evaluate.every=9",
+)
+_BERT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+}
+_DISTILBERT = {"vocab_size": 50, "dim": 16, "hidden_dim": 24, "n_layers": NUM_LAYERS, "n_heads": 2}
+ENCODERS: dict[str, Any] = {
+    "bert": transformers.BertConfig(**_BERT),
+    "roberta": transformers.RobertaConfig(**_BERT, pad_token_id=1),
+    "distilbert": transformers.DistilBertConfig(**_DISTILBERT, max_position_embeddings=40),
+    "llama": transformers.LlamaConfig(**_BERT, num_key_value_heads=1, pad_token_id=0),
+    "albert": transformers.AlbertConfig(**_BERT, embedding_size=8),  # its layers are one layer
+}
+
+
+def torch_counts(model: nn.Module, num_examples: int, length: int) -> tuple[int, int]:
+    """FLOPs of a forward pass and of a local step, by torch's counter."""
+    ids = torch.full((num_examples, length), 5)
+    labels = torch.zeros(num_examples, dtype=torch.long)
+    with sdpa_kernel([SDPBackend.MATH]), FlopCounterMode(display=False) as counter:
+        logits = model.train()(ids, torch.ones_like(ids))
+        forward = counter.get_total_flops()
+        functional.cross_entropy(logits, labels).backward()
+    return forward, counter.get_total_flops()
+
+
+def assert_exact(flops: StepFlops, model: nn.Module) -> None:
+    cost = flops.now()
+    counted = [torch_counts(model, *shape) for shape in SHAPES]
+    assert [(cost.forward_flops(*shape), cost.flops(*shape)) for shape in SHAPES] == counted
+    assert cost.total(SHAPES) == sum(step for _, step in counted)
+
+
+def pooled(architecture: str) -> nn.Module:
+    """A small encoder with a linear head and an adapter on every linear layer."""
+    torch.manual_seed(0)
+    encoder = transformers.AutoModel.from_config(ENCODERS[architecture])
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    model = MeanPooled(encoder, encoder.config.hidden_size, 3)
+    inject(model, "all-linear", ("classifier.weight", "classifier.bias"))
+    return model
+
+
+def rows_of(model: nn.Module, lora_rank: int = 4) -> tuple[Rows, Masks]:
+    """LoRA's first rows, all of them live."""
+    config = AdapterConfig.of(model, lora_rank=lora_rank, lora_alpha=4.0, client_lora_ranks=(4,))
+    rows = lora_rows(config, 0)
+    return rows, {name: torch.ones(lora_rank, dtype=torch.bool) for name in rows}
+
+
+def layer_of(name: str) -> int:
+    """The number in an adapter's name."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_counts_as_torch_does(name: str, tiny_job: MakeJob, play: Play) -> None:
+    """In its first round and its last two: other forms, fewer triplets."""
+    job = tiny_job(f"method.name={name}", *SHORT)
+    flops = StepFlops(job.model)
+    for state in (job.state, *(played.after for played in play(job, num_rounds=2))):
+        job.method.download(job.model, state, None)
+        assert_exact(flops, job.model)
+
+
+@pytest.mark.parametrize("architecture", list(ENCODERS))
+def test_every_architecture_and_mask_counts_as_torch_does(architecture: str) -> None:
+    model = pooled(architecture)
+    flops = StepFlops(model)
+    assert_exact(flops, model)  # the head alone
+    rows, masks = rows_of(model)
+    draw = torch.Generator().manual_seed(1)
+    for share in (1.0, 0.5, 0.1):
+        drawn = {name: torch.rand(4, generator=draw) < share for name in masks}
+        write_rows(model, rows, drawn, LowRank(scale=1.0))
+        assert_exact(flops, model)
+    for lowest in range(1, NUM_LAYERS if architecture != "albert" else 1):
+        upper = {name: mask & (layer_of(name) >= lowest) for name, mask in masks.items()}
+        write_rows(model, rows, upper, LowRank(scale=1.0))
+        assert_exact(flops, model)
+        assert layer_of(str(flops.now().lowest)) == lowest
+    model.requires_grad_(True)
+    assert_exact(flops, model)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_a_head_of_the_architecture_counts_as_torch_does(architecture: str) -> None:
+    own = OwnHead(
+        transformers.AutoModelForSequenceClassification.from_config(ENCODERS[architecture])
+    )
+    prefix = f"model.{own.model.base_model_prefix}."
+    inject(own, "all-linear", [n for n, _ in own.named_parameters() if not n.startswith(prefix)])
+    flops = StepFlops(own)
+    assert_exact(flops, own)
+    rows, masks = rows_of(own)
+    write_rows(own, rows, masks, LowRank(scale=1.0))
+    assert_exact(flops, own)
+
+
+class TwoLayers(nn.Module):
+    """Embedding (50, 8), linear 8 -> 6 and 6 -> 5, the mean over tokens, a head 5 -> 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 8)
+        self.first, self.second, self.head = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.second(self.first(self.embedding(ids))).mean(dim=1))  # type: ignore
+
+
+def test_two_linear_layers_by_hand() -> None:
+    """n = 4 examples of 10 tokens: m = 40 rows of x; every matmul is 2 m d_in d_out."""
+    model = TwoLayers()
+    inject(model, "all-linear", ("head.weight", "head.bias"))
+    flops = StepFlops(model)
+    w1, w2, head = 2 * 40 * 8 * 6, 2 * 40 * 6 * 5, 2 * 4 * 5 * 3
+    probe = flops.now()
+    assert probe.forward_flops(4, 10) == w1 + w2 + head
+    assert probe.flops(4, 10) == w1 + w2 + 2 * head  # the head's weight gradient
+    assert (probe.lowest, probe.num_backward_layers, probe.num_layers) == ("head.weight", 0, 2)
+    rows = {"first": torch.ones(2, 14), "second": torch.ones(3, 11)}
+    masks = {"first": torch.zeros(2, dtype=torch.bool), "second": torch.ones(3, dtype=torch.bool)}
+    write_rows(model, rows, masks, LowRank(scale=1.0))
+    a2, b2 = 2 * 40 * 6 * 3, 2 * 40 * 3 * 5
+    upper = flops.now()
+    assert upper.forward_flops(4, 10) == w1 + w2 + head + a2 + b2
+    # The head: weight and input; B: itself and its input; A: itself. W0 and what is below: nothing.
+    assert upper.flops(4, 10) - upper.forward_flops(4, 10) == 2 * head + 2 * b2 + a2
+    assert (upper.lowest, upper.num_backward_layers) == ("second", 1)
+    write_rows(model, rows, {name: mask | True for name, mask in masks.items()}, LowRank(scale=1.0))
+    a1, b1 = 2 * 40 * 8 * 2, 2 * 40 * 2 * 6
+    both = flops.now()
+    backward = 2 * head + 2 * b2 + 2 * a2 + w2 + 2 * b1 + a1
+    assert both.flops(4, 10) - both.forward_flops(4, 10) == backward
+    assert (both.lowest, both.num_backward_layers) == ("first", 2)
+
+
+def test_fewer_live_triplets_never_cost_more() -> None:
+    model = pooled("bert")
+    flops = StepFlops(model)
+    rows, masks = rows_of(model)
+    order = [(name, i) for name in masks for i in range(4)]
+    seen = []
+    for index in torch.randperm(len(order), generator=torch.Generator().manual_seed(2)).tolist():
+        write_rows(model, rows, masks, LowRank(scale=1.0))
+        seen.append(flops.now().flops(8, 16))
+        masks[order[index][0]][order[index][1]] = False
+    assert all(after < before for before, after in pairwise(seen))
+
+
+def test_pruning_the_lowest_layers_saves_their_backward_pass() -> None:
+    """A layer below the lowest live adapter costs no more than its forward pass."""
+    model = pooled("bert")
+    flops, n, length = StepFlops(model), 8, 16
+    rows, masks = rows_of(model)
+    write_rows(model, rows, masks, LowRank(scale=1.0))
+    whole = flops.now()
+    upper = {name: mask & (layer_of(name) > 0) for name, mask in masks.items()}
+    write_rows(model, rows, upper, LowRank(scale=1.0))
+    pruned = flops.now()
+    m, d, hidden, r = n * length, 16, 24, 4
+    linear = 2 * m * (4 * d * d + 2 * d * hidden)
+    attention = 2 * 2 * n * length * length * d
+    adapters = 2 * m * r * (4 * (d + d) + 2 * (d + hidden))
+    assert whole.forward_flops(n, length) - pruned.forward_flops(n, length) == adapters
+    # What layer 0 lacked before, gradients of the input of query, key and value, layer 1 lacks now:
+    # a whole layer is saved, one matmul for each W0, two for each of the rest.
+    before = whole.flops(n, length) - whole.forward_flops(n, length)
+    after = pruned.flops(n, length) - pruned.forward_flops(n, length)
+    assert before - after == linear + 2 * attention + 2 * adapters
+    assert pruned.lowest == "encoder.encoder.layer.1.attention.self.query"
+    assert (whole.num_backward_layers, pruned.num_backward_layers) == (18, 12)
+
+
+def test_an_adapter_that_stays_without_triplets_costs_one_row() -> None:
+    """Module pruning switched off: masked, not removed."""
+    model = pooled("bert")
+    flops = StepFlops(model)
+    rows, masks = rows_of(model)
+    dead = {name: mask & False for name, mask in masks.items()}
+    write_rows(model, rows, dead, LowRank(scale=1.0), keep_dead=True)
+    assert_exact(flops, model)
+    kept = flops.now()
+    write_rows(model, rows, dead, LowRank(scale=1.0))
+    assert flops.now().flops(8, 16) < 0.6 * kept.flops(8, 16)
+
+
+@pytest.mark.parametrize("name", ["adalora", "fedara", "lora_a2", "slora"])
+def test_a_local_step_counts_as_torch_does(name: str, tiny_job: MakeJob) -> None:
+    """With its loss and optimiser; only a penalty on the factors is left out."""
+    job = tiny_job(f"method.name={name}", "train.local_steps=2")
+    client = Client(client_id=0, num_examples=8, model=job.model)
+    job.method.download(job.model, job.state, client)
+    cost = StepFlops(job.model).now()
+    start_client(client, job.method, job.training, job.state)
+    batch = job.train.batch(torch.arange(8), job.device)
+    with sdpa_kernel([SDPBackend.MATH]), FlopCounterMode(display=False) as counter:
+        job.method.local_step(client, batch)
+    penalty = 0
+    if getattr(load_method(name)(), "orthogonality", 0):
+        sizes = sum(d_out + d_in for d_out, d_in in job.state.adapter.shapes.values())
+        penalty = 3 * 2 * 4 * 4 * sizes  # A A^T and B^T B, and two gradients of each
+    expected = cost.flops(*batch["input_ids"].shape) + penalty
+    assert counter.get_total_flops() == expected
+
+
+def test_the_model_and_the_generators_stay_as_they_are(tiny_job: MakeJob) -> None:
+    job = tiny_job()
+    job.method.download(job.model, job.state, None)
+    before, rng = {k: v.clone() for k, v in job.model.state_dict().items()}, torch.get_rng_state()
+    job.model.train()
+    StepFlops(job.model).now()
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert job.model.training
+    assert all(p.grad is None for p in job.model.parameters())
+    after = job.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Windowed(TwoLayers):
+    """Pads its input to a multiple of four tokens."""
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().forward(functional.pad(ids, (0, -ids.shape[1] % 4)), attention_mask)
+
+
+class Convolved(TwoLayers):
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.embedding(ids).transpose(1, 2)
+        mixed = functional.conv1d(hidden, torch.ones(8, 8, 1))
+        return self.head(self.second(self.first(mixed.transpose(1, 2))).mean(dim=1))  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Windowed(), "no polynomial of the batch's shape"),
+        (Convolved(), "no rule for .*convolution"),
+    ],
+)
+def test_a_model_beyond_the_rules_is_refused(model: nn.Module, message: str) -> None:
+    inject(model, "all-linear", ("head.weight", "head.bias"))
+    with pytest.raises(Uncountable, match=message):
+        StepFlops(model)

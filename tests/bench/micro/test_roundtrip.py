@@ -1,0 +1,115 @@
+"""fedara micro roundtrip: its records, its bytes, wrong options; and rounds in several goes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.run import rounds
+from bench.run.rounds import Job
+from fedara_core.codec import payload_bytes
+from fedara_core.merge import collectives
+from fedara_core.method import method_names
+from support.documented import check_documented
+from support.launch import fedara_here, launch
+
+ROUNDTRIP = ("-m", "bench", "micro", "roundtrip")
+OPTIONS = ("--clients", "3,8", "--methods", "lora,fedara", "--model", "tiny", "--lora-rank", "4")
+WHOLE = ("--rounds", "2", "--codecs", "fp32,int8", "--paths", "allgather,split,allreduce")
+
+
+def rows_of(results: Path) -> list[dict[str, Any]]:
+    (folder,) = results.iterdir()
+    assert (folder / "DONE").exists()
+    run = json.loads((folder / "run.json").read_text())
+    assert run["benchmark"] == "micro-roundtrip"
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("launcher", "world_size"), [("plain", 1), ("mpi", 2), ("torch", 2)])
+def test_every_combination_is_recorded(launcher: str, world_size: int, tmp_path: Path) -> None:
+    job = launch(launcher, world_size, *ROUNDTRIP, *OPTIONS, *WHOLE, "--results", tmp_path)
+    assert job.code == 0, job.err
+    rows = rows_of(tmp_path)
+    assert len(rows) == 2 * 2 * 3 * 2
+    fp32 = {row["method"]: row["uplink_bytes_per_client"] for row in rows if row["codec"] == "fp32"}
+    for row in rows:
+        num_values = (fp32[row["method"]] - 24) // 4
+        assert row["uplink_bytes_per_client"] == 24 + payload_bytes(row["codec"], int(num_values))
+        assert row["downlink_bytes_per_client"] >= fp32[row["method"]]
+        assert (row["wire_bytes_sent"] > 0) == (world_size > 1)
+        assert row["median_seconds"] > sum(row["phase_seconds"].values()) * 0.5 > 0
+        assert row["messages_per_second"] == pytest.approx(
+            row["num_clients"] / row["median_seconds"]
+        )
+        assert row["bare_loop_median_seconds"] > 0
+        assert row["bare_messages_median_seconds"] > 0
+        assert row["ratio_to_bare_loop"] > 0
+        assert row["ratio_to_bare_messages"] > 0
+        assert ("bare_allgather_median_seconds" in row) == (world_size > 1)
+    assert "messages/s" in job.out
+    if world_size > 1:
+        check_documented(rows, "## Micro-benchmark of a round")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--clients", "0", "numbers from 1 to"),
+        ("--methods", "sgd", ", ".join(method_names())),
+        ("--paths", "dense", "allgather, split, allreduce"),
+        ("--codecs", "zip", "fp32, bf16"),
+        ("--rounds", "0", "1 to 50"),
+        ("--model", "/nowhere", "model.name"),
+    ],
+)
+def test_wrong_options_cost_one_line(option: str, value: str, words: str, tmp_path: Path) -> None:
+    job = fedara_here("micro", "roundtrip", *OPTIONS, option, value, "--results", tmp_path)
+    assert job.code == 2
+    assert len(job.refusals) == 1, job.err
+    assert words in job.refusals[0]
+
+
+def test_clients_are_placed_by_their_steps_and_named_in_order(
+    tiny_job: Callable[..., Job],
+) -> None:
+    """The others find a process's clients in client_id order, however they were dealt out."""
+    job = tiny_job("train.local_epochs=1", "train.batch_size=2")
+    steps = [job.training.num_steps(len(shard)) for shard in job.shards]
+    placed = rounds.place(job, range(len(steps)), 3)
+    assert sorted(client_id for clients in placed for client_id in clients) == [*range(len(steps))]
+    assert all(clients == sorted(clients) for clients in placed)
+    loads = [sum(steps[client_id] for client_id in clients) for clients in placed]
+    assert max(loads) - min(loads) <= max(steps)
+    dealt = sorted(range(len(steps)), key=lambda client_id: (-steps[client_id], client_id))
+    firsts = [min(clients, key=dealt.index) for clients in placed]
+    assert firsts == dealt[:3]  # the clients with most steps, one on each
+    assert any(clients[0] != first for clients, first in zip(placed, firsts, strict=True))
+
+
+@pytest.mark.parametrize("path", ["allgather", "split"])
+def test_a_cohort_in_several_goes_gives_the_same_bits(
+    path: str,
+    tiny_job: Callable[..., Job],
+    play: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One client's upload at a time is held, and nothing of the result changes."""
+    setting = f"federation.merge_path={path}"
+    whole = play(tiny_job(setting), num_rounds=2)
+    held: list[int] = []
+    meet = collectives._OrderedSum.meet
+
+    def noting(total: Any, headers: Any) -> None:
+        held.append(len(total._own))
+        meet(total, headers)
+
+    monkeypatch.setattr(collectives._OrderedSum, "meet", noting)
+    monkeypatch.setattr(rounds, "HELD_VALUES", 1)
+    parts = play(tiny_job(setting), num_rounds=2)
+    assert held == [1] * 10
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert ours.row["state_digest"] == theirs.row["state_digest"]
+        assert ours.row["uplink_bytes"] == theirs.row["uplink_bytes"]

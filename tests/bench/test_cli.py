@@ -1,0 +1,81 @@
+"""The command line: what there is to choose from, the doctor, and the overhead benchmark."""
+
+import dataclasses
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.cli import app
+from bench.config.schema import load_runs
+from bench.micro.overhead import measure
+from bench.tools import doctor
+from bench.tools.catalog import CATALOGS, CONFIGS
+from fedara_core.method import load_method, method_names
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("what", CATALOGS)
+def test_list_names_every_choice_with_a_text(what: str) -> None:
+    lines = invoke("list", what).splitlines()
+    names = [line.split(maxsplit=1) for line in lines]
+    assert all(len(parts) == 2 for parts in names), lines
+    if what == "methods":
+        assert [name for name, _ in names] == method_names()
+
+
+def test_verbose_tells_bytes_and_hyperparameters_of_every_method() -> None:
+    text = invoke("list", "methods", "-v")
+    for name in method_names():
+        (part,) = [p for p in text.split("\n\n") if p.startswith(f"{name}: ")]
+        assert re.search(r"^    up: +\S", part, re.MULTILINE)
+        assert re.search(r"^    down: +\S", part, re.MULTILINE)
+        for field in dataclasses.fields(load_method(name)):
+            assert f"\n    {field.name} = {field.default!r}" in part
+
+
+def test_list_refuses_what_it_does_not_know() -> None:
+    result = CliRunner().invoke(app, ["list", "colours"])
+    assert result.exit_code == 2
+    assert "'colours': allowed: methods, datasets, models, configs" in result.stderr
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_that_comes_along_is_valid(path: object) -> None:
+    assert load_runs(path, [])
+
+
+def test_doctor_finds_torch_and_tells_about_every_check() -> None:
+    output = invoke("doctor")
+    assert "torch" in output
+    for name in doctor.CHECKS:
+        assert name.split()[0] in output
+    assert doctor.CHECKS["torch"]().state == "ok"
+
+
+def test_doctor_says_what_to_do_when_the_encoder_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bench.models.encoders.importlib.util.find_spec", lambda name: None)
+    doctor.minilm_folder.cache_clear()
+    finding = doctor.CHECKS["minilm"]()
+    doctor.minilm_folder.cache_clear()
+    assert finding.state == "bad"
+    assert "pip install" in finding.advice
+
+
+def test_help_shows_the_launchers() -> None:
+    output = invoke("run", "--help")
+    assert re.search(r"mpiexec -n 4 fedara run", output)
+    assert "torchrun" in output
+
+
+def test_overhead_times_both_sides_of_each_pair() -> None:
+    pairs = measure(2, "tiny", 16)
+    assert len(pairs) == 2
+    assert all(pair.bare > 0 and 0 < pair.meter < pair.suite < 60 for pair in pairs)

@@ -1,0 +1,387 @@
+"""AdaLoRA under FedAvg: PEFT's allocator and penalty, ragged uploads, regrowth, bytes by hand."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.adalora import AdaLoraModel, RankAllocator, SVDLinear
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bench.models.encoders import build_model
+from bench.run.rounds import Job, client_batches, draw_cohort
+from fedara_core.adapters import (
+    Adapter,
+    AdapterConfig,
+    LowRank,
+    Masks,
+    Rows,
+    adapter_shapes,
+    named_adapters,
+    read_rows,
+)
+from fedara_core.errors import InputError
+from fedara_core.importance import ImportanceMeter, cubic_budget, top_k_masks
+from fedara_core.method import Client, ServerState
+from fedara_core.methods.adalora import AdaLora, mean_orthogonality
+from fedara_core.train import start_client
+from fedara_core.wire import Upload
+
+MakeJob = Callable[..., Job]
+Play = Callable[..., list[Any]]
+TrainClient = Callable[..., Upload]
+
+ADALORA = ("method.name=adalora", "train.local_steps=2")
+HEAD = ("classifier.bias", "classifier.weight")
+NUM_HEAD = 4 * 32 + 4  # tiny.toml's model
+# 12 adapters x 4 triplets, a third of them last; one round warms up, the last three are final.
+THIRD = ("method.final_budget=0.3334",)
+THIRD_BUDGET = [48, 48, 20, 16, 16, 16]  # 16 + 32 (1/2)^3
+# Settings under which the clients of the tiny job disagree on what to keep.
+UNLIKE = ("method.init_std=0.1", "method.orthogonality=0.0", "train.lr=2e-2")
+
+
+# ---- PEFT ----
+
+
+def test_masks_equal_pefts_allocator_step_by_step() -> None:
+    """Scores, budget and masked E of two layers over ten steps of plain gradient descent."""
+    torch.manual_seed(0)
+    scale, total, first, last = 9 / (6 + 1e-5), 10, 12, 4
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=2, lora_alpha=9, tinit=2, tfinal=3, total_step=total
+    )
+    ours, theirs = nn.ModuleDict(), nn.ModuleDict()
+    for name, d_out in {"first": 10, "second": 7}.items():
+        base, rows = nn.Linear(10, d_out), torch.randn(6, 10 + 1 + d_out)
+        ours[name] = Adapter(name, base)
+        ours[name].write(rows, LowRank(scale=scale, singular=True))
+        theirs[name] = SVDLinear(base, "default", config=config, r=6, lora_alpha=9)
+        with torch.no_grad():
+            theirs[name].lora_A["default"].copy_(rows[:, :10])
+            theirs[name].lora_E["default"].copy_(rows[:, 10:11])
+            theirs[name].lora_B["default"].copy_(rows[:, 11:].T)
+    allocator, meter = RankAllocator(theirs, config, "default"), ImportanceMeter("smoothed")
+    num_kept = []
+    for step in range(1, total + 1):
+        x, y = torch.randn(5, 10), torch.randn(5, 7)
+        for model in (ours, theirs):
+            model.zero_grad()
+            hidden = torch.tanh(model["first"](x))
+            functional.mse_loss(model["second"](hidden), y).backward()
+        meter.observe(ours)
+        # AdaLoRA holds the choice of total - tfinal in the last steps; ours has none to hold.
+        allocator.update_ipt(theirs)
+        budget = cubic_budget(step, first=first, last=last, num_rounds=total, warmup=2, final=3)
+        their_budget, masks_now = allocator.budget_schedule(step)
+        assert budget - their_budget in (0, 1)  # we round, they cut
+        for module in (*ours.values(), *theirs.values()):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    if parameter.grad is not None and parameter.shape != (7, 10):
+                        parameter -= 0.01 * parameter.grad
+        kept = top_k_masks(meter.scores(ours), budget)
+        num_kept.append(sum(int(mask.sum()) for mask in kept.values()))
+        if not masks_now:
+            assert num_kept[-1] == first
+            continue
+        pattern = allocator.mask_to_budget(theirs, budget)
+        for name, adapter in ours.items():
+            assert kept[name].tolist() == pattern[f"{name}.lora_E.default"]
+            with torch.no_grad():
+                adapter.parts["E"][~kept[name]] = 0
+            expected = theirs[name].lora_E["default"]
+            torch.testing.assert_close(adapter.parts["E"], expected, rtol=1e-4, atol=1e-5)
+    assert num_kept == [12, 12, 8, 6, 5, 4, 4, 4, 4, 4]
+
+
+def test_the_budget_is_pefts_rounded() -> None:
+    config = peft.AdaLoraConfig(init_r=12, target_r=8, tinit=5, tfinal=30, total_step=100)
+    theirs = nn.ModuleDict(
+        {str(i): SVDLinear(nn.Linear(4, 4), "default", config=config, r=12) for i in range(10)}
+    )
+    allocator = RankAllocator(theirs, config, "default")
+    for step in range(101):
+        ours = cubic_budget(step, first=120, last=80, num_rounds=100, warmup=5, final=30)
+        their_budget, _ = allocator.budget_schedule(step)
+        exact = 80 + 40 * (1 - min(65, max(0, step - 5)) / 65) ** 3
+        assert ours == round(exact)
+        assert their_budget == int(exact)
+
+
+class WithLoss(nn.Module):
+    """Our model with the loss where PEFT adds its penalty."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **batch: Tensor) -> SimpleNamespace:
+        logits = self.inner(batch["input_ids"], batch["attention_mask"])
+        return SimpleNamespace(loss=functional.cross_entropy(logits, batch["labels"]))
+
+
+@pytest.mark.parametrize("weight", [0.1, 5.0])
+def test_a_clients_round_equals_pefts(
+    weight: float, tiny_job: MakeJob, train_client: TrainClient
+) -> None:
+    """Penalty, clipping, AdamW, scores and the pruning of one whole round, from random rows."""
+    job = tiny_job(
+        *("method.name=adalora", *THIRD, f"method.orthogonality={weight}", "model.dropout=0.0"),
+        *("train.local_steps=6", "train.lr=1e-3"),
+    )
+    torch.manual_seed(5)
+    rows = {name: 0.2 * torch.randn_like(values) for name, values in job.state.rows.items()}
+    state = replace(job.state, rows=rows, round_index=2)
+    num_classes = job.label_counts.shape[1]
+    fresh = build_model(job.config.model, num_classes=num_classes, seed=job.config.seed).model
+    config = peft.AdaLoraConfig(
+        init_r=4,
+        target_r=1,
+        lora_alpha=4.00001,  # PEFT divides by r + 1e-5
+        lora_dropout=0.0,
+        target_modules=list(rows),
+        orth_reg_weight=weight,
+        total_step=10,
+    )
+    theirs = AdaLoraModel(WithLoss(fresh), config, "default")
+    layers = {name: theirs.model.inner.get_submodule(name) for name in rows}
+    with torch.no_grad():
+        for name, (_, d_in) in adapter_shapes(job.model).items():
+            layers[name].lora_A["default"].copy_(rows[name][:, :d_in])
+            layers[name].lora_E["default"].copy_(rows[name][:, d_in : d_in + 1])
+            layers[name].lora_B["default"].copy_(rows[name][:, d_in + 1 :].T)
+    theirs.model.inner.classifier.requires_grad_(True)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    client_id = draw_cohort(job, 2)[0]
+    for batch in client_batches(job, 2, client_id):
+        optimizer.zero_grad()
+        theirs(**batch).loss.backward()
+        theirs.rankallocator.update_ipt(theirs.model)
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    pattern = theirs.rankallocator.mask_to_budget(theirs.model, THIRD_BUDGET[2])
+
+    upload = train_client(job, state, client_id)
+    expected, kept = [], []
+    for name in sorted(rows):
+        (key,) = [key for key in pattern if f".{name}.lora_E" in f".{key}"]
+        mask = torch.tensor(pattern[key])
+        layer = layers[name]
+        a, e, b = (layer.__getattr__(f"lora_{part}")["default"] for part in "AEB")
+        assert torch.equal(e.squeeze(1) != 0, mask)
+        expected.append(torch.cat([a, e, b.T], dim=1)[mask].reshape(-1))
+        kept.append(mask)
+    expected += [fresh.get_parameter(name).reshape(-1) for name in HEAD]
+    assert upload.bits.tolist() == torch.cat(kept).tolist()
+    assert int(upload.bits.sum()) == 20
+    torch.testing.assert_close(upload.values, torch.cat(expected).detach(), rtol=0, atol=2e-5)
+
+
+def test_the_penalty_by_hand() -> None:
+    """A = [[1, -2], [0, 4]], B^T = [[.5, 1], [2, 0]]: sqrt(369), sqrt(11.0625), their mean."""
+    rows = torch.tensor([[1.0, -2.0, 3.0, 0.5, 1.0], [0.0, 4.0, -0.5, 2.0, 0.0]])
+    adapter = Adapter("layer", nn.Linear(2, 2))
+    adapter.write(rows, LowRank(scale=1.0, singular=True))
+    model = nn.ModuleDict({"layer": adapter, "dead": Adapter("dead", nn.Linear(2, 2))})
+    penalty = (369**0.5 + 11.0625**0.5) / 2
+    assert mean_orthogonality(model).item() == pytest.approx(penalty)
+    assert mean_orthogonality(nn.ModuleDict({"dead": model["dead"]})).item() == 0
+
+
+# ---- the server ----
+
+
+def two_adapters(dead: Sequence[int] = ()) -> ServerState:
+    """Adapters "a" (3 x 2) and "b" (2 x 4), three triplets each; rows of 6 and of 7 floats."""
+    mask = torch.ones(6, dtype=torch.bool)
+    mask[list(dead)] = False
+    shapes = {"a": (3, 2), "b": (2, 4)}
+    return ServerState(
+        adapter=AdapterConfig(
+            lora_rank=2, lora_alpha=2.0, client_lora_ranks=(2,) * 3, shapes=shapes
+        ),
+        seed=0,
+        num_rounds=10,
+        rows={"a": torch.full((3, 6), 99.0), "b": torch.full((3, 7), 99.0)},
+        rank_masks={"a": mask[:3], "b": mask[3:]},
+        whole={"head": torch.full((2,), 99.0)},
+        last_round=torch.full((3,), -1),
+        round_index=5,
+    )
+
+
+def sent(client_id: int, num_examples: int, value: float, bits: Sequence[int], num: int) -> Upload:
+    """Rows full of `value`, a head full of 10 x value."""
+    return Upload(
+        client_id=client_id,
+        num_examples=num_examples,
+        train_loss=0.0,
+        values=torch.cat([torch.full((num,), value), torch.full((2,), 10 * value)]),
+        bits=torch.tensor(bits, dtype=torch.bool),
+    )
+
+
+def test_a_triplet_not_sent_counts_as_zero() -> None:
+    uploads = [
+        sent(0, 1, 8.0, [1, 1, 0, 0, 0, 1], 2 * 6 + 7),
+        sent(1, 3, 4.0, [1, 0, 0, 1, 0, 0], 6 + 7),
+    ]
+    after = AdaLora().aggregate(two_adapters(), uploads)
+    # shares 1/4, 3/4: both sent a0 (2 + 3), only client 0 sent a1 and b2 (2), client 1 b0 (3).
+    assert after.rows["a"].tolist() == [[5.0] * 6, [2.0] * 6, [0.0] * 6]
+    assert after.rows["b"].tolist() == [[3.0] * 7, [0.0] * 7, [2.0] * 7]
+    assert after.whole["head"].tolist() == [50.0, 50.0]
+    live = {name: mask.tolist() for name, mask in after.rank_masks.items()}
+    assert live == {"a": [True, True, False], "b": [True, False, True]}
+    assert after.round_index == 6
+    assert after.last_round.tolist() == [5, 5, -1]
+
+
+def test_bits_are_about_live_triplets_only() -> None:
+    """With a1 and all of b but b1 dead, an upload has three bits: a0, a2, b1."""
+    uploads = [sent(0, 1, 8.0, [0, 1, 0], 6), sent(2, 1, 4.0, [0, 1, 1], 6 + 7)]
+    state = two_adapters(dead=[1, 3, 5])
+    state.rows["a"][1] = 0
+    state.rows["b"][[0, 2]] = 0
+    after = AdaLora().aggregate(state, uploads)
+    assert after.rows["a"].tolist() == [[0.0] * 6, [0.0] * 6, [6.0] * 6]
+    assert after.rows["b"].tolist() == [[0.0] * 7, [2.0] * 7, [0.0] * 7]
+    live = {name: mask.tolist() for name, mask in after.rank_masks.items()}
+    assert live == {"a": [False, False, True], "b": [False, True, False]}
+
+
+# ---- whole runs ----
+
+
+def by_adapter(state: ServerState, bits: Tensor) -> Masks:
+    """An upload's bits at their places in the rank_masks."""
+    masks, start = {}, 0
+    for name, num_live in state.live_triplets.items():
+        masks[name] = torch.zeros_like(state.rank_masks[name])
+        masks[name][state.rank_masks[name]] = bits[start : start + num_live]
+        start += num_live
+    assert start == len(bits)
+    return masks
+
+
+def test_bytes_of_a_run_by_hand(tiny_job: MakeJob, play: Play, train_client: TrainClient) -> None:
+    """Uploads of b(t) triplets, but not of the same ones, nor of the same length."""
+    job = tiny_job(*ADALORA, *THIRD, *UNLIKE)
+    shapes = adapter_shapes(job.model)
+    ragged = []
+    for played in play(job):
+        before, row = played.before, played.row
+        uploads = [train_client(job, before, client_id) for client_id in row["cohort"]]
+        num_live = sum(before.live_triplets.values())
+        union = {name: torch.zeros_like(mask) for name, mask in before.rank_masks.items()}
+        up = []
+        for upload in uploads:
+            assert int(upload.bits.sum()) == min(num_live, THIRD_BUDGET[row["round_index"]])
+            masks = by_adapter(before, upload.bits)
+            floats = sum(int(masks[n].sum()) * (sum(shapes[n]) + 1) for n in shapes)
+            up.append(24 + 4 * (floats + NUM_HEAD) + -(-num_live // 8))
+            for name in shapes:
+                union[name] |= masks[name]
+        floats = sum(n * (sum(shapes[name]) + 1) for name, n in before.live_triplets.items())
+        assert row["uplink_bytes"] == sum(up)
+        assert row["downlink_bytes"] == 5 * (24 + 4 * (floats + NUM_HEAD) + 48 // 8)
+        ragged.append(len(set(up)) > 1)
+        for name, mask in played.after.rank_masks.items():
+            assert torch.equal(mask, union[name])
+            assert not played.after.rows[name][~mask].any()
+        assert row["live_triplets"] >= THIRD_BUDGET[row["round_index"]]
+    assert ragged[:3] == [False, False, True]
+    assert 16 < row["live_triplets"] < 48
+
+
+def test_a_client_takes_back_what_others_kept(
+    tiny_job: MakeJob, play: Play, train_client: TrainClient
+) -> None:
+    job = tiny_job(*ADALORA, *THIRD, *UNLIKE, "federation.cohort=8", "evaluate.every=9")
+    rounds = play(job, num_rounds=4)
+    taken_back = 0
+    for client_id in range(8):
+        now, then = (
+            by_adapter(p.before, train_client(job, p.before, client_id).bits) for p in rounds[2:4]
+        )
+        for name in now:
+            pruned = rounds[2].before.rank_masks[name] & ~now[name]
+            assert not (then[name] & ~rounds[3].before.rank_masks[name]).any()
+            taken_back += int((pruned & then[name]).sum())
+    assert taken_back > 0
+
+
+def test_what_is_sent_is_what_was_trained(tiny_job: MakeJob) -> None:
+    """Pruning comes after the last local step: the live union trains the whole round."""
+    job = tiny_job(*ADALORA, *THIRD)
+    state = replace(job.state, round_index=4)
+    client = Client(client_id=3, num_examples=7, model=job.model)
+    job.method.download(job.model, state, client)
+    start_client(client, job.method, job.training, state)
+    for batch in client_batches(job, 4, 3):
+        job.method.local_step(client, batch)
+        assert sum(adapter.num_live for _, adapter in named_adapters(job.model)) == 48
+    trained: Rows = read_rows(job.model)
+    upload = job.method.upload(client, state)
+    masks = by_adapter(state, upload.bits)
+    expected = torch.cat([trained[name][masks[name]].reshape(-1) for name in sorted(trained)])
+    assert torch.equal(upload.values[:-NUM_HEAD], expected)
+    scores = client.notes["importance"]
+    assert scores.kind == "smoothed"
+
+
+@pytest.mark.parametrize("init_std", [0.02, 0.1])
+def test_without_budget_and_penalty_it_is_svd_fedavg(
+    init_std: float, tiny_job: MakeJob, play: Play
+) -> None:
+    common = (f"method.init_std={init_std}", "federation.num_rounds=3", "train.local_steps=2")
+    off = ("method.final_budget=1.0", "method.orthogonality=0.0")
+    ours = play(tiny_job("method.name=adalora", *off, *common))
+    theirs = play(tiny_job("method.name=fedara", "method.rank_allocation=false", *common))
+    digests = [played.row["state_digest"] for played in ours]
+    assert digests == [played.row["state_digest"] for played in theirs]
+    penalised = play(tiny_job("method.name=adalora", "method.final_budget=1.0", *common))
+    assert penalised[-1].row["state_digest"] not in digests
+
+
+def test_the_start_is_adaloras(tiny_job: MakeJob) -> None:
+    job = tiny_job(*ADALORA)
+    for name, (_, d_in) in adapter_shapes(job.model).items():
+        rows = job.state.rows[name]
+        assert not rows[:, d_in].any()  # E = 0
+        assert rows.std() == pytest.approx(0.02, rel=0.3)
+    assert job.method.form(job.state).scale == 1.0
+
+
+def test_everything_can_be_pruned(tiny_job: MakeJob, play: Play) -> None:
+    job = tiny_job(*ADALORA, "method.final_budget=0.0")
+    rounds = play(job)
+    assert rounds[-2].row["live_triplets"] == rounds[-1].row["live_triplets"] == 0
+    assert rounds[-1].row["uplink_bytes"] == 5 * (24 + 4 * NUM_HEAD)
+    assert rounds[-1].row["downlink_bytes"] == 5 * (24 + 4 * NUM_HEAD + 48 // 8)
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("final_budget", 1.5),
+        ("warmup_fraction", -0.1),
+        ("final_fraction", 1.1),
+        ("init_std", 0.0),
+        ("orthogonality", -0.1),
+    ],
+)
+def test_settings_out_of_range_are_named(key: str, value: float) -> None:
+    with pytest.raises(InputError) as error:
+        AdaLora(**{key: value})
+    assert f"method.{key} = {value}" in str(error.value)
+    assert "must be" in str(error.value)

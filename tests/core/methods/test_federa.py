@@ -1,0 +1,114 @@
+"""FeDeRA: the start against numpy's SVD, the unchanged function, the reduction to LoRA, bytes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench.models.encoders import build_model
+from bench.run.rounds import Job
+from fedara_core.adapters import adapter_shapes, named_adapters
+
+MakeJob = Callable[..., Job]
+Play = Callable[..., list[Any]]
+
+FEDERA = ("method.name=federa", "adapter.lora_alpha=8.0", "train.local_steps=2")  # scale 2
+SHAPES = [(32, 32)] * 8 + [(64, 32), (32, 64)] * 2  # tiny.toml's model
+NUM_HEAD = 4 * 32 + 4
+
+
+def logits(job: Job, model: torch.nn.Module) -> Tensor:
+    batch = job.train.batch(torch.arange(8), job.device)
+    model.eval()
+    with torch.no_grad():
+        return model(batch["input_ids"], batch["attention_mask"])
+
+
+def test_the_start_is_the_best_low_rank_part_of_each_weight(tiny_job: MakeJob) -> None:
+    job = tiny_job(*FEDERA)
+    assert len(job.state.rows) == 12
+    for name, adapter in named_adapters(job.model):
+        weight = adapter.base.weight.detach().double().numpy()
+        d_in = weight.shape[1]
+        u, s, vt = np.linalg.svd(weight)
+        best = u[:, :4] @ np.diag(s[:4]) @ vt[:4]
+        rows = job.state.rows[name].double().numpy()
+        a, b = rows[:, :d_in], rows[:, d_in:].T
+        np.testing.assert_allclose(2.0 * b @ a, best, atol=1e-6)
+        np.testing.assert_allclose(job.state.fixed["delta"][name].numpy(), -best, atol=1e-6)
+        # Both factors get sqrt(S / scale): neither is left with all of S, or with none of it.
+        np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.sqrt(s[:4] / 2), rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(b, axis=0), np.sqrt(s[:4] / 2), rtol=1e-5)
+
+
+def test_the_start_leaves_the_function_as_it_was(tiny_job: MakeJob) -> None:
+    job = tiny_job(*FEDERA, "model.name=tiny")
+    plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model
+    before = logits(job, plain)
+    job.method.download(job.model, job.state, None)
+    torch.testing.assert_close(logits(job, job.model), before, rtol=0, atol=1e-5)
+    job.method.download(job.model, replace(job.state, fixed={}), None)
+    assert (logits(job, job.model) - before).abs().max() > 1e-2  # the delta does it
+
+
+def test_the_start_does_not_hang_on_the_signs_of_an_svd(
+    tiny_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = tiny_job(*FEDERA).state.digest()
+    svd = torch.linalg.svd
+
+    def other_signs(matrix: Tensor, **options: bool) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vt = svd(matrix, **options)
+        flip = torch.where(torch.arange(len(s)) % 3 == 0, -1.0, 1.0).double()
+        return u * flip, s, vt * flip[:, None]
+
+    monkeypatch.setattr(torch.linalg, "svd", other_signs)
+    assert tiny_job(*FEDERA).state.digest() == digest
+
+
+def test_training_moves_the_low_rank_part_only(tiny_job: MakeJob, play: Play) -> None:
+    job = tiny_job(*FEDERA, "train.lr=2e-2")
+    state = play(job, num_rounds=2)[-1].after
+    job.method.download(job.model, state, None)
+    for name, adapter in named_adapters(job.model):
+        d_in = adapter.shape[1]
+        start, now = job.state.rows[name], state.rows[name]
+        moved = 2 * (now[:, d_in:].T @ now[:, :d_in] - start[:, d_in:].T @ start[:, :d_in])
+        with torch.no_grad():  # the rows of the identity give the columns of the weight
+            weight = (adapter(torch.eye(d_in)) - adapter.base.bias).T
+        assert moved.abs().max() > 1e-3
+        torch.testing.assert_close(weight, adapter.base.weight + moved, rtol=0, atol=1e-5)
+
+
+def test_from_loras_start_it_is_lora(tiny_job: MakeJob, play: Play) -> None:
+    lora = tiny_job("method.name=lora", *FEDERA[1:])
+    federa = tiny_job(*FEDERA)
+    zero = {name: torch.zeros(shape) for name, shape in adapter_shapes(federa.model).items()}
+    start = replace(federa.state, rows=lora.state.rows, fixed={"delta": zero})
+    ours, theirs = play(federa, start, 2)[-1], play(lora, num_rounds=2)[-1]
+    assert ours.row["train_loss"] == theirs.row["train_loss"]
+    for name, rows in theirs.after.rows.items():
+        assert torch.equal(ours.after.rows[name], rows)
+        assert not torch.equal(rows, lora.state.rows[name])
+    assert all(torch.equal(ours.after.whole[n], theirs.after.whole[n]) for n in theirs.after.whole)
+
+
+def test_the_start_factors_travel_once_to_each_client(tiny_job: MakeJob, play: Play) -> None:
+    """In round 0 they are the current factors; later a newcomer gets both."""
+    factors = 4 * 4 * sum(d_out + d_in for d_out, d_in in SHAPES)
+    usual = 24 + factors + 4 * NUM_HEAD
+    seen: set[int] = set()
+    num_late = []
+    for played in play(tiny_job(*FEDERA)):
+        cohort = set(played.row["cohort"])
+        late = cohort - seen if played.row["round_index"] else set()
+        num_late.append(len(late))
+        assert played.row["uplink_bytes"] == 5 * usual
+        assert played.row["downlink_bytes"] == 5 * usual + len(late) * factors
+        seen |= cohort
+    assert num_late[0] == 0
+    assert sum(num_late) == 3  # 8 clients, 5 of them in round 0

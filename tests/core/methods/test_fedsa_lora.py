@@ -1,0 +1,141 @@
+"""FedSA-LoRA: B stays at its client, A and the head are shared, and one client alone is LoRA."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.run.rounds import Job, draw_cohort
+from fedara_core.adapters import Rows, read_rows
+from fedara_core.method import Client
+from fedara_core.wire import Upload
+
+MakeJob = Callable[..., Job]
+Play = Callable[..., list[Any]]
+TrainClient = Callable[..., Upload]
+
+# Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
+TARGETS = "adapter.targets=['query', 'intermediate.dense']"
+NUM_A = 4 * (2 * 32 + 2 * 32)
+NUM_HEAD = 4 * 32 + 4
+FEDSA = ("method.name=fedsa_lora", TARGETS, "adapter.lora_alpha=8.0", "train.local_steps=2")
+
+
+def halves(rows: Rows) -> tuple[Rows, Rows]:
+    """A (r, 32) and B (r, d_out) by adapter; d_in is 32 in all of them."""
+    return (
+        {name: values[:, :32] for name, values in rows.items()},
+        {name: values[:, 32:] for name, values in rows.items()},
+    )
+
+
+def assert_equal(ours: Rows, theirs: Rows) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, values in ours.items():
+        assert torch.equal(values, theirs[name]), name
+
+
+def test_b_stays_at_its_client(tiny_job: MakeJob, train_client: TrainClient) -> None:
+    """Two rounds with the same two clients: each goes on from its own B and the mean A."""
+    job = tiny_job(*FEDSA)
+    state = job.state
+    before: dict[int, Rows] = {}
+    for _ in range(2):
+        uploads, trained = [], {}
+        for client_id in (2, 5):
+            client = Client(client_id=client_id, num_examples=1, model=job.model)
+            client.kept = dict(job.kept.get(client_id, {}))
+            job.method.download(job.model, state, client)
+            a, b = halves(read_rows(job.model))
+            assert_equal(a, halves(state.rows)[0])
+            if before:
+                assert_equal(b, halves(before[client_id])[1])
+            else:
+                assert not any(values.any() for values in b.values())
+            uploads.append(train_client(job, state, client_id))
+            trained[client_id] = read_rows(job.model)
+            for name, values in halves(trained[client_id])[1].items():
+                assert not torch.equal(values, b[name])
+        kept = {k: halves(rows)[1] for k, rows in trained.items()}
+        for client_id in (2, 5):
+            assert_equal(job.kept[client_id], kept[client_id])
+        assert all(not torch.equal(kept[2][name], kept[5][name]) for name in kept[2])
+        state, before = job.method.aggregate(state, uploads), trained
+        shares = [upload.num_examples / sum(u.num_examples for u in uploads) for upload in uploads]
+        for name, values in state.rows.items():
+            mean = shares[0] * trained[2][name][:, :32] + shares[1] * trained[5][name][:, :32]
+            torch.testing.assert_close(values[:, :32], mean, rtol=0, atol=1e-6)
+
+
+def test_no_other_b_reaches_a_client(
+    tiny_job: MakeJob, play: Play, train_client: TrainClient
+) -> None:
+    """A client's upload is the same whatever the others keep; a new one starts from B = 0."""
+    job = tiny_job(*FEDSA)
+    state = play(job, num_rounds=1)[-1].after
+    assert sorted(job.kept) == draw_cohort(job, 0)
+    kept = dict(job.kept)
+    old, new = draw_cohort(job, 0)[0], next(k for k in range(8) if k not in kept)
+    assert all(not values[:, 32:].any() for values in state.rows.values())
+
+    def uploads() -> list[Upload]:
+        return [train_client(job, state, client_id) for client_id in (old, new)]
+
+    first = uploads()
+    job.kept.clear()
+    job.kept[old] = kept[old]
+    second = uploads()
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours.values, theirs.values)
+    job.kept.clear()  # but its own B does
+    assert not torch.equal(first[0].values, uploads()[0].values)
+
+
+def test_one_client_alone_is_lora(tiny_job: MakeJob, play: Play) -> None:
+    common = (*FEDSA, "federation.num_clients=1", "federation.cohort=1", "train.lr=1e-2")
+    job = tiny_job(*common)
+    for ours, theirs in zip(play(job), play(tiny_job(*common, "method.name=lora")), strict=True):
+        assert_equal(halves(ours.after.rows)[0], halves(theirs.after.rows)[0])
+        assert_equal(dict(ours.after.whole), dict(theirs.after.whole))
+        assert ours.row["train_loss"] == theirs.row["train_loss"]
+    assert_equal(job.kept[0], halves(theirs.after.rows)[1])
+    assert ours.row["accuracy"] == theirs.row["accuracy"]
+
+
+def test_each_client_is_evaluated_with_its_own_b(tiny_job: MakeJob, play: Play) -> None:
+    job = tiny_job(*FEDSA, "train.lr=0.05")
+    state = play(job, num_rounds=2)[-1].after
+    batch = job.evaluated.batch(torch.arange(8), job.device)
+
+    def logits(client: Client | None) -> Tensor:
+        job.method.download(job.model, state, client)
+        job.model.eval()
+        with torch.no_grad():
+            return job.model(batch["input_ids"], batch["attention_mask"])  # type: ignore[no-any-return]
+
+    seen = [logits(None)]  # the shared half alone: B = 0
+    for client_id in sorted(job.kept):
+        client = Client(client_id=client_id, num_examples=1, model=job.model)
+        client.kept = dict(job.kept[client_id])
+        seen.append(logits(client))
+        own = halves(read_rows(job.model))[1]
+        assert_equal(own, job.kept[client_id])
+    for i, one in enumerate(seen):
+        assert all((one - other).abs().max() > 1e-3 for other in seen[:i])
+    assert torch.equal(seen[0], logits(None))
+
+
+def test_only_a_and_the_head_travel(tiny_job: MakeJob, play: Play) -> None:
+    """To new clients as to those that come back."""
+    for played in play(tiny_job(*FEDSA), num_rounds=3):
+        size = 24 + 4 * (NUM_A + NUM_HEAD)
+        assert played.row["uplink_bytes"] == 5 * size
+        assert played.row["downlink_bytes"] == 5 * size
+
+
+def test_the_head_is_shared(tiny_job: MakeJob, play: Play) -> None:
+    job = tiny_job(*FEDSA)
+    (played,) = play(job, num_rounds=1)
+    assert set(played.after.whole) == {"classifier.bias", "classifier.weight"}
+    assert all(set(kept) == set(job.state.rows) for kept in job.kept.values())

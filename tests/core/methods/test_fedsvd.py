@@ -1,0 +1,130 @@
+"""FedSVD: the refactored product, orthonormal A, exact averaging, and what SGD can not tell."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bench.run.rounds import Job, draw_cohort
+from fedara_core.adapters import read_rows
+from fedara_core.methods.fedsvd import refactor
+from fedara_core.wire import Upload
+
+MakeJob = Callable[..., Job]
+Play = Callable[..., list[Any]]
+TrainClient = Callable[..., Upload]
+
+# Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
+TARGETS = "adapter.targets=['query', 'intermediate.dense']"
+NUM_A = 4 * (2 * 32 + 2 * 32)
+NUM_B = 4 * (2 * 32 + 2 * 64)
+NUM_HEAD = 4 * 32 + 4
+FEDSVD = ("method.name=fedsvd", TARGETS, "adapter.lora_alpha=8.0", "train.local_steps=2")
+
+
+def update(rows: Tensor, d_in: int, scale: float = 2.0) -> Tensor:
+    """scale B A (d_out, d_in) of LoRA rows, in float64."""
+    return scale * rows[:, d_in:].double().T @ rows[:, :d_in].double()
+
+
+def assert_orthonormal(a: Tensor) -> None:
+    torch.testing.assert_close(a @ a.T, torch.eye(len(a)), rtol=0, atol=1e-6)
+
+
+def test_refactored_rows_by_hand() -> None:
+    """B A = 6 u v^T + 2 w z^T, in any factors: B gets all of S (a square root on each side would
+    leave sqrt(6) and sqrt(2) there), larger triplets come first; a triplet's sign is free."""
+    u, w = torch.tensor([0.6, 0.8, 0.0]), torch.tensor([-0.8, 0.6, 0.0])
+    v, z = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    mix, unmix = torch.tensor([[2.0, 1.0], [1.0, 1.0]]), torch.tensor([[1.0, -1.0], [-1.0, 2.0]])
+    a = mix @ torch.stack([v, z])
+    b = torch.stack([6 * u, 2 * w], dim=1) @ unmix
+    new = refactor(torch.cat([a, b.T], dim=1), (3, 2))
+    new = new * torch.stack([new[0, 1].sign(), new[1, 0].sign()])[:, None]
+    expected = torch.stack([torch.cat([v, 6 * u]), torch.cat([z, 2 * w])])
+    torch.testing.assert_close(new, expected, rtol=0, atol=1e-6)
+
+
+def test_a_is_orthonormal_from_the_start_and_spans_the_same_rows(
+    tiny_job: MakeJob, play: Play
+) -> None:
+    job = tiny_job(*FEDSVD)
+    lora = tiny_job(*FEDSVD, "method.name=lora")
+    rounds = play(job, num_rounds=3)
+    for name, (_, d_in) in job.state.adapter.shapes.items():
+        start = job.state.rows[name]
+        assert not start[:, d_in:].any()
+        states = [rounds[0].before, *(played.after for played in rounds)]
+        for state in states:
+            assert_orthonormal(state.rows[name][:, :d_in])
+        for before, after in pairwise(states):
+            turned = before.rows[name][:, :d_in] @ after.rows[name][:, :d_in].T
+            assert_orthonormal(turned)  # (r, r): a rotation within the same row space
+            assert (turned.abs() - torch.eye(4)).abs().max() > 1e-2
+        drawn = lora.state.rows[name][:, :d_in]
+        inside = drawn @ start[:, :d_in].T @ start[:, :d_in]
+        torch.testing.assert_close(inside, drawn, rtol=0, atol=1e-6)
+
+
+def test_the_server_gets_the_mean_update(
+    tiny_job: MakeJob, play: Play, train_client: TrainClient
+) -> None:
+    """sum_k p_k scale B_k A_k from the clients' own models, and its SVD in the two factors."""
+    job = tiny_job(*FEDSVD, "train.lr=0.05")
+    state = play(job, num_rounds=2)[-1].after
+    uploads, models = [], []
+    for client_id in draw_cohort(job, state.round_index):
+        uploads.append(train_client(job, state, client_id))
+        models.append(read_rows(job.model))
+    num_examples = [upload.num_examples for upload in uploads]
+    assert len(set(num_examples)) > 1
+    after = job.method.aggregate(state, uploads)
+    for name, (_, d_in) in job.state.adapter.shapes.items():
+        mean = sum(
+            n / sum(num_examples) * update(rows[name], d_in)
+            for n, rows in zip(num_examples, models, strict=True)
+        )
+        ours = update(after.rows[name], d_in)
+        assert (ours - update(state.rows[name], d_in)).abs().max() > 1e-2
+        torch.testing.assert_close(ours, mean, rtol=0, atol=1e-5)
+        # The scale stays outside: S is that of B A, and all of it is in B.
+        s = np.linalg.svd(mean.numpy() / 2.0, compute_uv=False)
+        b = after.rows[name][:, d_in:].double().numpy()  # (r, d_out)
+        np.testing.assert_allclose(b @ b.T, np.diag(s[:4] ** 2), atol=1e-5)
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 5.0), ("adamw", 0.01)])
+def test_sgd_can_not_tell_it_from_a_fixed_a(
+    optimizer: str, lr: float, tiny_job: MakeJob, play: Play
+) -> None:
+    """From the same orthonormal A the updates stay those of FFA-LoRA; AdamW's do not."""
+    common = (*FEDSVD, f"train.optimizer={optimizer}", f"train.lr={lr}", "evaluate.every=9")
+    ours, theirs = tiny_job(*common), tiny_job(*common, "method.name=ffa_lora")
+    turned = play(ours)[-1].after
+    fixed = play(theirs, replace(theirs.state, rows=ours.state.rows))[-1].after
+    for name, (_, d_in) in ours.state.adapter.shapes.items():
+        expected = update(fixed.rows[name], d_in)
+        gap = (update(turned.rows[name], d_in) - expected).norm() / expected.norm()
+        assert gap < 1e-4 if optimizer == "sgd" else gap > 1e-2
+        assert (turned.rows[name] - fixed.rows[name])[:, :d_in].abs().max() > 0.1
+
+
+def test_without_an_update_a_stays_orthonormal() -> None:
+    """A mean B of zero, or of rank one, leaves no direction undefined."""
+    a = torch.eye(3)[:2]
+    for b in (torch.zeros(4, 2), torch.ones(4, 2)):
+        new = refactor(torch.cat([a, b.T], dim=1), (4, 3))
+        assert_orthonormal(new[:, :3])
+        torch.testing.assert_close(new[:, 3:].T @ new[:, :3], b @ a, rtol=0, atol=1e-6)
+
+
+def test_b_goes_up_and_both_come_down(tiny_job: MakeJob, play: Play) -> None:
+    """To new clients as to those that come back."""
+    for played in play(tiny_job(*FEDSVD), num_rounds=3):
+        assert played.row["uplink_bytes"] == 5 * (24 + 4 * (NUM_B + NUM_HEAD))
+        assert played.row["downlink_bytes"] == 5 * (24 + 4 * (NUM_A + NUM_B + NUM_HEAD))

@@ -1,0 +1,123 @@
+"""RoLoRA: which half trains and travels when, exact averaging, LoRA with one half held still."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.run.rounds import Job, draw_cohort
+from fedara_core.adapters import named_adapters, read_rows
+from fedara_core.method import Method, load_method
+from fedara_core.wire import Upload
+
+MakeJob = Callable[..., Job]
+Play = Callable[..., list[Any]]
+TrainClient = Callable[..., Upload]
+
+# Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
+TARGETS = "adapter.targets=['query', 'intermediate.dense']"
+NUM_A = 4 * (2 * 32 + 2 * 32)
+NUM_B = 4 * (2 * 32 + 2 * 64)
+NUM_HEAD = 4 * 32 + 4
+ROLORA = ("method.name=rolora", TARGETS, "adapter.lora_alpha=8.0", "train.local_steps=2")
+
+
+def update(rows: Tensor, d_in: int, scale: float = 2.0) -> Tensor:
+    """scale B A (d_out, d_in) of LoRA rows, in float64."""
+    return scale * rows[:, d_in:].double().T @ rows[:, :d_in].double()
+
+
+def test_b_trains_in_even_rounds_and_a_in_odd_ones(tiny_job: MakeJob, play: Play) -> None:
+    job = tiny_job(*ROLORA)
+    shapes = job.state.adapter.shapes
+    state = job.state
+    for round_index in range(4):
+        (played,) = play(job, state, 1)
+        job.method.download(job.model, state, None)
+        for name, adapter in named_adapters(job.model):
+            d_in = shapes[name][1]
+            before, after = state.rows[name], played.after.rows[name]
+            moved = {
+                "A": not torch.equal(before[:, :d_in], after[:, :d_in]),
+                "B": not torch.equal(before[:, d_in:], after[:, d_in:]),
+            }
+            assert moved == {"A": round_index % 2 == 1, "B": round_index % 2 == 0}
+            assert {part: p.requires_grad for part, p in adapter.parts.items()} == moved
+        state = played.after
+
+
+@pytest.mark.parametrize("num_rounds", [2, 3])
+def test_the_server_gets_the_mean_update(
+    num_rounds: int, tiny_job: MakeJob, play: Play, train_client: TrainClient
+) -> None:
+    """sum_k p_k scale B_k A_k from the clients' own models, in a B round and in an A round."""
+    job = tiny_job(*ROLORA, "train.lr=0.05")
+    state = play(job, num_rounds=num_rounds)[-1].after
+    uploads, models = [], []
+    for client_id in draw_cohort(job, state.round_index):
+        uploads.append(train_client(job, state, client_id))
+        models.append(read_rows(job.model))
+    num_examples = [upload.num_examples for upload in uploads]
+    assert len(set(num_examples)) > 1
+    after = job.method.aggregate(state, uploads)
+    for adapter, (_, d_in) in job.state.adapter.shapes.items():
+        mean = sum(
+            n / sum(num_examples) * update(rows[adapter], d_in)
+            for n, rows in zip(num_examples, models, strict=True)
+        )
+        ours = update(after.rows[adapter], d_in)
+        assert (ours - update(state.rows[adapter], d_in)).abs().max() > 1e-2
+        torch.testing.assert_close(ours, mean, rtol=0, atol=1e-5)
+
+
+def still(part: str) -> Method:
+    """LoRA whose A or B has a learning rate of 0."""
+    lora: Any = load_method("lora")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Still(lora):  # type: ignore[misc]
+        def lr_factor(self, moving: str) -> float:
+            return 0.0 if moving == part else 1.0
+
+    return Still()  # type: ignore[no-any-return]
+
+
+def test_it_is_lora_whose_other_half_does_not_move(tiny_job: MakeJob, play: Play) -> None:
+    """Without clipping, where the other half's gradient would count, to the last bit."""
+    common = (*ROLORA, "train.max_grad_norm=1e9", "train.weight_decay=0.1")
+    lora = tiny_job(*common, "method.name=lora")
+    for played, part in zip(play(tiny_job(*common), num_rounds=4), "ABAB", strict=True):
+        (theirs,) = play(replace(lora, method=still(part)), played.before, 1)
+        assert theirs.row["state_digest"] == played.row["state_digest"]
+
+
+def test_bytes_where_all_take_part(tiny_job: MakeJob, play: Play) -> None:
+    """Up: B, A, B, A. Down: everything at first, then what the round before trained."""
+    job = tiny_job(*ROLORA, "federation.cohort=8")
+    rounds = play(job, num_rounds=4)
+    up, down = (NUM_B, NUM_A, NUM_B, NUM_A), (NUM_A + NUM_B, NUM_B, NUM_A, NUM_B)
+    for played, sent, received in zip(rounds, up, down, strict=True):
+        assert played.row["uplink_bytes"] == 8 * (24 + 4 * (sent + NUM_HEAD))
+        assert played.row["downlink_bytes"] == 8 * (24 + 4 * (received + NUM_HEAD))
+
+
+def test_who_missed_a_round_downloads_both_halves(tiny_job: MakeJob, play: Play) -> None:
+    rounds = play(tiny_job(*ROLORA))
+    cohorts: list[set[int]] = [set()]
+    kinds = set()
+    for played in rounds:
+        last, changed = cohorts[-1], NUM_A if len(cohorts) % 2 else NUM_B
+        cohorts.append(set(played.row["cohort"]))
+        back = cohorts[-1] & last
+        new = cohorts[-1] - set().union(*cohorts[:-1])
+        kinds |= {"back"} if back else set()
+        kinds |= {"new"} if new and len(cohorts) > 2 else set()
+        kinds |= {"late"} if cohorts[-1] - back - new else set()
+        values = len(back) * changed + (5 - len(back)) * (NUM_A + NUM_B)
+        assert played.row["downlink_bytes"] == 4 * values + 5 * (24 + 4 * NUM_HEAD)
+        sent = NUM_B if len(cohorts) % 2 == 0 else NUM_A
+        assert played.row["uplink_bytes"] == 5 * (24 + 4 * (sent + NUM_HEAD))
+    assert kinds == {"back", "new", "late"}

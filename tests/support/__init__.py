@@ -1,0 +1,1 @@
+"""Helpers of the tests: jobs in child processes, records made by hand."""

@@ -1,0 +1,94 @@
+"""The real command line with a fault in one process.
+
+fault_job.py KIND WORLD_RANK STAMP RESULTS ARGS: the fault comes in round 1 (counted from 0), and
+STAMP gets the time of it. KIND: raise, or the signal SIGKILL, SIGUSR1 or SIGTERM, in the first
+client's training; nan, short, nothing in its upload (values that are no numbers, too few of them,
+none at all); dropped, its upload lost on the way; cut in the packed messages (the last bytes
+missing), header in the packed heads (the first byte another).
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import cli
+from bench.run import rounds
+from fedara_core.merge import collectives
+from fedara_core.method import Method
+
+
+class Fault:
+    """Knows whether the fault is due, and notes when it comes."""
+
+    def __init__(self, kind: str, world_rank: int, stamp: Path, results: Path) -> None:
+        self.kind, self.world_rank, self.stamp, self.results = kind, world_rank, stamp, results
+        self.here = (-1, -1)  # round_index, world_rank
+
+    def due(self, *kinds: str) -> bool:
+        if self.kind not in kinds or self.here != (1, self.world_rank) or self.stamp.exists():
+            return False
+        # Round 0 is on disk once it has a checkpoint; world_rank 0 may be behind this one.
+        while not list(self.results.glob("*/checkpoint.safetensors")):
+            time.sleep(0.01)
+        self.stamp.write_text(repr(time.time()))
+        return True
+
+
+def damage(fault: Fault) -> None:
+    """Put the fault's ways into the program."""
+    one_round, start_client = rounds.one_round, rounds.start_client
+    take, pack, pack_heads = rounds._Exchange.take, rounds.pack, collectives.pack_heads
+
+    def noting(job: Any, state: Any, communicator: Any, meter: Any) -> Any:
+        fault.here = state.round_index, communicator.world_rank
+        return one_round(job, state, communicator, meter)
+
+    def starting(client: Any, method: Any, training: Any, state: Any) -> None:
+        if fault.due("SIGKILL", "SIGUSR1", "SIGTERM"):
+            os.kill(os.getpid(), signal.Signals[fault.kind])
+        if fault.due("raise"):
+            raise RuntimeError("injected")
+        start_client(client, method, training, state)
+
+    def taking(exchange: Any, upload: Any) -> None:
+        if fault.due("nan"):
+            upload = dataclasses.replace(upload, values=torch.full_like(upload.values, torch.nan))
+        if fault.due("short"):
+            upload = dataclasses.replace(upload, values=upload.values[:-3])
+        if not fault.due("dropped"):
+            take(exchange, upload)
+
+    def packing(uploads: Any) -> Any:
+        packed = pack(uploads)
+        return packed[:-5] if fault.due("cut") else packed
+
+    def packing_heads(heads: Any) -> bytes:
+        packed = pack_heads(heads)
+        return b"\x17" + packed[1:] if fault.due("header") else packed
+
+    rounds.one_round, rounds.start_client = noting, starting
+    rounds._Exchange.take = taking  # type: ignore[method-assign]
+    rounds.pack, collectives.pack_heads = packing, packing_heads  # type: ignore[attr-defined]
+    uploading = Method.upload
+
+    def silent(method: Any, client: Any, state: Any) -> Any:
+        return None if fault.due("nothing") else uploading(method, client, state)
+
+    Method.upload = silent  # type: ignore[method-assign]
+
+
+def main() -> None:
+    kind, world_rank, stamp, results = sys.argv[1:5]
+    sys.argv[1:] = sys.argv[5:]
+    damage(Fault(kind, int(world_rank), Path(stamp), Path(results)))
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

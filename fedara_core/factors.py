@@ -1,47 +1,41 @@
 """Low-rank factors: how they start, and exact sums and truncations of their products.
 
-Shapes: A (r, d_in), B (d_out, r), E (r,); LoRA's rows are [A_i, B_i], AdaLoRA's [A_i, E_i, B_i].
+Shapes: A (r, d_in), B (d_out, r), E (r,). Rows hold B transposed: parts A (r, d_in), E (r, 1),
+B (r, d_out).
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedara_core.adapters import AdapterConfig, Rows, Shape, named_adapters
+from fedara_core.adapters import AdaptedModel, AdapterSpec
 from fedara_core.seeds import generator
+from fedara_core.values import Tensors
 
 
-def lora_rows(adapter: AdapterConfig, seed: int) -> Rows:
+def lora_parts(adapter: AdapterSpec, seed: int) -> dict[str, Tensors]:
     """LoRA's start (arXiv 2106.09685, section 4.1): A uniform in +-1/sqrt(d_in), B = 0.
 
     The bound is Kaiming's with a = sqrt 5, as in the LoRA reference code.
     """
-    rows = {}
+    parts: dict[str, Tensors] = {"A": {}, "B": {}}
     for index, (name, (d_out, d_in)) in enumerate(adapter.shapes.items()):
-        rows[name] = torch.zeros(adapter.lora_rank, d_in + d_out)
-        bound = d_in**-0.5
-        rows[name][:, :d_in].uniform_(-bound, bound, generator=generator(seed, "init", index))
-    return rows
+        bound, draw = d_in**-0.5, generator(seed, "init", index)
+        parts["A"][name] = torch.empty(adapter.lora_rank, d_in).uniform_(
+            -bound, bound, generator=draw
+        )
+        parts["B"][name] = torch.zeros(adapter.lora_rank, d_out)
+    return parts
 
 
-def svd_rows(adapter: AdapterConfig, seed: int, std: float) -> Rows:
+def svd_parts(adapter: AdapterSpec, seed: int, std: float) -> dict[str, Tensors]:
     """AdaLoRA's start (arXiv 2303.10512): A and B Gaussian of deviation `std`, E = 0."""
-    rows = {}
+    parts: dict[str, Tensors] = {"A": {}, "E": {}, "B": {}}
     for index, (name, (d_out, d_in)) in enumerate(adapter.shapes.items()):
         drawn = torch.empty(adapter.lora_rank, d_in + 1 + d_out)
         drawn.normal_(0, std, generator=generator(seed, "init", index))
-        drawn[:, d_in] = 0  # E
-        rows[name] = drawn
-    return rows
-
-
-def split_pair(rows: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """A (r, d_in) and B (d_out, r) of LoRA rows (r, d_in + d_out)."""
-    return rows[:, : shape[1]], rows[:, shape[1] :].T
-
-
-def join_pair(a: Tensor, b: Tensor) -> Tensor:
-    """LoRA rows (r, d_in + d_out) of A (r, d_in) and B (d_out, r)."""
-    return torch.cat([a, b.T], dim=1)
+        a, e, b = torch.split(drawn, [d_in, 1, d_out], dim=1)
+        parts["A"][name], parts["E"][name], parts["B"][name] = a, torch.zeros_like(e), b
+    return parts
 
 
 def signed_svd(matrix: Tensor, lora_rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,16 +65,16 @@ def truncated_product(left: Tensor, right: Tensor, lora_rank: int) -> tuple[Tens
     return _with_signs(q_left @ u, s, vt @ q_right.T)
 
 
-def orthogonality_penalty(model: nn.Module) -> Tensor:
+def orthogonality_penalty(model: AdaptedModel) -> Tensor:
     """Sum over adapters of ||A A^T - I||_F^2 + ||B^T B - I||_F^2 (arXiv 2303.10512, eq. 4)."""
     penalties = [gap.square().sum() for gap in orthogonality_gaps(model)]
     return torch.stack(penalties).sum() if penalties else torch.zeros((), requires_grad=True)
 
 
-def orthogonality_gaps(model: nn.Module) -> list[Tensor]:
+def orthogonality_gaps(model: AdaptedModel) -> list[Tensor]:
     """A A^T - I and B^T B - I (r, r) of every adapter that has live triplets, in name order."""
     gaps = []
-    for _, adapter in named_adapters(model):
+    for adapter in model.adapters.values():
         for part in ("A", "B") if adapter.num_live else ():
             factor = adapter.parts[part]  # (r, d_in) or (r, d_out)
             gaps.append(factor @ factor.T - torch.eye(len(factor), device=factor.device))

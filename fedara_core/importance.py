@@ -4,15 +4,15 @@ Scores follow AdaLoRA (arXiv 2303.10512, eq. 7-11): a weight's sensitivity is |w
 score is the sum over its parts (A_i, E_i, B_i) of the mean score of the part's weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedara_core.adapters import Masks, named_adapters
-from fedara_core.method import ServerState
-from fedara_core.wire import Upload
+from fedara_core.adapters import AdaptedModel
+from fedara_core.state import ServerState
+from fedara_core.values import Tensors
 
 Importance = Literal["sensitivity", "gradient", "magnitude", "norm", "smoothed"]
 IMPORTANCES: tuple[str, ...] = get_args(Importance)
@@ -30,60 +30,54 @@ class ImportanceMeter:
 
     def __init__(self, kind: Importance) -> None:
         self.kind = kind
-        self._sums: dict[str, dict[str, Tensor]] = {}  # adapter -> part -> (r, width)
-        self._uncertainty: dict[str, dict[str, Tensor]] = {}
+        self._sums: Tensor | None = None  # of the adapters' rows: (num_row_values,)
+        self._uncertainty: Tensor | None = None
 
-    def observe(self, model: nn.Module) -> None:
-        """Take in the gradients of one backward pass, before clipping and before the step."""
+    def observe(self, model: AdaptedModel) -> None:
+        """Take in the gradient of one backward pass, before clipping and before the step."""
         if self.kind in ("magnitude", "norm"):
             return
-        for name, adapter in named_adapters(model):
-            if not adapter.num_live:
-                continue
-            sums = self._sums.setdefault(name, {})
-            uncertainty = self._uncertainty.setdefault(name, {})
-            for part, weight in adapter.parts.items():
-                assert weight.grad is not None
-                score = weight.grad.abs()
-                if self.kind != "gradient":
-                    score = (weight.detach() * weight.grad).abs()
-                if self.kind != "smoothed":
-                    sums[part] = sums[part] + score if part in sums else score
-                    continue
-                smooth = sums.get(part, torch.zeros_like(score))
-                sums[part] = BETA1 * smooth + (1 - BETA1) * score
-                unsure = uncertainty.get(part, torch.zeros_like(score))
-                deviation = (score - sums[part]).abs()
-                uncertainty[part] = BETA2 * unsure + (1 - BETA2) * deviation
+        rows = slice(model.index.num_row_values)
+        score = model.gradient[rows].abs()
+        if self.kind != "gradient":
+            score = (model.vector[rows] * model.gradient[rows]).abs()
+        if self.kind != "smoothed":
+            self._sums = score if self._sums is None else self._sums.add_(score)
+            return
+        smooth, unsure = self._sums, self._uncertainty
+        if smooth is None or unsure is None:
+            smooth, unsure = torch.zeros_like(score), torch.zeros_like(score)
+        self._sums = BETA1 * smooth + (1 - BETA1) * score
+        deviation = (score - self._sums).abs()
+        self._uncertainty = BETA2 * unsure + (1 - BETA2) * deviation
 
-    def scores(self, model: nn.Module) -> dict[str, Tensor]:
-        """Adapter name -> (r_live,) float32 on the CPU, in name order.
+    def scores(self, model: AdaptedModel) -> Tensor:
+        """(live triplets,) float32 on the CPU, over the adapters in name order.
 
         Scores of gradients are sums over batches, and 0 before any.
         """
-        result = {}
-        for name, adapter in named_adapters(model):
-            if not adapter.num_live:
-                continue
-            parts = {part: weight.detach() for part, weight in adapter.parts.items()}
-            if self.kind == "magnitude":
-                score = parts["E"].abs().squeeze(1)
-            elif self.kind == "norm":
-                norms = [weight.norm(dim=1) for weight in parts.values()]
-                score = torch.stack(norms).prod(dim=0)
-            elif name not in self._sums:
-                score = torch.zeros(adapter.num_live)
-            else:
-                score = torch.stack([self._weight_scores(name, part) for part in parts]).sum(dim=0)
-            result[name] = score.cpu()
-        return result
+        index = model.index
+        parts = index.parts(model.vector)
+        if self.kind == "magnitude":
+            return torch.cat(
+                [e.abs().squeeze(1) for e in parts.get("E", {}).values()] or [_NONE]
+            ).cpu()
+        if self.kind == "norm":
+            return _by_triplet(parts, lambda rows: rows.norm(dim=1)).prod(dim=0).cpu()
+        scores = torch.zeros(index.size, device=model.vector.device)
+        if self._sums is not None:
+            weight = self._uncertainty if self._uncertainty is not None else 1.0
+            scores[: index.num_row_values] = self._sums * weight
+        return _by_triplet(index.parts(scores), lambda rows: rows.mean(dim=1)).sum(dim=0).cpu()
 
-    def _weight_scores(self, name: str, part: str) -> Tensor:
-        """Mean score of one part's weights, by triplet: (r,)."""
-        score = self._sums[name][part]
-        if self.kind == "smoothed":
-            score = score * self._uncertainty[name][part]
-        return score.mean(dim=1)
+
+def _by_triplet(parts: Mapping[str, Tensors], measure: Callable[[Tensor], Tensor]) -> Tensor:
+    """A measure of each part of each triplet: rows (r, width) -> (r,); in all (parts, triplets)."""
+    measured = [torch.cat([measure(rows) for rows in own.values()]) for own in parts.values()]
+    return torch.stack(measured) if measured else torch.zeros(0, 0)
+
+
+_NONE = torch.zeros(0)
 
 
 def cubic_budget(
@@ -128,31 +122,11 @@ def scheduled_budget(state: ServerState, schedule: Schedule) -> int:
     )
 
 
-def top_k_masks(scores: dict[str, Tensor], k: int) -> Masks:
-    """True for the k largest scores over all adapters together; ties go to the lower index.
-
-    scores: adapter name -> (r,); the index runs over adapters in name order, then over rows.
-    """
-    names = sorted(scores)
-    if not names:
-        return {}
-    flat = torch.cat([scores[name] for name in names])
-    order = torch.sort(flat, descending=True, stable=True).indices
-    chosen = torch.zeros(flat.numel(), dtype=torch.bool)
-    chosen[order[:k]] = True
-    pieces = torch.split(chosen, [len(scores[name]) for name in names])
-    return dict(zip(names, pieces, strict=True))
-
-
-def vote_shares(uploads: Sequence[Upload]) -> Tensor:
-    """share[i] = sum_k n_k m_k[i] / sum_k n_k over the cohort: (live triplets,) float64.
-
-    Whole numbers are added and divided once, so that half of the examples are exactly 0.5.
-    """
-    votes = torch.zeros(uploads[0].bits.numel(), dtype=torch.float64)
-    for upload in uploads:
-        votes += upload.bits.double() * upload.num_examples
-    return votes / sum(upload.num_examples for upload in uploads)
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """True for the k largest scores (n,); ties go to the lower index."""
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    chosen[torch.sort(scores, descending=True, stable=True).indices[:k]] = True
+    return chosen
 
 
 def top_shares(shares: Tensor, mean_scores: Tensor, k: int) -> Tensor:

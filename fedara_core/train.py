@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedara_core.adapters import named_adapters
-from fedara_core.method import Batch, Client, Method, ServerState, whole_parameters
+from fedara_core.adapters import AdaptedModel
+from fedara_core.method import Batch, Client, Method
 from fedara_core.seeds import derive, generator
+from fedara_core.state import ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ def start_client(
     client.make_optimizer = partial(_optimizer, client.model, method, settings, state.round_index)
     client.max_grad_norm = settings.max_grad_norm
     client.autocast = settings.precision == "bf16"
-    if not client.model.training:
-        client.model.train()
+    if not client.model.module.training:
+        client.model.module.train()
     seed = derive(state.seed, "dropout", state.round_index, client.client_id)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else nothing there draws
@@ -79,20 +80,26 @@ def start_client(
 
 
 def _optimizer(
-    model: nn.Module, method: Method, settings: LocalTraining, round_index: int
+    model: AdaptedModel, method: Method, settings: LocalTraining, round_index: int
 ) -> torch.optim.Optimizer:
-    """Over what trains of the model as it is; each part of the rows with its own learning rate."""
+    """Over the runs of the vector that train, neighbours of one learning rate together."""
     lr = settings.lr_at(round_index)
-    groups = [{"params": list(whole_parameters(model).values()), "lr": lr}]
-    by_part: dict[str, list[Tensor]] = {}
-    for _, adapter in named_adapters(model):
-        for part, parameter in adapter.parts.items():
-            if parameter.requires_grad:
-                by_part.setdefault(part, []).append(parameter)
-    for part, parameters in by_part.items():
-        groups.append({"params": parameters, "lr": lr * method.lr_factor(part)})
+    runs: list[tuple[float, int, int]] = []  # learning rate, start, stop
+    for part, run in model.index.runs.items():
+        own_lr = lr * method.lr_factor(part) if part else lr
+        if run.start >= model.index.num_trained:
+            continue
+        if runs and runs[-1][0] == own_lr:
+            runs[-1] = (own_lr, runs[-1][1], run.stop)
+        else:
+            runs.append((own_lr, run.start, run.stop))
+    groups = []
+    for own_lr, start, stop in runs:
+        parameter = nn.Parameter(model.vector[start:stop])
+        parameter.grad = model.gradient[start:stop]
+        groups.append({"params": [parameter], "lr": own_lr})
     cls = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
-    return cls(groups, lr=lr, weight_decay=settings.weight_decay)
+    return cls(groups, lr=lr, weight_decay=settings.weight_decay, fused=True)
 
 
 def batches(

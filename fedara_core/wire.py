@@ -1,14 +1,16 @@
-"""What travels: Upload <-> one uint8 vector. Byte counts everywhere come from here.
+"""What travels: uploads as one uint8 vector, and back. Byte counts everywhere come from here.
 
-Layout of one message, little-endian: header (24 bytes), payload (the values as the codec has them),
-bits (8 to a byte, lowest first). Header: 0xFA (u8), codec (u8, its place in CODECS), number of
-values (u16 high part, u32 low part), client_id (u32), num_examples (u32), number of bits (u32),
-train_loss (f32). Messages are concatenated without padding.
+One message, little-endian: header (24 bytes), bits (8 to a byte, lowest first), values (as the
+codec has them). Header: 0xFB (u8), flags and codec (u8), number of values (u16 high part, u32 low
+part), client_id (u32), num_examples (u32), number of bits (u32), train_loss (f32). The lower half
+of the second byte is the codec's place in CODECS; its highest bit is set where a value is not
+finite, the next one where a row_weight (f32) follows the header. Messages are concatenated without
+padding; where values travel apart, as in a sum, a message ends after its bits.
 """
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +20,10 @@ from torch import Tensor
 from fedara_core.codec import CODECS, decode_rows, encode_rows, message_widths, payload_bytes
 
 _HEADER = struct.Struct("<BBHIIIIf")
-_MARK = 0xFA
+_WEIGHT = struct.Struct("<f")
+_MARK = 0xFB
+_NOT_FINITE, _HAS_WEIGHT, _CODEC = 0x80, 0x40, 0x0F
+_NO_BITS = torch.zeros(0, dtype=torch.bool)
 
 
 def message_bytes(num_values: int, num_bits: int = 0, codec: str = "fp32") -> int:
@@ -27,30 +32,52 @@ def message_bytes(num_values: int, num_bits: int = 0, codec: str = "fp32") -> in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upload:
-    """What one client sends after its local training.
+class Header:
+    """All of an upload but its values.
 
-    values: (num_values,) float32 on the CPU, as the server has them; bits: (num_bits,) bool on the
-    CPU. codec, payload: how the values travel, and the uint8 vector of it; None for fp32.
+    bits: (num_bits,) bool on the CPU. codec: how the values travel. finite: whether all values are
+    numbers. row_weight: what its rows weigh in a sum where that is not num_examples; a server
+    derives it from the values, so that it is not counted as sent.
     """
 
     client_id: int
     num_examples: int
     train_loss: float
-    values: Tensor
-    bits: Tensor
+    num_values: int
+    bits: Tensor = _NO_BITS
     codec: str = "fp32"
-    payload: Tensor | None = None
+    finite: bool = True
+    row_weight: float | None = None
 
     @property
     def num_bytes(self) -> int:
         """What a real client would send, header included."""
-        return message_bytes(self.values.numel(), self.bits.numel(), self.codec)
+        return message_bytes(self.num_values, self.bits.numel(), self.codec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """What one client sends after its local training.
+
+    values: (num_values,) float32 on the CPU, as the server has them. payload: a lossy codec's uint8
+    vector of them; None for fp32.
+    """
+
+    header: Header
+    values: Tensor
+    payload: Tensor | None = None
 
     @property
-    def is_finite(self) -> bool:
-        """Whether all values are numbers; a sum tells it fast, unless finite ones add up to inf."""
-        return math.isfinite(self.values.sum().item()) or bool(self.values.isfinite().all())
+    def client_id(self) -> int:
+        return self.header.client_id
+
+    @property
+    def num_examples(self) -> int:
+        return self.header.num_examples
+
+    @property
+    def bits(self) -> Tensor:
+        return self.header.bits
 
     @property
     def coded(self) -> Tensor:
@@ -60,32 +87,39 @@ class Upload:
         return encode_rows("fp32", self.values, torch.zeros(0), None)
 
 
-def code(upload: Upload, codec: str, reference: Tensor, draw: torch.Generator) -> Upload:
-    """The upload as a lossy codec brings it over: its values' difference from what server and
-    client both have, reference (m,), of values that are at least as many; what lies beyond it is
-    coded as it is."""
-    widths = message_widths(upload.values.numel())
-    payload = encode_rows(codec, add_reference(upload.values, -reference), widths, draw)
-    values = add_reference(decode_rows(codec, payload, widths), reference)
-    return replace(upload, values=values, codec=codec, payload=payload)
+def make_upload(
+    *,
+    client_id: int,
+    num_examples: int,
+    train_loss: float,
+    values: Tensor,
+    bits: Tensor = _NO_BITS,
+    row_weight: float | None = None,
+) -> Upload:
+    """An upload of these values (n,) float32 and bits (m,) bool."""
+    header = Header(
+        client_id=client_id,
+        num_examples=num_examples,
+        train_loss=train_loss,
+        num_values=values.numel(),
+        bits=bits,
+        finite=is_finite(values),
+        row_weight=row_weight,
+    )
+    return Upload(header=header, values=values)
 
 
-def add_reference(values: Tensor, reference: Tensor) -> Tensor:
-    """values (n,) plus reference (m,), m <= n, at their start; a new tensor."""
-    result = values.clone()
-    result[: len(reference)] += reference
-    return result
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are numbers; a sum tells it fast, unless finite ones add up to inf."""
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def pack(uploads: Iterable[Upload]) -> Tensor:
     """Uploads as one (num_bytes,) uint8 vector; none gives an empty vector."""
     chunks = [np.zeros(0, np.uint8)]
     for upload in uploads:
-        chunks.append(np.frombuffer(_header(upload, upload.values.numel()), np.uint8))
-        if upload.values.numel():
-            chunks.append(upload.coded.numpy())
-        if upload.bits.numel():
-            chunks.append(_packed_bits(upload))
+        chunks.append(np.frombuffer(pack_header(upload.header), np.uint8))
+        chunks.append(upload.coded.numpy())
     return torch.from_numpy(np.concatenate(chunks))
 
 
@@ -99,93 +133,88 @@ def unpack(buffer: Tensor, reference: Tensor | None = None) -> list[Upload]:
     uploads = []
     start = 0
     while start < data.size:
-        head, num_values, num_bits = _read_header(data.data, start)
-        bits_start = start + message_bytes(num_values, codec=head.codec)
-        end = start + message_bytes(num_values, num_bits, head.codec)
+        header, start = _read_header(data, start)
+        end = start + payload_bytes(header.codec, header.num_values)
         if end > data.size:
-            raise ValueError(f"upload of client {head.client_id} needs {end} bytes of {data.size}")
-        coded, payload = data[start + _HEADER.size : bits_start].copy(), None
-        if head.codec == "fp32":
-            values = torch.from_numpy(coded.view(np.float32))
-        else:
-            payload = torch.from_numpy(coded)
-            values = decode_rows(head.codec, payload, message_widths(num_values))
-            if reference is not None:
-                values = add_reference(values, reference)
-        bits = _unpacked_bits(data[bits_start:end], num_bits)
-        uploads.append(replace(head, values=values, bits=bits, payload=payload))
+            raise ValueError(
+                f"upload of client {header.client_id} needs {end} of {data.size} bytes"
+            )
+        coded = torch.from_numpy(data[start:end].copy())
+        uploads.append(_decoded(header, coded, reference))
         start = end
     return uploads
 
 
-def pack_heads(heads: Iterable[tuple[Upload, int]]) -> bytes:
-    """Uploads whose values travel by themselves: of each the header, with the number of its values,
-    and its bits."""
-    chunks = []
-    for upload, num_values in heads:
-        chunks.append(_header(upload, num_values))
-        if upload.bits.numel():
-            chunks.append(_packed_bits(upload).tobytes())
-    return b"".join(chunks)
+def pack_header(header: Header) -> bytes:
+    """A message without its values, which travel apart."""
+    flags = CODECS.index(header.codec)
+    flags |= 0 if header.finite else _NOT_FINITE
+    flags |= 0 if header.row_weight is None else _HAS_WEIGHT
+    packed = _HEADER.pack(
+        _MARK,
+        flags,
+        header.num_values >> 32,
+        header.num_values & 0xFFFFFFFF,
+        header.client_id,
+        header.num_examples,
+        header.bits.numel(),
+        header.train_loss,
+    )
+    if header.row_weight is not None:
+        packed += _WEIGHT.pack(header.row_weight)
+    if header.bits.numel():
+        packed += np.packbits(header.bits.numpy(), bitorder="little").tobytes()
+    return packed
 
 
-def unpack_heads(data: bytes) -> list[tuple[Upload, int]]:
-    """Inverse of `pack_heads`: uploads without values, and how many values each has."""
-    heads = []
+def unpack_headers(data: bytes) -> Iterator[Header]:
+    """The headers of messages without values. Raises ValueError as `unpack` does."""
     start = 0
     while start < len(data):
-        head, num_values, num_bits = _read_header(memoryview(data), start)
-        bits_start, end = start + message_bytes(0), start + message_bytes(0, num_bits)
-        if end > len(data):
-            raise ValueError(f"head of client {head.client_id} needs {end} bytes of {len(data)}")
-        if num_bits:
-            packed = np.frombuffer(data[bits_start:end], np.uint8)
-            head = replace(head, bits=_unpacked_bits(packed, num_bits))
-        heads.append((head, num_values))
-        start = end
-    return heads
+        header, start = _read_header(np.frombuffer(data, np.uint8), start)
+        yield header
 
 
-def _header(upload: Upload, num_values: int) -> bytes:
-    return _HEADER.pack(
-        _MARK,
-        CODECS.index(upload.codec),
-        num_values >> 32,
-        num_values & 0xFFFFFFFF,
-        upload.client_id,
-        upload.num_examples,
-        upload.bits.numel(),
-        upload.train_loss,
-    )
+def add_reference(values: Tensor, reference: Tensor) -> Tensor:
+    """values (n,) plus reference (m,), m <= n, at their start; a new tensor."""
+    result = values.clone()
+    result[: len(reference)] += reference
+    return result
 
 
-def _read_header(data: memoryview, start: int) -> tuple[Upload, int, int]:
-    """The upload that starts there, without values and bits, and how many it has of them."""
-    if len(data) - start < _HEADER.size:
-        raise ValueError(f"packed uploads end inside a header, at byte {len(data)}")
-    mark, codec_index, high, low, client_id, num_examples, num_bits, loss = _HEADER.unpack_from(
-        data, start
-    )
-    if mark != _MARK or codec_index >= len(CODECS):
-        raise ValueError(f"no upload starts at byte {start}: {mark:#04x}, {codec_index:#04x}")
-    head = Upload(
+def _decoded(header: Header, coded: Tensor, reference: Tensor | None) -> Upload:
+    if header.codec == "fp32":
+        return Upload(header=header, values=coded.view(torch.float32))
+    values = decode_rows(header.codec, coded, message_widths(header.num_values))
+    if reference is not None:
+        values = add_reference(values, reference)
+    return Upload(header=header, values=values, payload=coded)
+
+
+def _read_header(data: np.ndarray, start: int) -> tuple[Header, int]:
+    """The header that starts there, with its bits, and where it ends."""
+    end = start + _HEADER.size
+    if end > data.size:
+        raise ValueError(f"packed uploads end inside a header, at byte {data.size}")
+    fields = _HEADER.unpack_from(data.data, start)
+    mark, flags, high, low, client_id, num_examples, num_bits, loss = fields
+    if mark != _MARK or flags & _CODEC >= len(CODECS):
+        raise ValueError(f"no upload starts at byte {start}: {mark:#04x}, {flags:#04x}")
+    header = Header(
         client_id=client_id,
         num_examples=num_examples,
         train_loss=loss,
-        values=_NO_VALUES,
-        bits=_NO_BITS,
-        codec=CODECS[codec_index],
+        num_values=(high << 32) + low,
+        codec=CODECS[flags & _CODEC],
+        finite=not flags & _NOT_FINITE,
     )
-    return head, (high << 32) + low, num_bits
-
-
-def _packed_bits(upload: Upload) -> np.ndarray:
-    return np.packbits(upload.bits.numpy(), bitorder="little")
-
-
-def _unpacked_bits(packed: np.ndarray, num_bits: int) -> Tensor:
-    return torch.from_numpy(np.unpackbits(packed, count=num_bits, bitorder="little").view(bool))
-
-
-_NO_VALUES = torch.zeros(0)
-_NO_BITS = torch.zeros(0, dtype=torch.bool)
+    bits_start = end + (_WEIGHT.size if flags & _HAS_WEIGHT else 0)
+    stop = bits_start + (num_bits + 7) // 8
+    if stop > data.size:
+        raise ValueError(f"header of client {client_id} needs {stop} of {data.size} bytes")
+    if flags & _HAS_WEIGHT:
+        header = replace(header, row_weight=_WEIGHT.unpack_from(data.data, end)[0])
+    if num_bits:
+        bits = np.unpackbits(data[bits_start:stop], count=num_bits, bitorder="little")
+        header = replace(header, bits=torch.from_numpy(bits.view(bool)))
+    return header, stop

@@ -307,18 +307,18 @@ class RunConfig(_Section):
                 f"adapter.client_lora_ranks is set, and method.name = {self.method.name!r} trains "
                 f"the same lora_rank at every client; allowed: {', '.join(able) or 'none'}"
             )
-        if method.needs_factors and self.federation.merge_path in ("split", "allreduce"):
+        if method.combine == "gather" and self.federation.merge_path in ("split", "allreduce"):
             raise ValueError(
                 f"federation.merge_path = {self.federation.merge_path!r} sums on the way, and "
                 f"method.name = {self.method.name!r} needs every client's factors; allowed: "
                 "allgather, auto"
             )
-        if self.codec.down != "fp32" and (method.own_rows or not method.sends_trained):
+        if self.codec.down != "fp32" and "down" not in method.coded:
             raise ValueError(
                 f"codec.down = {self.codec.down!r}: what method.name = {self.method.name!r} sends "
                 "down is not what trains, or differs by client; allowed: fp32"
             )
-        if self.codec.error_feedback and not method.steady_rows:
+        if self.codec.error_feedback and "feedback" not in method.coded:
             raise ValueError(
                 f"codec.error_feedback = true: method.name = {self.method.name!r} uploads other "
                 "rows or another basis from round to round, and errors are of the last one; "

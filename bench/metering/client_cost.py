@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.metering.devices import Device, Precision, model_round
 from bench.metering.flops import StepCost, StepFlops
-from fedara_core.adapters import named_adapters
+from fedara_core.adapters import AdaptedModel
 from fedara_core.method import Client
 
 MIX = "mix"  # the name of a federation whose clients have unlike devices
@@ -42,9 +42,9 @@ class ClientCost:
 class ClientCounter:
     """Counts the local training of one model's clients; it changes nothing."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: AdaptedModel) -> None:
         """Where FLOPs can not be counted: one warning, and costs without them."""
-        self._adapters = [adapter for _, adapter in named_adapters(model)]
+        self._adapters = list(model.adapters.values())
         self._flops: StepFlops | None = None
         try:
             self._flops = StepFlops(model)
@@ -113,14 +113,14 @@ def model_devices(
     row: Mapping[str, Any],
     devices: Mapping[str, Device],
     names: Iterable[str],
-    dealt: Sequence[str],
+    device_of: Sequence[str],
     speeds: Sequence[float],
     precision: Precision,
 ) -> dict[str, Any]:
     """modelled_by_device of a round's record; nothing without its FLOPs.
 
-    names: of each of these devices, as if all clients had it. dealt: client_id -> the name of its
-    device, or empty; modelled under the name MIX. speeds: client_id -> factor on its device's.
+    names: of each of these devices, as if all clients had it. device_of: client_id -> the name of
+    its device, or empty; modelled under the name MIX. speeds: client_id -> factor on its device's.
     """
     if "flops_by_client" not in row:
         return {}
@@ -142,8 +142,8 @@ def model_devices(
         return {key: round(value, 6) for key, value in model_round(clients).items()}
 
     modelled = {name: one_round(dict.fromkeys(row["cohort"], name)) for name in names}
-    if dealt:
-        modelled[MIX] = one_round(dict(enumerate(dealt)))
+    if device_of:
+        modelled[MIX] = one_round(dict(enumerate(device_of)))
     return {"modelled_by_device": modelled} if modelled else {}
 
 

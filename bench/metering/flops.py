@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fedara_core.adapters import Adapter, Form, Shape, named_adapters
+from fedara_core.adapters import AdaptedModel, Adapter, Form
+from fedara_core.values import Shape
 
 _NUM_EXAMPLES = (2, 3)  # the grid of shapes; in steps of 1, for `_at`
 _LENGTHS = (4, 5, 6)
@@ -84,20 +85,19 @@ class StepCost:
 class StepFlops:
     """Counts the local steps of one model, whatever the method and its rank_masks."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: AdaptedModel) -> None:
         """Trace a model that `inject` has been over: seven forward passes of a few tokens, once.
 
         The model is not changed, and no generator moves. Raises Uncountable.
         """
-        named = list(named_adapters(model))
-        self._adapters = [adapter for _, adapter in named]
+        self._adapters = list(model.adapters.values())
         inside = {id(p) for adapter in self._adapters for p in adapter.parameters()}
-        whole = {name: p for name, p in model.named_parameters() if id(p) not in inside}
+        whole = {name: p for name, p in model.module.named_parameters() if id(p) not in inside}
         self._whole = list(whole.values())
-        self._names = [*(name for name, _ in named), *whole]  # of the sources, in the order of bits
+        self._names = [*model.adapters, *whole]  # of the sources, in the order of bits
         self._layers: dict[tuple[_Layer, bool], tuple[Counts, Counts]] = {}
         self._costs: dict[tuple[Any, ...], StepCost] = {}
-        bits = {id(p): 1 << i for i, p in enumerate(self._whole, len(named))}
+        bits = {id(p): 1 << i for i, p in enumerate(self._whole, len(model.adapters))}
         bare = _without_adapters(model)
         record = partial(_record, bare, bits, len(self._names))
         self._tapes = [[record(n, length) for length in _LENGTHS] for n in _NUM_EXAMPLES]
@@ -190,7 +190,7 @@ def _layer(adapter: Adapter) -> _Layer:
 
 def _on_meta(adapter: Adapter) -> Adapter:
     """A copy that has shapes and no data."""
-    memo: dict[int, Any] = {id(adapter.layout): None}  # which knows the whole model
+    memo: dict[int, Any] = {}
     for p in adapter.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
     for tensor in adapter.fixed.values():
@@ -311,12 +311,13 @@ class _Bare(nn.Module):
         return out
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
+def _without_adapters(model: AdaptedModel) -> nn.Module:
     """A copy that shares its tensors with the model and has stand-ins for the wrapped layers."""
-    shared = [*model.parameters(), *model.buffers()]
-    shared += [tensor for _, adapter in named_adapters(model) for tensor in adapter.fixed.values()]
-    bare = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
-    for index, (name, adapter) in enumerate(named_adapters(model)):
+    module = model.module
+    shared = [*module.parameters(), *module.buffers()]
+    shared += [tensor for adapter in model.adapters.values() for tensor in adapter.fixed.values()]
+    bare = copy.deepcopy(module, {id(tensor): tensor for tensor in shared}).eval()
+    for index, (name, adapter) in enumerate(model.adapters.items()):
         parent, _, child = name.rpartition(".")
         setattr(bare.get_submodule(parent), child, _Bare(index, adapter.shape[0]))
     return bare

@@ -33,8 +33,8 @@ from bench.run.runner import set_threads
 from fedara_core.codec import CODECS, row_bytes
 from fedara_core.comm.comm import Communicator
 from fedara_core.errors import InputError
-from fedara_core.merge.collectives import weighted_sum
 from fedara_core.merge.cost import PATHS, moved_values
+from fedara_core.merge.masked import masked_sum
 
 BENCHMARK = "micro-collectives"
 MIN_ITERATIONS = 5
@@ -161,13 +161,13 @@ def _merge_rows(
     communicator: Communicator,
     counter: Counter,
 ) -> Iterator[dict[str, Any]]:
-    """weighted_sum by every path and codec."""
+    """masked_sum by every path and codec; records call it weighted_sum, its first name."""
     expected, widths = layout.expected(), layout.widths
     own = range(communicator.world_rank, layout.num_clients, communicator.world_size)
-    parts = [layout.part(client_id) for client_id in own]
+    uploads = [layout.upload(client_id) for client_id in own]
     for codec, path in itertools.product(settings.codecs, paths):
         timed = measure(
-            {"": partial(weighted_sum, parts, widths, communicator, path, codec)},
+            {"": partial(masked_sum, uploads, widths, communicator, path, codec=codec)},
             {"": partial(check_sum, expected=expected, path=path, codec=codec)},
             settings,
             communicator,
@@ -198,7 +198,7 @@ def _bare_row(
     packed = [
         torch.cat(
             [
-                layout.part(client_id).values
+                layout.upload(client_id).values
                 for client_id in range(world_rank, layout.num_clients, communicator.world_size)
             ]
         ).view(torch.uint8)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedara_core.merge.collectives import Part, Sum
 from fedara_core.merge.cost import SAME_BITS
+from fedara_core.merge.masked import MaskedSum
 from fedara_core.seeds import generator
+from fedara_core.wire import Upload, make_upload
 
 VALUE_BYTES = 4  # float32
 _ROW_VALUES = 769  # of a triplet of a 384 x 384 layer
@@ -61,17 +62,18 @@ class Layout:
             rank_mask[free[(client_id * len(own) + own) % len(free)]] = True
         return rank_mask
 
-    def part(self, client_id: int) -> Part:
-        """The client's part: the same on every process."""
+    def upload(self, client_id: int) -> Upload:
+        """The client's upload: the same on every process."""
         values = generator(self.seed, "micro_values", client_id)
-        return Part(
+        return make_upload(
             client_id=client_id,
-            weight=1 + client_id % 8,
-            rank_mask=self.rank_mask(client_id),
+            num_examples=1 + client_id % 8,
+            train_loss=0.0,
             values=torch.randn(self.live_rows * self.width, generator=values),
+            bits=self.rank_mask(client_id),
         )
 
-    def expected(self) -> Sum:
+    def expected(self) -> MaskedSum:
         """The weighted sum of all clients, in client_id order in float64: by one process alone."""
         union = torch.zeros(self.num_rows, dtype=torch.bool)
         for client_id in range(self.num_clients):
@@ -79,9 +81,10 @@ class Layout:
         place = union.cumsum(0) - 1
         total = torch.zeros(self.union_rows, self.width, dtype=torch.float64)
         for client_id in range(self.num_clients):
-            part = self.part(client_id)
-            total[place[part.rank_mask]] += part.values.double().view(-1, self.width) * part.weight
-        return Sum(rank_mask=union, values=total.float().flatten())
+            upload = self.upload(client_id)
+            rows = upload.values.double().view(-1, self.width)
+            total[place[upload.bits]] += rows * upload.num_examples
+        return MaskedSum(headers=(), union=union, values=total.float().flatten())
 
 
 def make_layout(
@@ -100,9 +103,9 @@ def make_layout(
     )
 
 
-def check_sum(found: Sum, *, expected: Sum, path: str, codec: str) -> None:
+def check_sum(found: MaskedSum, *, expected: MaskedSum, path: str, codec: str) -> None:
     """Raise WrongResult unless the sum is as expected, bit by bit where the path keeps the bits."""
-    if not torch.equal(found.rank_mask, expected.rank_mask):
+    if not torch.equal(found.union, expected.union):
         raise WrongResult(f"{path}, {codec}: the union of the masks is not the expected one")
     if found.values.shape != expected.values.shape:
         shapes = f"{tuple(found.values.shape)}, not {tuple(expected.values.shape)}"

@@ -12,8 +12,10 @@ from torch.nn import functional
 
 from bench.config.schema import RunConfig, parse_run
 from bench.models.encoders import build_model
+from bench.run.clients import client_batches, draw_cohort
+from bench.run.job import Job, prepare
 from bench.run.record import Recorder
-from bench.run.rounds import Job, client_batches, draw_cohort, prepare, run
+from bench.run.rounds import run
 from fedara_core.comm.comm import Communicator
 from fedara_core.method import Batch
 

@@ -23,7 +23,9 @@ from bench.config.schema import parse_run
 from bench.metering.meter import PHASES, Measured, Meter
 from bench.micro.collectives import bare_allgather
 from bench.micro.record import MicroRecord, names, numbers, quantiles, slowest
-from bench.run.rounds import Job, advance, place
+from bench.run.clients import place
+from bench.run.job import Job
+from bench.run.rounds import advance
 from bench.run.runner import give_back_freed_memory, keep_freed_memory, set_threads
 from bench.tools.estimate import null_job
 from fedara_core.codec import CODECS
@@ -96,7 +98,7 @@ def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, 
     for method in settings.methods:
         for num_clients in settings.clients:
             for path in settings.paths:
-                if load_method(method).needs_factors and path != "allgather":
+                if load_method(method).combine == "gather" and path != "allgather":
                     continue  # no sum will do
                 for codec in settings.codecs:
                     _forget()
@@ -243,7 +245,7 @@ def _packed_bytes(job: Job, row: Mapping[str, Any], communicator: Communicator) 
 def _parameters(job: Job) -> list[Tensor]:
     """Tensors of the shapes that a client trains."""
     job.method.download(job.model, job.state, None)
-    return [p.detach().clone() for p in job.model.parameters() if p.requires_grad]
+    return [p.detach().clone() for p in job.model.module.parameters() if p.requires_grad]
 
 
 def _bare_loop(parameters: list[Tensor], mean: list[Tensor], job: Job) -> None:

@@ -8,8 +8,8 @@ vanished.
 
 When an upload comes is modelled, never measured, so that the same clients are late on any machine
 and any number of processes: seconds of download, local training and upload, from counted FLOPs and
-bytes, on the client's device (devices.shares; bench/metering/devices.py). A client's local training is
-exp(clients.speed_spread z) times as fast as its device says, z standard normal, the same in all
+bytes, on the client's device (devices.shares; bench/metering/devices.py). A client's local training
+is exp(clients.speed_spread z) times as fast as its device says, z standard normal, the same in all
 rounds. A client that vanished or was late is, to method, server and itself, one that was not drawn.
 """
 
@@ -35,8 +35,8 @@ _TIME = struct.Struct("<Id")  # client_id, modelled seconds
 class Fleet:
     """A run's clients: how they fail, and what they train on.
 
-    num_wanted: uploads that end a round. dealt: client_id -> the name of its device; may be empty
-    where no time decides. speeds: client_id -> factor on its device's FLOPs a second.
+    num_wanted: uploads that end a round. device_of: client_id -> the name of its device; may be
+    empty where no time decides. speeds: client_id -> factor on its device's FLOPs a second.
     """
 
     settings: ClientsConfig
@@ -44,7 +44,7 @@ class Fleet:
     num_wanted: int
     precision: Precision
     devices: Mapping[str, Device]
-    dealt: Sequence[str]
+    device_of: Sequence[str]
     speeds: Sequence[float]
 
     def vanishes(self, round_index: int, client_id: int) -> bool:
@@ -58,7 +58,7 @@ class Fleet:
             return None
         if cost.flops is None:
             raise RuntimeError(f"client {cost.client_id}: no FLOPs were counted to model its time")
-        modelled = self.devices[self.dealt[cost.client_id]].client(
+        modelled = self.devices[self.device_of[cost.client_id]].client(
             flops=cost.flops,
             uplink_bytes=cost.uplink_bytes,
             downlink_bytes=cost.downlink_bytes,
@@ -71,14 +71,14 @@ class Fleet:
         """The client's keys in partition.json."""
         facts: dict[str, Any] = {}
         if self.settings.timed:
-            facts["device"] = self.dealt[client_id]
+            facts["device"] = self.device_of[client_id]
         if self.settings.speed_spread:
             facts["speed"] = self.speeds[client_id]
         return facts
 
 
-def make_fleet(config: RunConfig, devices: Mapping[str, Device], dealt: Sequence[str]) -> Fleet:
-    """The clients of a run. dealt: as in Fleet; devices: by name, at least those."""
+def make_fleet(config: RunConfig, devices: Mapping[str, Device], device_of: Sequence[str]) -> Fleet:
+    """The clients of a run. device_of: as in Fleet; devices: by name, at least those."""
     num_clients = config.federation.num_clients
     return Fleet(
         settings=config.clients,
@@ -86,7 +86,7 @@ def make_fleet(config: RunConfig, devices: Mapping[str, Device], dealt: Sequence
         num_wanted=config.federation.cohort,
         precision=config.train.precision,
         devices=devices,
-        dealt=dealt,
+        device_of=device_of,
         speeds=draw_speeds(config.clients.speed_spread, num_clients=num_clients, seed=config.seed),
     )
 

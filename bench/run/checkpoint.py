@@ -18,15 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from bench.run.job import ClientState
 from fedara_core.errors import InputError
-from fedara_core.method import ServerState
+from fedara_core.state import ServerState, index_from_lists, pieces_as_lists
 
 FILE = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
-FORMAT = "1"  # other ones are refused
+FORMAT = "2"  # other ones are refused
 _CLIENT = "client-"
 
-Kept = dict[int, dict[str, Tensor]]  # client_id -> name -> tensor
 Identity = Mapping[str, Any]  # what a checkpoint belongs to: JSON values by key
 
 
@@ -44,7 +44,9 @@ class Found:
     notice: str = ""
 
 
-def save_checkpoint(run_dir: Path, state: ServerState, kept: Kept, identity: Identity) -> None:
+def save_checkpoint(
+    run_dir: Path, state: ServerState, client_state: ClientState, identity: Identity
+) -> None:
     """Replace the run's checkpoint, which stays as the previous one. At any moment at least one of
     them is whole on disk. Raises OSError, and leaves them as they are then."""
     newest = run_dir / FILE
@@ -53,16 +55,19 @@ def save_checkpoint(run_dir: Path, state: ServerState, kept: Kept, identity: Ide
         if newest.exists():
             newest.replace(run_dir / PREVIOUS)
 
-    write_atomically(newest, dump(state, kept, identity), keep_previous)
+    write_atomically(newest, dump(state, client_state, identity), keep_previous)
 
 
-def dump(state: ServerState, kept: Kept, identity: Identity) -> bytes:
+def dump(state: ServerState, client_state: ClientState, identity: Identity) -> bytes:
     """A state, and what clients keep between rounds, as the bytes of a safetensors file."""
-    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()} | _named(kept)
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()} | _named(
+        client_state
+    )
     facts = {
         "format": FORMAT,
         "round_index": str(state.round_index),
         "identity": json.dumps(identity, sort_keys=True),
+        "index": json.dumps(pieces_as_lists(state.index)),
     }
     return save(tensors, metadata=facts | {"sha256": _checksum(facts, tensors)})
 
@@ -89,7 +94,7 @@ def find_checkpoint(run_dir: Path) -> Found | None:
     raise InputError(f"{run_dir}: {said}; allowed: a whole one, or none (delete it to start over)")
 
 
-def restore(state: ServerState, data: bytes, identity: Identity) -> tuple[ServerState, Kept]:
+def restore(state: ServerState, data: bytes, identity: Identity) -> tuple[ServerState, ClientState]:
     """`state` with the tensors and round of a checkpoint's bytes, and what its clients keep.
 
     InputError, with the keys that differ, if it belongs to something else than `identity`.
@@ -104,18 +109,19 @@ def restore(state: ServerState, data: bytes, identity: Identity) -> tuple[Server
             f"{FILE} belongs to another run: {'; '.join(differing)}; allowed: the checkpoint of "
             "this run, or none (delete it to start over)"
         )
-    kept = _unnamed({name: t for name, t in tensors.items() if name.startswith(_CLIENT)})
+    client_state = _unnamed({name: t for name, t in tensors.items() if name.startswith(_CLIENT)})
     server = {name: t for name, t in tensors.items() if not name.startswith(_CLIENT)}
-    return state.with_tensors(server, int(facts["round_index"])), kept
+    index = index_from_lists(json.loads(facts["index"]))
+    return state.with_tensors(server, index, int(facts["round_index"])), client_state
 
 
-def dump_kept(kept: Kept) -> bytes:
+def dump_client_state(client_state: ClientState) -> bytes:
     """What clients keep, for another process."""
-    return save(_named(kept))
+    return save(_named(client_state))
 
 
-def load_kept(data: bytes) -> Kept:
-    """Inverse of `dump_kept`."""
+def load_client_state(data: bytes) -> ClientState:
+    """Inverse of `dump_client_state`."""
     return _unnamed(load(data))
 
 
@@ -166,20 +172,20 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
     return differing
 
 
-def _named(kept: Kept) -> dict[str, Tensor]:
+def _named(client_state: ClientState) -> dict[str, Tensor]:
     return {
         f"{_CLIENT}{client_id}/{name}": tensor.contiguous()
-        for client_id, tensors in sorted(kept.items())
+        for client_id, tensors in sorted(client_state.items())
         for name, tensor in tensors.items()
     }
 
 
-def _unnamed(tensors: dict[str, Tensor]) -> Kept:
-    kept: Kept = {}
+def _unnamed(tensors: dict[str, Tensor]) -> ClientState:
+    client_state: ClientState = {}
     for key, tensor in tensors.items():
         client, _, name = key.partition("/")
-        kept.setdefault(int(client.removeprefix(_CLIENT)), {})[name] = tensor
-    return kept
+        client_state.setdefault(int(client.removeprefix(_CLIENT)), {})[name] = tensor
+    return client_state
 
 
 def write_atomically(path: Path, data: bytes, before: Callable[[], None] | None = None) -> None:

@@ -2,14 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from bench.run.clients import home, load_client
+from bench.run.job import Job
+from fedara_core.adapters import AdaptedModel
 from fedara_core.comm.comm import Communicator
 from fedara_core.seeds import generator
+from fedara_core.state import ServerState
 from fedara_core.train import Encoded
 
 
@@ -60,13 +65,13 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
+class Evaluator:
     """Evaluates models on `data`; every process calls it and gets the same result.
 
     label_counts: (num_clients, num_classes), each client's own label mix.
     """
 
-    model: nn.Module
+    model: AdaptedModel
     data: Encoded
     label_counts: np.ndarray
     batch_size: int
@@ -90,29 +95,30 @@ class Judge:
         confusion = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
         communicator = self.communicator
         for number in range(communicator.world_rank, len(pieces), communicator.world_size):
-            losses[number], counts = self._judge(pieces[number])
+            losses[number], counts = self._evaluate(pieces[number])
             confusion += counts
         return self._sum_up(losses, confusion, len(index))
 
     def client_models(
-        self, index: Tensor, mine: Sequence[int], become: Callable[[int], None], *, seed: int
+        self, index: Tensor, mine: Sequence[int], load_client: Callable[[int], None], *, seed: int
     ) -> dict[str, float]:
-        """The record's keys where each client has a model of its own; become(client_id) loads it.
+        """The record's keys where each client has a model of its own.
 
-        index: (n,) examples to judge; mine: the client_ids that live on this process.
-        Example j of a seeded shuffle is judged by client j mod num_clients, so accuracy and loss
+        load_client(client_id) makes it the one that is evaluated.
+        index: (n,) examples to evaluate; mine: the client_ids that live on this process.
+        Example j of a seeded shuffle is evaluated by client j mod num_clients, so accuracy and loss
         estimate the mean over clients without bias, in one pass. For client_accuracy_* each
-        client judges as many examples again, drawn by its own label mix.
+        client evaluates as many examples again, drawn by its own label mix.
         """
         num_clients = len(self.label_counts)
         shuffled = index[torch.randperm(len(index), generator=generator(seed, "judges"))]
         losses, own = np.zeros(num_clients), np.full(num_clients, np.nan)
         confusion = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
         for client_id in mine:
-            become(client_id)
+            load_client(client_id)
             own_share = shuffled[client_id::num_clients]  # none if there are more clients
             for piece in own_share.split(self.batch_size) if len(own_share) else ():
-                loss, counts = self._judge(piece)
+                loss, counts = self._evaluate(piece)
                 losses[client_id] += loss
                 confusion += counts
             own[client_id] = self._own_accuracy(index, client_id, seed)
@@ -135,15 +141,17 @@ class Judge:
         count = -(-len(index) // len(self.label_counts))
         own = generator(seed, "own_mix", client_id)
         drawn = index[torch.multinomial(weights, count, replacement=True, generator=own)]
-        return sum(int(np.trace(self._judge(p)[1])) for p in drawn.split(self.batch_size)) / count
+        return (
+            sum(int(np.trace(self._evaluate(p)[1])) for p in drawn.split(self.batch_size)) / count
+        )
 
     @torch.no_grad()
-    def _judge(self, piece: Tensor) -> tuple[float, np.ndarray]:
+    def _evaluate(self, piece: Tensor) -> tuple[float, np.ndarray]:
         """Sum of losses and confusion counts of one batch."""
-        self.model.eval()
+        self.model.module.eval()
         batch = self.data.batch(piece, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(batch["input_ids"], batch["attention_mask"]).float()
+            logits = self.model.module(batch["input_ids"], batch["attention_mask"]).float()
         loss = float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
         counts = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
         predicted = logits.argmax(dim=1).cpu().numpy()
@@ -161,6 +169,33 @@ class Judge:
             confusion=np.sum(counts, axis=0).reshape(confusion.shape),
             loss=float(all_losses.sum(axis=0).sum() / num_examples),
         )
+
+
+def evaluate_round(job: Job, state: ServerState, communicator: Communicator) -> dict[str, float]:
+    """The evaluation's record keys; none in a round that is not evaluated."""
+    settings = job.config.evaluate
+    last = state.round_index == state.num_rounds
+    if not last and state.round_index % settings.every:
+        return {}
+    index = torch.arange(len(job.evaluated))
+    if settings.eval_examples is not None and not last:
+        drawn = torch.randperm(len(index), generator=generator(state.seed, "eval_examples"))
+        index = drawn[: settings.eval_examples]
+    evaluator = Evaluator(
+        model=job.model,
+        data=job.evaluated,
+        label_counts=job.label_counts,
+        batch_size=settings.batch_size,
+        precision=job.training.precision,
+        device=job.device,
+        communicator=communicator,
+    )
+    if not job.method.stateful:
+        job.method.download(job.model, state, None)
+        return evaluator.shared_model(index).record(job.label_counts)
+    homes = [home(client_id, communicator.world_size) for client_id in range(len(job.shards))]
+    mine = [i for i, rank in enumerate(homes) if rank == communicator.world_rank]
+    return evaluator.client_models(index, mine, partial(load_client, job, state), seed=state.seed)
 
 
 def client_spread(accuracies: np.ndarray) -> dict[str, float]:

@@ -16,9 +16,10 @@ from bench.config.schema import EnergyConfig, RunConfig
 from bench.jobs.plan import load_points
 from bench.metering.codecarbon import HostEnergy, no_energy, open_energy
 from bench.run.cost_table import show_costs
+from bench.run.job import prepare
 from bench.run.lock import locked
 from bench.run.record import Recorder
-from bench.run.rounds import prepare, run
+from bench.run.rounds import run
 from bench.run.stop import Asked, listening
 from fedara_core.comm.comm import Communicator, together
 from fedara_core.errors import Diverged, InputError, Interrupted

@@ -12,7 +12,8 @@ from bench.data.texts import BUILT_IN_SETS, load_dataset
 from bench.metering.meter import Meter
 from bench.models.encoders import BUILT_IN
 from bench.run.arrivals import make_fleet
-from bench.run.rounds import Job, build, draw_cohort, send_down, train_client
+from bench.run.clients import draw_cohort, train_client
+from bench.run.job import Job, build
 from fedara_core.train import Encoded, LocalTraining
 
 
@@ -66,15 +67,13 @@ def _round_bytes(settings: str) -> tuple[int, int]:
     """The points of a sweep mostly share what decides this."""
     config = parse_run(json.loads(settings))
     job = null_job(config, num_classes=_num_classes(config.dataset))
-    state, saved_bytes, _ = send_down(job, job.state)
-    reference = job.method.reference(state) if config.codec.up != "fp32" else None
+    state, _ = job.compression.send_down(job.state)
     meter = Meter(job.device)
     costs = [
-        train_client(job, state, client_id, meter, lambda upload: None, reference)
+        train_client(job, state, client_id, meter, lambda upload: None)
         for client_id in draw_cohort(job, 0)
     ]
-    downlink_bytes = sum(cost.downlink_bytes - saved_bytes for cost in costs)
-    return sum(cost.uplink_bytes for cost in costs), downlink_bytes
+    return sum(c.uplink_bytes for c in costs), sum(c.downlink_bytes for c in costs)
 
 
 @lru_cache(maxsize=4)

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from bench.config.schema import RunConfig, parse_run
 from bench.models.encoders import MeanPooled, save_tokenizer
 from bench.run import checkpoint
-from bench.run.rounds import build, identity, without_residual
-from fedara_core.adapters import Adapter, named_adapters
+from bench.run.clients import without_residual
+from bench.run.job import build
+from bench.run.resume import identity
+from fedara_core.adapters import AdaptedModel, Adapter
 from fedara_core.errors import InputError
-from fedara_core.method import Client, ServerState, whole_parameters
+from fedara_core.method import Client
+from fedara_core.state import ServerState
 
 HUB_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 
@@ -29,9 +32,14 @@ class Trained:
     """A run's model with its trained state in it."""
 
     config: RunConfig
-    model: nn.Module
+    adapted: AdaptedModel
     state: ServerState
     labels: list[str]
+
+    @property
+    def model(self) -> nn.Module:
+        """The classifier."""
+        return self.adapted.module
 
     @property
     def inner(self) -> Any:
@@ -60,13 +68,13 @@ def export(run_dir: Path, out: Path, client_id: int | None) -> str:
     trained = load_trained(run_dir, client_id)
     if trained.config.model.name == "toy":
         raise InputError(f"{run_dir}: 'toy' is no transformers model; allowed: runs of the others")
-    pairs = lora_pairs(trained.model)
-    in_encoder = [name for name in whole_parameters(trained.model) if trained.is_encoder(name)]
+    pairs = lora_pairs(trained.adapted)
+    in_encoder = [name for name in trained.adapted.whole_parameters if trained.is_encoder(name)]
     if pairs and not in_encoder:  # a LoRA folder holds no parameters that trained whole
         write, kind = write_peft, "PEFT adapter (LoRA)"
     else:
         write, kind = write_merged, "merged model"
-        merge(trained.model)
+        merge(trained.adapted)
     out.mkdir(parents=True, exist_ok=True)
     write(trained, out)
     if trained.config.model.name != "tiny":
@@ -85,11 +93,11 @@ def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
     run = json.loads(run_json.read_text(encoding="utf-8"))
     config = parse_run(run["config"])
     model, method, state = build(config, num_classes=len(run["labels"]), device=torch.device("cpu"))
-    state, kept = checkpoint.restore(
+    state, client_state = checkpoint.restore(
         state, found.data, identity(config, run["dataset_digest"], run.get("device_profiles", {}))
     )
-    allowed = ", ".join(map(str, sorted(kept)))
-    if method.stateful and client_id not in kept:
+    allowed = ", ".join(map(str, sorted(client_state)))
+    if method.stateful and client_id not in client_state:
         raise InputError(
             f"--client {client_id}: {config.method.name} has a model for each client; "
             f"allowed: {allowed}"
@@ -101,16 +109,17 @@ def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
         )
     client = None
     if client_id is not None:
-        own = without_residual(kept[client_id])
+        own = without_residual(client_state[client_id])
         client = Client(client_id=client_id, num_examples=0, model=model, kept=own)
     method.download(model, state, client)
-    return Trained(config=config, model=model.eval(), state=state, labels=run["labels"])
+    model.module.eval()
+    return Trained(config=config, adapted=model, state=state, labels=run["labels"])
 
 
-def lora_pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def lora_pairs(model: AdaptedModel) -> dict[str, tuple[Tensor, Tensor]]:
     """A (r, d_in), B (d_out, r) of each adapter with live rows; none if one has no such form."""
     pairs = {}
-    for name, adapter in named_adapters(model):
+    for name, adapter in model.adapters.items():
         if adapter.form is None:
             continue
         pair = adapter.form.pair(adapter)
@@ -124,7 +133,7 @@ def write_peft(trained: Trained, out: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, and a mean-pooled head beside them."""
     scale, lora_rank = trained.state.adapter.scale, trained.state.adapter.lora_rank
     tensors, ranks = {}, {}
-    for name, (a, b) in lora_pairs(trained.model).items():
+    for name, (a, b) in lora_pairs(trained.adapted).items():
         own = name.removeprefix(trained.prefix)
         ranks[own] = len(a)
         tensors[f"base_model.model.{own}.lora_A.weight"] = a.contiguous()
@@ -146,7 +155,7 @@ def write_peft(trained: Trained, out: Path) -> None:
         _save_head(trained, out)
     else:
         heads = {
-            n.removeprefix(trained.prefix): p for n, p in whole_parameters(trained.model).items()
+            n.removeprefix(trained.prefix): p for n, p in trained.adapted.whole_parameters.items()
         }
         tensors |= {f"base_model.model.{n}": p.detach().contiguous() for n, p in heads.items()}
         config["task_type"] = "SEQ_CLS"
@@ -155,13 +164,13 @@ def write_peft(trained: Trained, out: Path) -> None:
     save_file(tensors, out / "adapter_model.safetensors")
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: AdaptedModel) -> None:
     """Replace each adapter by the plain linear layer that acts the same.
 
     The weight is read off the layer's answers to the unit vectors; InputError if the layer is not
     linear.
     """
-    for name, adapter in list(named_adapters(model)):
+    for name, adapter in model.adapters.items():
         layer = _as_linear(adapter)
         if layer is None:
             raise InputError(
@@ -169,7 +178,7 @@ def merge(model: nn.Module) -> None:
                 "nor a merged one; allowed: runs of the other methods"
             )
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        setattr(model.module.get_submodule(parent), child, layer)
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from analysis import stats as spread
 from analysis.records.campaign import SERIES, AnalysisError, load_campaign
 from analysis.records.per_run import ends
 from bench.jobs.plan import load_points
+from bench.run.job import load_texts
 from bench.run.record import Recorder
-from bench.run.rounds import load_texts
 from bench.run.runner import run_all
 from fedara_core.comm.comm import Communicator, together
 from fedara_core.errors import InputError

@@ -23,31 +23,21 @@ Deviation: the paper has no federation. Its scores run on through training; here
     of norms; eq. 4 has a sum of squared norms. b(t) is rounded, their code cuts.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedara_core.adapters import AdapterConfig, LowRank, read_rows, write_rows
+from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
 from fedara_core.errors import require_fractions, require_not_negative, require_positive
-from fedara_core.factors import orthogonality_gaps, svd_rows
-from fedara_core.importance import ImportanceMeter, scheduled_budget, top_k_masks
-from fedara_core.method import (
-    Batch,
-    Client,
-    Method,
-    ServerState,
-    bits_to_masks,
-    join_values,
-    live_values,
-    make_upload,
-    num_values,
-    split_values,
-    start_state,
-)
-from fedara_core.wire import Upload, message_bytes
+from fedara_core.factors import orthogonality_gaps, svd_parts
+from fedara_core.importance import ImportanceMeter, scheduled_budget, top_k
+from fedara_core.merge.received import Received
+from fedara_core.method import Batch, Client, Method, Size
+from fedara_core.state import ServerState, relaid, start_state
+from fedara_core.values import masks_of_bits
+from fedara_core.wire import Upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +48,7 @@ class AdaLora(Method):
     authors' code); orthogonality: weight of the penalty (the paper: 0.1, 0.3 or 0.5).
     """
 
-    needs_factors: ClassVar[bool] = True
-    own_rows: ClassVar[bool] = True
-    steady_rows: ClassVar[bool] = False
+    combine: ClassVar = "masked"
 
     final_budget: float = 2 / 3
     warmup_fraction: float = 0.1
@@ -74,19 +62,19 @@ class AdaLora(Method):
         require_not_negative(self, "orthogonality")
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        rows = svd_rows(adapter, seed, self.init_std)
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
+        parts = svd_parts(adapter, seed, self.init_std)
+        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, singular=True)
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        super().download(model, state, client)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        size = super().download(model, state, client)
         if client is not None:
             client.notes["importance"] = ImportanceMeter("smoothed")
-        return message_bytes(num_values(state, self.form(state)), state.num_triplets)
+        return replace(size, num_bits=state.num_triplets)
 
     def local_step(self, client: Client, batch: Batch) -> None:
         client.backward(batch)
@@ -97,26 +85,16 @@ class AdaLora(Method):
 
     def upload(self, client: Client, state: ServerState) -> Upload:
         scores = client.notes["importance"].scores(client.model)
-        kept = top_k_masks(scores, scheduled_budget(state, self))
-        write_rows(client.model, read_rows(client.model), kept, self.form(state))
-        bits = torch.cat([torch.zeros(0, dtype=torch.bool), *kept.values()])  # (live triplets,)
-        return make_upload(client, live_values(client.model, state), bits)
+        kept = top_k(scores, scheduled_budget(state, self))  # (live triplets,)
+        return client.make_upload(client.sent_values[state.index.value_mask(kept)], kept)
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        after = super().aggregate(state, [self._padded(upload, state) for upload in uploads])
-        sent = torch.stack([upload.bits for upload in uploads]).any(dim=0)  # (live triplets,)
-        return replace(after, rank_masks=bits_to_masks(sent, state))
-
-    def _padded(self, upload: Upload, state: ServerState) -> Upload:
-        """The upload with zeros in place of the live triplets that it leaves out."""
-        form, sent = self.form(state), bits_to_masks(upload.bits, state)
-        rows, whole, _ = split_values(upload.values, state, form, rank_masks=sent)
-        for name, mask in sent.items():
-            rows[name][~mask] = 0
-        return replace(upload, values=join_values(rows, whole, state, form))
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        after = super().aggregate(state, received)
+        sent = torch.stack([header.bits for header in received.headers]).any(dim=0)
+        return relaid(after, self.form(after), masks_of_bits(sent, state.rank_masks))
 
 
-def mean_orthogonality(model: nn.Module) -> Tensor:
+def mean_orthogonality(model: AdaptedModel) -> Tensor:
     """Mean of ||A A^T - I||_F and ||B^T B - I||_F over the adapters that have live triplets."""
     norms = [gap.norm() for gap in orthogonality_gaps(model)]
     return torch.stack(norms).mean() if norms else torch.zeros((), requires_grad=True)

@@ -10,22 +10,24 @@ Shapes: b (d_out,), or (d,) in a layer norm.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
-
-from fedara_core.adapters import AdapterConfig
+from fedara_core.adapters import AdaptedModel, AdapterSpec
 from fedara_core.errors import InputError
-from fedara_core.method import Method, ServerState, start_state
+from fedara_core.method import Method
+from fedara_core.state import ServerState, start_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Method):
     """No hyperparameters of its own; adapter.lora_rank, lora_alpha and targets have no effect."""
 
+    coded: ClassVar = ("down", "feedback")
+
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        frozen = {name: p for name, p in model.module.named_parameters() if not p.requires_grad}
         biases = [parameter for name, parameter in frozen.items() if name.endswith("bias")]
         if not biases:
             raise InputError(
@@ -34,4 +36,4 @@ class BitFit(Method):
             )
         for bias in biases:
             bias.requires_grad_(True)
-        return start_state(model, adapter, {}, seed=seed, num_rounds=num_rounds)
+        return start_state(self, model, adapter, {}, seed=seed, num_rounds=num_rounds)

@@ -13,51 +13,51 @@ Deviation: the start. The paper takes A, B and the first R from the SVD of the f
     fine-tuning, averaged over clients; that needs data before round 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from fedara_core.adapters import Adapter, AdapterConfig, Rows, Shape, named_adapters
+from fedara_core.adapters import AdaptedModel, Adapter, AdapterSpec
 from fedara_core.factors import signed_svd
-from fedara_core.method import (
-    Client,
-    Method,
-    ServerState,
-    num_values,
-    start_state,
-)
-from fedara_core.wire import message_bytes
+from fedara_core.method import Client, Method, Size
+from fedara_core.state import ServerState, start_state
+from fedara_core.values import Shape, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedSb(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
 
+    coded: ClassVar = ("down", "feedback")
+
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
         lora_rank = adapter.lora_rank
-        rows: Rows = {}
-        fixed: dict[str, Rows] = {"A": {}, "B": {}}
-        for name, layer in named_adapters(model):
+        core: Tensors = {}
+        fixed: dict[str, Tensors] = {"A": {}, "B": {}}
+        for name, layer in model.adapters.items():
             u, _, vt = signed_svd(layer.base.weight.detach().cpu(), lora_rank)
-            rows[name] = torch.zeros(lora_rank, lora_rank)
+            core[name] = torch.zeros(lora_rank, lora_rank)
             # Contiguous, as a checkpoint gives them back: strides can change the last bits.
             fixed["A"][name] = vt.float().contiguous()  # (r, d_in)
             fixed["B"][name] = u.float().contiguous()  # (d_out, r)
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds, fixed=fixed)
+        return start_state(
+            self, model, adapter, {"R": core}, seed=seed, num_rounds=num_rounds, fixed=fixed
+        )
 
     def form(self, state: ServerState) -> "Core":
         return Core(scale=state.adapter.scale, lora_rank=state.adapter.lora_rank)
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        super().download(model, state, client)
-        num_floats = num_values(state, self.form(state))
-        if client is not None and state.last_round[client.client_id] < 0:
-            num_floats += sum(t.numel() for part in state.fixed.values() for t in part.values())
-        return message_bytes(num_floats)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        size = super().download(model, state, client)
+        if client is not None and state.first_time(client.client_id):
+            fixed = [t for tensors in state.fixed.values() for t in tensors.values()]
+            return replace(size, num_exact=sum(map(Tensor.numel, fixed)))
+        return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,10 @@ class Core:
     scale: float
     lora_rank: int
     frozen: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
 
-    def width(self, shape: Shape) -> int:
-        return self.lora_rank
-
-    def split(self, rows: Tensor, shape: Shape) -> Rows:
-        return {"R": rows}
+    def widths(self, shape: Shape) -> dict[str, int]:
+        return {"R": self.lora_rank}
 
     def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
         hidden = functional.linear(x, adapter.fixed["A"])  # (..., r)

@@ -17,6 +17,7 @@ Deviation: Up has no bias of its own; layer norms stay frozen (Houlsby trains th
     both placements (Pfeiffer: b = 48).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,10 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedara_core.adapters import Adapter, AdapterConfig, Rows, Shape
+from fedara_core.adapters import AdaptedModel, Adapter, AdapterSpec
 from fedara_core.errors import InputError, require_positive
-from fedara_core.method import Method, ServerState, start_state
+from fedara_core.method import Method
 from fedara_core.seeds import generator
+from fedara_core.state import ServerState, start_state
+from fedara_core.values import Shape, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class FedAdapter(Method):
     ATTENTION: ClassVar = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj")
     FEED_FORWARD: ClassVar = ("output.dense", "ffn.lin2", "mlp.down_proj")
 
+    coded: ClassVar = ("down", "feedback")
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     width: int = 64
     init_std: float = 0.01
@@ -49,18 +53,20 @@ class FedAdapter(Method):
         require_positive(self, "width", "init_std")
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        rows: Rows = {}
+        parts: dict[str, Tensors] = {"down": {}, "bias": {}, "up": {}}
         for index, name in enumerate(self.places(list(adapter.shapes))):
             d_out, _ = adapter.shapes[name]
-            rows[name] = torch.empty(self.width, 2 * d_out + 1)
+            drawn = torch.empty(self.width, 2 * d_out + 1)
             cut, source = 2 * self.init_std, generator(seed, "init", index)
-            nn.init.trunc_normal_(rows[name], 0, self.init_std, -cut, cut, generator=source)
-            rows[name][:, d_out] = 0  # bias
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
+            nn.init.trunc_normal_(drawn, 0, self.init_std, -cut, cut, generator=source)
+            down, bias, up = torch.split(drawn, [d_out, 1, d_out], dim=1)
+            parts["down"][name], parts["up"][name] = down, up
+            parts["bias"][name] = torch.zeros_like(bias)
+        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
 
-    def places(self, names: list[str]) -> list[str]:
+    def places(self, names: Sequence[str]) -> list[str]:
         """Those of the layers `names` that get a bottleneck. Raises InputError."""
         attention = [name for name in names if ends(name, self.ATTENTION)]
         rest = [name for name in names if name not in attention]
@@ -86,13 +92,10 @@ class Bottleneck:
 
     activation: Literal["gelu", "relu"]
     frozen: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
 
-    def width(self, shape: Shape) -> int:
-        return 2 * shape[0] + 1
-
-    def split(self, rows: Tensor, shape: Shape) -> Rows:
-        d_out = shape[0]
-        return {"down": rows[:, :d_out], "bias": rows[:, d_out : d_out + 1], "up": rows[:, -d_out:]}
+    def widths(self, shape: Shape) -> dict[str, int]:
+        return {"down": shape[0], "bias": 1, "up": shape[0]}
 
     def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
         act = functional.gelu if self.activation == "gelu" else functional.relu

@@ -15,40 +15,26 @@ Deviation (public text silent): init_std 0.1 (AdaLoRA's 0.02 stalls small encode
     orthogonality penalty; no scores kept between rounds; the defaults below; arbitration "budget".
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
-from fedara_core.adapters import AdapterConfig, LowRank, write_rows
+from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
 from fedara_core.errors import InputError, require_fractions, require_not_negative, require_positive
-from fedara_core.factors import lora_rows, orthogonality_penalty, svd_rows
+from fedara_core.factors import lora_parts, orthogonality_penalty, svd_parts
 from fedara_core.importance import (
     Importance,
     ImportanceMeter,
     scheduled_budget,
-    top_k_masks,
+    top_k,
     top_shares,
-    vote_shares,
 )
-from fedara_core.method import (
-    Batch,
-    Client,
-    Method,
-    ServerState,
-    bits_to_masks,
-    live_values,
-    make_upload,
-    next_state,
-    num_values,
-    split_values,
-    start_state,
-    weighted_mean,
-    write_whole,
-)
-from fedara_core.wire import Upload, message_bytes
+from fedara_core.merge.received import Received
+from fedara_core.method import Batch, Client, Method, Size
+from fedara_core.state import ServerState, relaid, start_state
+from fedara_core.values import masks_of_bits
+from fedara_core.wire import Upload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +45,8 @@ class FedAra(Method):
     of ||A A^T - I||^2 + ||B^T B - I||^2; final_budget: share of the first triplets that is left;
     warmup_fraction, final_fraction: shares of the rounds before and after the cubic.
     """
+
+    coded: ClassVar = ("down", "feedback")
 
     truncated_svd: bool = True
     rank_allocation: bool = True
@@ -82,12 +70,12 @@ class FedAra(Method):
             raise InputError("method.importance = 'magnitude' needs method.truncated_svd = true")
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        rows = lora_rows(adapter, seed)
+        parts = lora_parts(adapter, seed)
         if self.truncated_svd:
-            rows = svd_rows(adapter, seed, self.init_std)
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
+            parts = svd_parts(adapter, seed, self.init_std)
+        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, singular=self.truncated_svd)
@@ -101,17 +89,16 @@ class FedAra(Method):
 
     def votes(self, state: ServerState) -> bool:
         """Whether this round's clients vote: only where the budget is below what lives."""
-        return self.budget(state) < sum(state.live_triplets.values())
+        return self.budget(state) < state.num_live
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        form, keep = self.form(state), not self.module_pruning
-        write_rows(model, state.rows, state.rank_masks, form, keep_dead=keep)
-        write_whole(model, state.whole)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        keep_dead = not self.module_pruning
+        model.load(state.vector, state.index, self.form(state), keep_dead=keep_dead)
         if client is not None:
             client.notes["votes"] = self.votes(state)
             client.notes["importance"] = ImportanceMeter(self.importance)
         num_bits = state.num_triplets if self.rank_allocation else 0
-        return message_bytes(num_values(state, form), num_bits)
+        return Size(num_values=state.index.num_sent, num_bits=num_bits)
 
     def local_step(self, client: Client, batch: Batch) -> None:
         client.backward(batch)
@@ -122,24 +109,21 @@ class FedAra(Method):
         client.step()
 
     def upload(self, client: Client, state: ServerState) -> Upload:
-        values = live_values(client.model, state)
         if not client.notes["votes"]:
-            return make_upload(client, values)
-        scores = client.notes["importance"].scores(client.model)
+            return super().upload(client, state)
+        scores = client.notes["importance"].scores(client.model)  # (live triplets,)
+        values = client.sent_values
         if self.arbitration == "budget":
-            values = torch.cat([values, *scores.values()])
-        local_masks = top_k_masks(scores, self.budget(state))
-        return make_upload(client, values, torch.cat(list(local_masks.values())))
+            values = torch.cat([values, scores])
+        return client.make_upload(values, top_k(scores, self.budget(state)))
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        rows, whole, mean_scores = split_values(weighted_mean(uploads), state, self.form(state))
-        rank_masks = state.rank_masks
-        if self.votes(state):
-            shares = vote_shares(uploads)  # (live triplets,)
-            kept = shares >= self.vote_threshold
-            if self.arbitration == "budget":
-                kept = top_shares(shares, mean_scores, self.budget(state))
-            rank_masks = bits_to_masks(kept, state)
-            for name, mask in rank_masks.items():
-                rows[name][~mask] = 0
-        return next_state(state, uploads, rows=rows, rank_masks=rank_masks, whole=whole)
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        after = super().aggregate(state, received)
+        if not self.votes(state):
+            return after
+        shares = received.share_of_bits()  # (live triplets,)
+        kept = shares >= self.vote_threshold
+        if self.arbitration == "budget":
+            mean_scores = received.mean[state.index.num_sent :]
+            kept = top_shares(shares, mean_scores, self.budget(state))
+        return relaid(after, self.form(after), masks_of_bits(kept, state.rank_masks))

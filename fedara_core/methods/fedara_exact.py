@@ -17,29 +17,21 @@ Rank-deficient sums: a singular value within float32's rounding of zero has no v
 Deviation: all of this, but for the clients' local training, differs from FedARA.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedara_core.adapters import AdapterConfig, LowRank
+from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
 from fedara_core.errors import require_fractions, require_positive
-from fedara_core.factors import svd_rows, truncated_product
-from fedara_core.importance import scheduled_budget, top_k_masks
-from fedara_core.method import (
-    Client,
-    Method,
-    ServerState,
-    client_shares,
-    mean_whole,
-    next_state,
-    num_values,
-    split_values,
-    start_state,
-)
-from fedara_core.wire import Upload, message_bytes
+from fedara_core.factors import svd_parts, truncated_product
+from fedara_core.importance import scheduled_budget, top_k
+from fedara_core.merge.received import Received
+from fedara_core.method import Client, Method, Size, next_state
+from fedara_core.state import ServerState, start_state, with_parts
+from fedara_core.values import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +41,8 @@ class FedAraExact(Method):
     factor on E's learning rate. No paper has defaults: they are those of fedara.
     """
 
-    needs_factors: ClassVar[bool] = True
-    steady_rows: ClassVar[bool] = False
+    combine: ClassVar = "gather"
+    coded: ClassVar = ("down",)
 
     final_budget: float = 0.25
     warmup_fraction: float = 0.1
@@ -63,10 +55,10 @@ class FedAraExact(Method):
         require_positive(self, "init_std", "e_lr_factor")
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        rows = svd_rows(adapter, seed, self.init_std)
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
+        parts = svd_parts(adapter, seed, self.init_std)
+        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, singular=True)
@@ -74,45 +66,54 @@ class FedAraExact(Method):
     def lr_factor(self, part: str) -> float:
         return self.e_lr_factor if part == "E" else 1.0
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        super().download(model, state, client)
-        return message_bytes(num_values(state, self.form(state)), state.num_triplets)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        size = super().download(model, state, client)
+        return replace(size, num_bits=state.num_triplets)
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        form = self.form(state)
-        whole = mean_whole(uploads, state)
-        received = [split_values(upload.values, state, form)[0] for upload in uploads]
-        rows, values = {}, {}
-        for name in sorted(state.rows):
-            live = state.rank_masks[name]
-            sent = [client_rows[name][live] for client_rows in received]  # (r_live, width) each
-            rows[name], values[name] = self._mean(sent, client_shares(uploads), state, name)
-        num_live = sum(state.live_triplets.values())
-        rank_masks = top_k_masks(values, min(scheduled_budget(state, self), num_live))
-        for name in rank_masks:
-            rank_masks[name] = rank_masks[name] & (values[name] > 0)
-            rows[name][~rank_masks[name]] = 0
-        return next_state(state, uploads, rows=rows, rank_masks=rank_masks, whole=whole)
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        whole = state.index.whole(received.mean)
+        clients = [state.index.parts(upload.values) for upload in received.uploads]
+        parts: dict[str, Tensors] = {"A": {}, "E": {}, "B": {}}
+        values: Tensors = {}  # adapter -> (r,), zero where there is no triplet
+        for name, mask in state.rank_masks.items():
+            values[name] = torch.zeros(len(mask), dtype=torch.float64)
+            if state.live_triplets[name]:
+                own = [{part: client[part][name] for part in parts} for client in clients]
+                u, s, vt = self._mean(own, received.shares, state.adapter.scale, len(mask))
+                values[name][: len(s)] = s
+                e = s[:, None] / state.adapter.scale
+                for part, rows in (("A", vt), ("E", e), ("B", u.T)):
+                    parts[part][name] = rows.float()
+        budget = min(scheduled_budget(state, self), state.num_live)
+        pooled = torch.cat([torch.zeros(0, dtype=torch.float64), *values.values()])
+        chosen = torch.split(
+            top_k(pooled, budget) & (pooled > 0), [len(s) for s in values.values()]
+        )
+        rank_masks = dict(zip(values, chosen, strict=True))
+        live = {
+            part: {name: rows[rank_masks[name][: len(rows)]] for name, rows in tensors.items()}
+            for part, tensors in parts.items()
+        }
+        after = next_state(state, received, rank_masks=rank_masks)
+        return with_parts(after, self.form(after), live, whole)
 
     def _mean(
-        self, sent: Sequence[Tensor], shares: Sequence[float], state: ServerState, name: str
-    ) -> tuple[Tensor, Tensor]:
-        """The mean update of one adapter: rows (r, width) of its first triplets, and S (r,)."""
-        form, shape = self.form(state), state.adapter.shapes[name]
-        rows = torch.zeros_like(state.rows[name])
-        values = torch.zeros(len(rows), dtype=torch.float64)
-        if not len(sent[0]):
-            return rows, values
-        parts = [form.split(client_rows.double(), shape) for client_rows in sent]
+        self,
+        sent: Sequence[Mapping[str, Tensor]],
+        shares: Sequence[float],
+        scale: float,
+        lora_rank: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The SVD of the mean update of one adapter, cut to lora_rank triplets: U, S, V^T.
+
+        sent: of each client A (r_live, d_in), E (r_live, 1), B^T (r_live, d_out).
+        """
         weighted = [
-            share * form.scale * part["E"] * part["B"]
-            for share, part in zip(shares, parts, strict=True)
+            share * scale * own["E"].double() * own["B"].double()
+            for share, own in zip(shares, sent, strict=True)
         ]
         left = torch.cat(weighted).T  # (d_out, K r)
-        right = torch.cat([part["A"] for part in parts])  # (K r, d_in)
-        u, s, vt = truncated_product(left, right, len(rows))
+        right = torch.cat([own["A"].double() for own in sent])  # (K r, d_in)
+        u, s, vt = truncated_product(left, right, lora_rank)
         rounding = torch.finfo(torch.float32).eps * left.norm() * right.norm()
-        s = torch.where(s > rounding, s, 0.0)
-        rows[: len(s)] = torch.cat([vt, s[:, None] / form.scale, u.T], dim=1)
-        values[: len(s)] = s
-        return rows, values
+        return u, torch.where(s > rounding, s, 0.0), vt

@@ -14,47 +14,41 @@ Deviation: how S is shared between A and B, and where scale enters, could not be
     paper; here evenly, with scale divided out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import nn
 
-from fedara_core.adapters import AdapterConfig, Rows, named_adapters
-from fedara_core.factors import join_pair, signed_svd, split_pair
-from fedara_core.method import (
-    Client,
-    Method,
-    ServerState,
-    num_values,
-    start_state,
-)
-from fedara_core.wire import message_bytes
+from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.factors import signed_svd
+from fedara_core.method import Client, Method, Size
+from fedara_core.state import ServerState, start_state
+from fedara_core.values import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeDeRA(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
 
-    sends_trained: ClassVar[bool] = False  # A0 and B0 go down, too, uncoded
+    coded: ClassVar = ("down", "feedback")
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        rows: Rows = {}
-        delta: Rows = {}
-        for name, layer in named_adapters(model):
+        parts: dict[str, Tensors] = {"A": {}, "B": {}}
+        delta: Tensors = {}
+        for name, layer in model.adapters.items():
             u, s, vt = signed_svd(layer.base.weight.detach().cpu(), adapter.lora_rank)
             root = torch.sqrt(s / adapter.scale)  # (r,)
-            rows[name] = join_pair(root[:, None] * vt, u * root).float()
-            a, b = split_pair(rows[name].double(), layer.shape)
-            delta[name] = -(adapter.scale * b @ a).float()  # (d_out, d_in)
-        fixed = {"delta": delta}
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds, fixed=fixed)
+            a, b = (root[:, None] * vt).float(), (u * root).float().T
+            parts["A"][name], parts["B"][name] = a, b
+            delta[name] = -(adapter.scale * b.double().T @ a.double()).float()  # (d_out, d_in)
+        return start_state(
+            self, model, adapter, parts, seed=seed, num_rounds=num_rounds, fixed={"delta": delta}
+        )
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        super().download(model, state, client)
-        num_floats = num_values(state, self.form(state))
-        if client is not None and state.round_index and state.last_round[client.client_id] < 0:
-            num_floats += sum(rows.numel() for rows in state.rows.values())  # B0 and A0
-        return message_bytes(num_floats)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        size = super().download(model, state, client)
+        if client is not None and state.round_index and state.first_time(client.client_id):
+            return replace(size, num_exact=state.index.num_row_values)  # A0 and B0
+        return size

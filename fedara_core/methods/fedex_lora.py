@@ -14,60 +14,47 @@ Deviation: means are weighted by num_examples (the authors' code takes plain one
     [p_k (A_k - mean(A))], K r rows; these sum to zero over k, so that (K - 1) r rows would do.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import nn
-
-from fedara_core.adapters import AdapterConfig
-from fedara_core.factors import split_pair
-from fedara_core.method import (
-    Client,
-    Method,
-    ServerState,
-    client_shares,
-    missed_values,
-    num_values,
-    split_values,
-    start_with_delta,
-)
-from fedara_core.wire import Upload, message_bytes
+from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.merge.received import Received
+from fedara_core.method import Client, Method, Size, missed_values
+from fedara_core.state import ServerState, start_with_delta
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedExLora(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
 
-    needs_factors: ClassVar[bool] = True
+    combine: ClassVar = "gather"
+    coded: ClassVar = ("down", "feedback")
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        return start_with_delta(model, adapter, seed=seed, num_rounds=num_rounds)
+        return start_with_delta(self, model, adapter, seed=seed, num_rounds=num_rounds)
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        num_bytes = super().download(model, state, client)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        size = super().download(model, state, client)
         if client is None:
-            return num_bytes
-        num_averaged = num_values(state, self.form(state))
-        return message_bytes(
-            num_averaged + missed_values(state, client.client_id, state.extra["stacked_rows"])
-        )
+            return size
+        missed = missed_values(state, client.client_id, state.extra["stacked_rows"])
+        return replace(size, num_exact=missed)
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        after = super().aggregate(state, uploads)
-        form, adapter = self.form(state), state.adapter
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        after = super().aggregate(state, received)
+        adapter = state.adapter
         delta = {name: change.double() for name, change in state.fixed["delta"].items()}
-        clients = [split_values(upload.values, state, form)[0] for upload in uploads]
-        # The product of the means is taken from the rows as stored: what clients will compute.
-        terms = [*zip(clients, client_shares(uploads), strict=True), (after.rows, -1.0)]
-        for rows, factor in terms:
-            for name, shape in adapter.shapes.items():
-                a, b = split_pair(rows[name].double(), shape)
+        clients = [state.index.parts(upload.values) for upload in received.uploads]
+        # The product of the means is taken from the state as stored: what clients will compute.
+        terms = [*zip(clients, received.shares, strict=True), (after.parts, -1.0)]
+        for parts, factor in terms:
+            for name in adapter.shapes:
+                a, b = parts["A"][name].double(), parts["B"][name].double().T
                 delta[name] += factor * adapter.scale * (b @ a)  # (d_out, d_in)
         stacked_rows = state.extra["stacked_rows"].clone()
-        stacked_rows[state.round_index] = len(uploads) * adapter.lora_rank
+        stacked_rows[state.round_index] = len(received.headers) * adapter.lora_rank
         return replace(
             after,
             fixed={"delta": {name: change.float() for name, change in delta.items()}},

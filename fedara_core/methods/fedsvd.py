@@ -13,47 +13,52 @@ Deviation: A's random draw is orthonormal too (the authors' code starts from LoR
     differential privacy.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedara_core.adapters import AdapterConfig, LowRank, Shape
-from fedara_core.factors import join_pair, lora_rows, signed_svd, split_pair, truncated_product
-from fedara_core.method import Method, ServerState, start_state
-from fedara_core.wire import Upload
+from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
+from fedara_core.factors import lora_parts, signed_svd, truncated_product
+from fedara_core.merge.received import Received
+from fedara_core.method import Client, Method, Size
+from fedara_core.state import ServerState, start_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedSvd(Method):
     """No hyperparameters of its own: the SVD runs after every round, the authors' default."""
 
-    steady_rows: ClassVar[bool] = False  # the basis is another after each SVD
+    coded: ClassVar = ("down",)  # the basis is another after each SVD
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        rows = lora_rows(adapter, seed)
-        for name, shape in adapter.shapes.items():
-            a, b = split_pair(rows[name], shape)
+        parts = lora_parts(adapter, seed)
+        for name, a in parts["A"].items():
             _, _, vt = signed_svd(a, len(a))
-            rows[name] = join_pair(vt.float(), b)
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
+            parts["A"][name] = vt.float()
+        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, frozen=("A",))
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        mean = super().aggregate(state, uploads)
-        rows = {
-            name: refactor(mean.rows[name], shape) for name, shape in state.adapter.shapes.items()
-        }
-        return replace(mean, rows=rows)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        super().download(model, state, client)
+        num_sent = state.index.num_sent
+        return Size(num_values=num_sent, num_exact=state.index.size - num_sent)  # A has changed
+
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        after = super().aggregate(state, received)
+        vector = after.vector.clone()
+        parts = after.index.parts(vector)
+        for name, a in parts["A"].items():
+            refactor(a, parts["B"][name])
+        return replace(after, vector=vector)
 
 
-def refactor(rows: Tensor, shape: Shape) -> Tensor:
-    """LoRA rows (r, d_in + d_out) with the same product B A, its SVD: A = V^T, B = U S."""
-    a, b = split_pair(rows, shape)
-    u, s, vt = truncated_product(b, a, len(a))
-    return join_pair(vt, u * s).float()
+def refactor(a: Tensor, b: Tensor) -> None:
+    """Make A (r, d_in) = V^T and B^T (r, d_out) = (U S)^T of the SVD of their product, in place."""
+    u, s, vt = truncated_product(b.T, a, len(a))
+    a.copy_(vt)
+    b.copy_((u * s).T)

@@ -11,36 +11,27 @@ Deviation: the head trains and is averaged, so that heads are alike in all metho
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
-
-from fedara_core.adapters import AdapterConfig, LowRank
-from fedara_core.method import (
-    Client,
-    Method,
-    ServerState,
-    freeze_head,
-    num_values,
-)
-from fedara_core.wire import message_bytes
+from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
+from fedara_core.method import Method
+from fedara_core.state import ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
 class FfaLora(Method):
     """freeze_head: leave the head at its random start, untrained and unsent (the paper: true)."""
 
+    coded: ClassVar = ("down", "feedback")
+
     freeze_head: bool = False
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
         if self.freeze_head:
-            freeze_head(model)
+            model.freeze_head()
         return super().init(model, adapter, seed=seed, num_rounds=num_rounds)
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, frozen=("A",))
-
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        super().download(model, state, client)
-        return message_bytes(num_values(state, self.form(state), parts=("B",)))

@@ -15,59 +15,57 @@ Deviation: the server keeps, and evaluates, lora_rank triplets of Delta, not Del
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedara_core.factors import join_pair, split_pair, truncated_product
-from fedara_core.method import (
-    Client,
-    Method,
-    ServerState,
-    client_shares,
-    first_rows,
-    mean_whole,
-    next_state,
-    split_values,
-)
-from fedara_core.wire import Upload
+from fedara_core.adapters import AdaptedModel
+from fedara_core.factors import truncated_product
+from fedara_core.merge.received import Received, mean_of_ends
+from fedara_core.method import Client, Method, Size, next_state
+from fedara_core.state import ServerState, truncated
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLora(Method):
     """No hyperparameters of its own; capacities are adapter.client_lora_ranks, a shared setting."""
 
+    combine: ClassVar = "gather"
     uses_client_lora_ranks: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = True
-    own_rows: ClassVar[bool] = True
-    steady_rows: ClassVar[bool] = False
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        if client is not None:
-            client_lora_rank = state.adapter.client_lora_ranks[client.client_id]
-            state = replace(state, rank_masks=first_rows(state.rank_masks, client_lora_rank))
-        return super().download(model, state, client)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        own = state if client is None else self._own(state, client.client_id)
+        return super().download(model, own, client)
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        form, adapter = self.form(state), state.adapter
-        stacked: dict[str, list[Tensor]] = {name: [] for name in state.rows}
-        for upload, share in zip(uploads, client_shares(uploads), strict=True):
-            rank_masks = first_rows(state.rank_masks, adapter.client_lora_ranks[upload.client_id])
-            trained, _, _ = split_values(upload.values, state, form, rank_masks=rank_masks)
-            for name, (_, d_in) in adapter.shapes.items():
-                pairs = trained[name][rank_masks[name]].double()  # (r_k, d_in + d_out)
-                pairs[:, d_in:] *= share
-                stacked[name].append(pairs)
-        rows = {name: self._truncate(name, stacked[name], state) for name in state.rows}
-        return next_state(state, uploads, rows=rows, whole=mean_whole(uploads, state))
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        left: dict[str, list[Tensor]] = {name: [] for name in state.adapter.shapes}
+        right: dict[str, list[Tensor]] = {name: [] for name in state.adapter.shapes}
+        for upload, share in zip(received.uploads, received.shares, strict=True):
+            parts = self._own(state, upload.client_id).index.parts(upload.values)
+            for name in left:
+                left[name].append(share * parts["B"][name].double())  # (r_k, d_out)
+                right[name].append(parts["A"][name].double())  # (r_k, d_in)
+        vector = state.vector.clone()
+        new = state.index.parts(vector)
+        for name in left:
+            _truncate(left[name], right[name], new["A"][name], new["B"][name])
+        whole = state.index.runs[""]
+        vector[whole] = mean_of_ends(received.uploads, whole.stop - whole.start)
+        return next_state(state, received, vector=vector)
 
-    def _truncate(self, name: str, stacked: Sequence[Tensor], state: ServerState) -> Tensor:
-        """LoRA rows (r, d_in + d_out) of the best approximation of the stacked pairs' product."""
-        shape, rows = state.adapter.shapes[name], state.rows[name].clone()
-        a, b = split_pair(torch.cat(list(stacked)), shape)  # (sum r_k, d_in), (d_out, sum r_k)
-        u, s, vt = truncated_product(b, a, len(rows))  # of Delta / scale: scale acts in the model
-        rows[:, shape[1] :] = 0
-        rows[: len(s)] = join_pair(vt, u * s).float()
-        return rows
+    def _own(self, state: ServerState, client_id: int) -> ServerState:
+        """What the client gets of the state."""
+        return truncated(state, self.form(state), state.adapter.client_lora_ranks[client_id])
+
+
+def _truncate(left: Sequence[Tensor], right: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+    """Write the best approximation of the stacked pairs' product into A (r, d_in), B^T (r, d_out).
+
+    It is of Delta / scale: scale acts in the model.
+    """
+    u, s, vt = truncated_product(torch.cat(list(left)).T, torch.cat(list(right)), len(a))
+    a[: len(s)] = vt.float()
+    b.zero_()
+    b[: len(s)] = (u * s).T.float()

@@ -13,74 +13,59 @@ Deviation: what a client has to catch up on, and the dense limit, are ours. The 
     for all clients. scale is lora_alpha / lora_rank at every client, whatever its r_k.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
-from fedara_core.adapters import AdapterConfig
-from fedara_core.factors import lora_rows, split_pair
-from fedara_core.method import (
-    Client,
-    Method,
-    ServerState,
-    client_shares,
-    first_rows,
-    mean_whole,
-    missed_values,
-    next_state,
-    num_values,
-    split_values,
-    start_with_delta,
-)
+from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.factors import lora_parts
+from fedara_core.merge.received import Received, mean_of_ends
+from fedara_core.method import Client, Method, Size, missed_values, next_state
 from fedara_core.seeds import derive
-from fedara_core.wire import Upload, message_bytes
+from fedara_core.state import ServerState, start_with_delta, truncated
 
 
 @dataclass(frozen=True, kw_only=True)
 class FLora(Method):
     """No hyperparameters of its own; capacities are adapter.client_lora_ranks, a shared setting."""
 
+    combine: ClassVar = "gather"
     uses_client_lora_ranks: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = True
-    own_rows: ClassVar[bool] = True
-    steady_rows: ClassVar[bool] = False
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        return start_with_delta(model, adapter, seed=seed, num_rounds=num_rounds)
+        return start_with_delta(self, model, adapter, seed=seed, num_rounds=num_rounds)
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         if client is None:
             return super().download(model, state, client)
-        client_lora_rank = state.adapter.client_lora_ranks[client.client_id]
-        own = replace(state, rank_masks=first_rows(state.rank_masks, client_lora_rank))
-        super().download(model, own, client)
-        num_whole = num_values(state, self.form(state), rank_masks={})
-        return message_bytes(
-            num_whole + missed_values(state, client.client_id, state.extra["stacked_rows"])
-        )
+        super().download(model, self._own(state, client.client_id), client)
+        missed = missed_values(state, client.client_id, state.extra["stacked_rows"])
+        return Size(num_values=state.index.num_sent - state.index.num_row_values, num_exact=missed)
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        form, adapter = self.form(state), state.adapter
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        adapter = state.adapter
         delta = {name: change.double() for name, change in state.fixed["delta"].items()}
         stacked_rows = state.extra["stacked_rows"].clone()
-        for upload, share in zip(uploads, client_shares(uploads), strict=True):
-            client_lora_rank = adapter.client_lora_ranks[upload.client_id]
-            stacked_rows[state.round_index] += client_lora_rank
-            rank_masks = first_rows(state.rank_masks, client_lora_rank)
+        for upload, share in zip(received.uploads, received.shares, strict=True):
+            stacked_rows[state.round_index] += adapter.client_lora_ranks[upload.client_id]
             # Rows that the client does not have are those of the round's start, with B = 0.
-            trained, _, _ = split_values(upload.values, state, form, rank_masks=rank_masks)
-            for name, shape in adapter.shapes.items():
-                a, b = split_pair(trained[name].double(), shape)
+            parts = self._own(state, upload.client_id).index.parts(upload.values)
+            for name in adapter.shapes:
+                a, b = parts["A"][name].double(), parts["B"][name].double().T
                 delta[name] += share * adapter.scale * (b @ a)
+        fresh = lora_parts(adapter, derive(state.seed, "restart", state.round_index + 1))
+        vector = state.index.pack(fresh, state.whole)
+        whole = state.index.runs[""]
+        vector[whole] = mean_of_ends(received.uploads, whole.stop - whole.start)
         return next_state(
             state,
-            uploads,
-            rows=lora_rows(adapter, derive(state.seed, "restart", state.round_index + 1)),
-            whole=mean_whole(uploads, state),
+            received,
+            vector=vector,
             fixed={"delta": {name: change.float() for name, change in delta.items()}},
             extra={"stacked_rows": stacked_rows},
         )
+
+    def _own(self, state: ServerState, client_id: int) -> ServerState:
+        """What the client trains of the state."""
+        return truncated(state, self.form(state), state.adapter.client_lora_ranks[client_id])

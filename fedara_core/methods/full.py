@@ -10,19 +10,21 @@ Shapes: those of the model's parameters. A parameter that two layers share is on
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
-
-from fedara_core.adapters import AdapterConfig
-from fedara_core.method import Method, ServerState, start_state
+from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.method import Method
+from fedara_core.state import ServerState, start_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Method):
     """No hyperparameters of its own; adapter.lora_rank, lora_alpha and targets have no effect."""
 
+    coded: ClassVar = ("down", "feedback")
+
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        model.requires_grad_(True)
-        return start_state(model, adapter, {}, seed=seed, num_rounds=num_rounds)
+        model.module.requires_grad_(True)
+        return start_state(self, model, adapter, {}, seed=seed, num_rounds=num_rounds)

@@ -7,18 +7,20 @@ Down: the same.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
-
-from fedara_core.adapters import AdapterConfig
-from fedara_core.method import Method, ServerState, start_state
+from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.method import Method
+from fedara_core.state import ServerState, start_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOnly(Method):
     """What the frozen encoder gives for free."""
 
+    coded: ClassVar = ("down", "feedback")
+
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        return start_state(model, adapter, {}, seed=seed, num_rounds=num_rounds)
+        return start_state(self, model, adapter, {}, seed=seed, num_rounds=num_rounds)

@@ -18,31 +18,23 @@ Deviation: the head is averaged by num_examples, as in all methods here. The pap
     are beyond every client's r_k. The default of `penalty` is ours.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedara_core.adapters import AdapterConfig, Form, Rows, named_adapters
+from fedara_core.adapters import AdaptedModel, AdapterSpec
 from fedara_core.errors import InputError, require_not_negative
-from fedara_core.factors import lora_rows, split_pair
-from fedara_core.method import (
-    Batch,
-    Client,
-    Method,
-    ServerState,
-    first_rows,
-    mean_whole,
-    next_state,
-    num_values,
-    split_values,
-    start_state,
-)
-from fedara_core.wire import Upload
+from fedara_core.factors import lora_parts
+from fedara_core.merge.received import Received
+from fedara_core.method import Batch, Client, Method, Size, next_state, with_mean
+from fedara_core.state import ServerState, relaid, start_state, truncated
+from fedara_core.values import Index, bits_of_masks, first_rows
+from fedara_core.wire import Header, Upload
 
-_TINY = 1e-150  # weighs nothing beside any other norm
+_TINY = 1e-30  # weighs nothing beside any other norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +44,10 @@ class HetLora(Method):
     gamma: share of its triplets that a client keeps when it prunes (paper: 0.99); 1 leaves no tail.
     """
 
+    combine: ClassVar = "masked"
     uses_client_lora_ranks: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = True
-    own_rows: ClassVar[bool] = True
+    coded: ClassVar = ("feedback",)
+
     penalty: float = 1e-3
     gamma: float = 0.99
 
@@ -64,20 +57,21 @@ class HetLora(Method):
             raise InputError(f"method.gamma = {self.gamma} must be above 0 and at most 1")
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
-        rows = lora_rows(adapter, seed)
+        parts = lora_parts(adapter, seed)
         extra = {"client_lora_ranks": torch.tensor(adapter.client_lora_ranks)}  # int64
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds, extra=extra)
+        return start_state(
+            self, model, adapter, parts, seed=seed, num_rounds=num_rounds, extra=extra
+        )
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         if client is None:
             return super().download(model, state, client)
         client_lora_rank = int(state.extra["client_lora_ranks"][client.client_id])
-        truncated = replace(state, rank_masks=first_rows(state.rank_masks, client_lora_rank))
-        num_bytes = super().download(model, truncated, client)
+        size = super().download(model, truncated(state, self.form(state), client_lora_rank), client)
         client.notes["tail_norm"] = self._tail_norm(model).item()
-        return num_bytes
+        return size
 
     def local_step(self, client: Client, batch: Batch) -> None:
         client.backward(batch)
@@ -86,64 +80,66 @@ class HetLora(Method):
         client.step()
 
     def upload(self, client: Client, state: ServerState) -> Upload:
-        if self.penalty and self._tail_norm(client.model).item() < client.notes["tail_norm"]:
-            for _, adapter in named_adapters(client.model):
-                adapter.write(adapter.read()[: self._kept(adapter.num_live)], self.form(state))
-        return super().upload(client, state)
+        model = client.model
+        values, index = client.sent_values, model.index
+        if self.penalty and self._tail_norm(model).item() < client.notes["tail_norm"]:
+            kept = [
+                torch.arange(a.num_live) < self._kept(a.num_live) for a in model.adapters.values()
+            ]
+            values = values[index.value_mask(torch.cat(kept))]
+            client_lora_rank = self._kept(max(a.num_live for a in model.adapters.values()))
+            index = truncated(state, self.form(state), client_lora_rank).index
+        return client.make_upload(values, row_weight=product_norm(values, index))
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        form = self.form(state)
+    def sent_bits(self, state: ServerState, header: Header) -> Tensor:
+        sent = first_rows(state.rank_masks, rows_sent(header, state))
+        return bits_of_masks(sent, state.rank_masks)
+
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        sent = {header.client_id: rows_sent(header, state) for header in received.headers}
         client_lora_ranks = state.extra["client_lora_ranks"].clone()
-        sums = {name: torch.zeros_like(old).double() for name, old in state.rows.items()}
-        total = 0.0
-        for upload in uploads:
-            sent = rows_sent(upload, state, form)
-            client_lora_ranks[upload.client_id] = sent
-            rank_masks = first_rows(state.rank_masks, sent)
-            trained, _, _ = split_values(upload.values, state, form, rank_masks=rank_masks)
-            own = {name: rows[:sent].double() for name, rows in trained.items()}
-            # Nobody has learned anything where all are zero: then they count alike.
-            norm = product_norm(own, state.adapter) or _TINY
-            total += norm
-            for name, rows in own.items():
-                sums[name][:sent] += norm * rows  # further down this client adds zeros
-        held = int(client_lora_ranks[[upload.client_id for upload in uploads]].max())
-        rank_masks = first_rows(state.rank_masks, int(client_lora_ranks.max()))
-        new_rows = {}
-        for name, old in state.rows.items():
-            new_rows[name] = torch.cat([(sums[name][:held] / total).float(), old[held:]])
-            new_rows[name][~rank_masks[name]] = 0
-        return next_state(
+        client_lora_ranks[list(sent)] = torch.tensor(list(sent.values()))
+        held = first_rows(state.rank_masks, max(sent.values()))
+        unheld = state.index.value_mask(~bits_of_masks(held, state.rank_masks), whole=False)
+        mean = torch.where(unheld, state.sent, received.mean)
+        after = next_state(
             state,
-            uploads,
-            rows=new_rows,
-            rank_masks=rank_masks,
-            whole=mean_whole(uploads, state),
+            received,
+            vector=with_mean(state, mean),
             extra={"client_lora_ranks": client_lora_ranks},
         )
+        rank_masks = first_rows(state.rank_masks, int(client_lora_ranks.max()))
+        return relaid(after, self.form(after), rank_masks)
 
     def _kept(self, client_lora_rank: int) -> int:
         """Triplets that pruning leaves, and where the tail begins: floor(gamma r_k)."""
         return max(1, int(self.gamma * client_lora_rank))
 
-    def _tail_norm(self, model: nn.Module) -> Tensor:
+    def _tail_norm(self, model: AdaptedModel) -> Tensor:
         """Sum over adapters of ||B_tail|| ||A_tail||; 0 where there is no tail."""
         norms = []
-        for _, adapter in named_adapters(model):
+        for adapter in model.adapters.values():
             start = self._kept(adapter.num_live)
             norms.append(adapter.parts["A"][start:].norm() * adapter.parts["B"][start:].norm())
         return torch.stack(norms).sum()
 
 
-def rows_sent(upload: Upload, state: ServerState, form: Form) -> int:
+def rows_sent(header: Header, state: ServerState) -> int:
     """Rows of each adapter in an upload: its length says it."""
-    num_whole = num_values(state, form, rank_masks={})
-    row_width = sum(form.width(shape) for shape in state.adapter.shapes.values())
-    return (len(upload.values) - num_whole) // row_width
+    num_whole = state.index.num_sent - state.index.num_row_values
+    row_width = sum(d_in + d_out for d_out, d_in in state.adapter.shapes.values())
+    return (header.num_values - num_whole) // row_width
 
 
-def product_norm(rows: Rows, adapter: AdapterConfig) -> float:
-    """S_k = sqrt(sum over adapters of ||B A||_F^2), from the Gram matrices of A and B."""
-    pairs = [split_pair(rows[name], shape) for name, shape in adapter.shapes.items()]
-    squares = [((a @ a.T) * (b.T @ b)).sum() for a, b in pairs]  # tr(A^T B^T B A)
-    return float(torch.stack(squares).sum().sqrt())
+def product_norm(values: Tensor, index: Index) -> float:
+    """S_k = sqrt(sum over adapters of ||B A||_F^2), from the Gram matrices of A and B.
+
+    A float32, so that its products are exact (merge/sums.py). Where all clients' are zero, nobody
+    has learned anything: then they count alike.
+    """
+    parts = index.parts(values.double())
+    squares = [
+        ((a @ a.T) * (b @ b.T)).sum()  # tr(A^T B^T B A)
+        for a, b in zip(parts["A"].values(), parts["B"].values(), strict=True)
+    ]
+    return float(np.float32(torch.stack(squares).sum().sqrt())) or _TINY

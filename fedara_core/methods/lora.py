@@ -9,6 +9,7 @@ Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedara_core.method import Method
 
@@ -16,3 +17,5 @@ from fedara_core.method import Method
 @dataclass(frozen=True, kw_only=True)
 class Lora(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
+
+    coded: ClassVar = ("down", "feedback")

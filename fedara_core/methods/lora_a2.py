@@ -21,29 +21,18 @@ Deviation: the paper probes for one epoch and then, by its Algorithm 2, trains 5
     averaged, so that heads are alike in all methods; the paper freezes it (freeze_head = true).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from fedara_core.adapters import AdapterConfig, LowRank, named_adapters, read_rows, write_rows
+from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
 from fedara_core.errors import InputError, require_positive
-from fedara_core.importance import top_k_masks
-from fedara_core.method import (
-    Batch,
-    Client,
-    Method,
-    ServerState,
-    alternating_bytes,
-    bits_to_masks,
-    freeze_head,
-    join_values,
-    live_values,
-    make_upload,
-    split_values,
-)
+from fedara_core.importance import top_k
+from fedara_core.merge.received import Received
+from fedara_core.method import Batch, Client, Method, Size, alternating_size
+from fedara_core.state import ServerState
 from fedara_core.wire import Upload
 
 
@@ -55,10 +44,8 @@ class LoraA2(Method):
     5); freeze_head: leave the head at its start, unsent (the paper: true).
     """
 
+    combine: ClassVar = "masked"
     uses_client_lora_ranks: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = True
-    own_rows: ClassVar[bool] = True
-    steady_rows: ClassVar[bool] = False
 
     budget: float = 0.5
     probe_steps: int = 2
@@ -71,10 +58,10 @@ class LoraA2(Method):
         require_positive(self, "probe_steps", "b_lr_factor")
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
         if self.freeze_head:
-            freeze_head(model)
+            model.freeze_head()
         return super().init(model, adapter, seed=seed, num_rounds=num_rounds)
 
     def form(self, state: ServerState) -> LowRank:
@@ -84,61 +71,52 @@ class LoraA2(Method):
     def lr_factor(self, part: str) -> float:
         return self.b_lr_factor if part == "B" else 1.0
 
-    def num_chosen(self, adapter: AdapterConfig, client_id: int) -> int:
+    def num_chosen(self, adapter: AdapterSpec, client_id: int) -> int:
         """r_k N: how many triplets the client trains and sends."""
         lora_rank = self.budget * adapter.client_lora_ranks[client_id]
         return max(1, round(lora_rank * len(adapter.shapes)))
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
-        num_bytes = super().download(model, state, client)
-        if client is None:
-            return num_bytes
-        halves = {  # what trains in this round: (r, d_out) or (r, d_in) by adapter
-            name: next(part for part in adapter.parts.values() if part.requires_grad)
-            for name, adapter in named_adapters(model)
-        }
-        client.notes["halves"] = halves
-        client.notes["start"] = {name: half.detach().clone() for name, half in halves.items()}
-        client.notes["chosen"] = state.rank_masks
-        client.notes["num_chosen"] = self.num_chosen(state.adapter, client.client_id)
-        return alternating_bytes(state, self.form(state), client)
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        super().download(model, state, client)
+        if client is not None:
+            client.notes["start"] = client.vector.clone()
+            client.notes["chosen"] = torch.ones(state.num_live, dtype=torch.bool)
+            client.notes["num_chosen"] = self.num_chosen(state.adapter, client.client_id)
+        return alternating_size(state, self.form(state), client)
 
     def local_step(self, client: Client, batch: Batch) -> None:
         client.backward(batch)
-        for name, half in client.notes["halves"].items():
-            half.grad[~client.notes["chosen"][name]] = 0  # before the gradients are clipped
+        client.gradient[left_out(client)] = 0  # before it is clipped
         client.step()
         if len(client.losses) == self.probe_steps:
             choose(client)
-        with torch.no_grad():
-            for name, half in client.notes["halves"].items():
-                left_out = ~client.notes["chosen"][name]
-                half[left_out] = client.notes["start"][name][left_out]
+        put_back = left_out(client)
+        client.vector[put_back] = client.notes["start"][put_back]
 
     def upload(self, client: Client, state: ServerState) -> Upload:
         if len(client.losses) < self.probe_steps:  # a round as short as this is all probe
             choose(client)
         chosen = client.notes["chosen"]
-        write_rows(client.model, read_rows(client.model), chosen, self.form(state))
-        bits = torch.cat([chosen[name] for name in sorted(chosen)])
-        return make_upload(client, live_values(client.model, state), bits)
+        return client.make_upload(client.sent_values[state.index.value_mask(chosen)], chosen)
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        return super().aggregate(state, [self._filled(upload, state) for upload in uploads])
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        # What was not sent counts as unchanged; in the mean it counts as zero.
+        absent = state.index.per_value(1 - received.share_of_bits(), whole=0.0)
+        mean = (received.mean.double() + absent * state.sent.double()).float()
+        return super().aggregate(state, Received(received.headers, mean=mean))
 
-    def _filled(self, upload: Upload, state: ServerState) -> Upload:
-        """The upload with the state's values in place of the triplets that it leaves out."""
-        form, sent = self.form(state), bits_to_masks(upload.bits, state)
-        rows, whole, _ = split_values(upload.values, state, form, rank_masks=sent)
-        return replace(upload, values=join_values(rows, whole, state, form))
+
+def left_out(client: Client) -> Tensor:
+    """Which values of the vector belong to triplets that were not chosen: (num_trained,) bool."""
+    index = client.model.index
+    return ~index.value_mask(client.notes["chosen"]).to(client.vector.device)
 
 
 def choose(client: Client) -> None:
     """Note the triplets with the largest ||dB_i|| ||A_i|| (or ||B_i|| ||dA_i||) over the model."""
-    scores = {}
-    for name, adapter in named_adapters(client.model):
-        start = client.notes["start"][name]
-        changes = [part - start if part.requires_grad else part for part in adapter.parts.values()]
-        a, b = (change.detach().norm(dim=1) for change in changes)  # (r,) each
-        scores[name] = (a * b).cpu()
-    client.notes["chosen"] = top_k_masks(scores, client.notes["num_chosen"])
+    model, index = client.model, client.model.index
+    start = torch.cat([client.notes["start"], torch.zeros_like(model.vector[index.num_trained :])])
+    changes = index.parts(model.vector - start)  # of the half that rests: itself
+    norms = [torch.cat([rows.norm(dim=1) for rows in half.values()]) for half in changes.values()]
+    scores = torch.stack(norms).prod(dim=0)  # (live triplets,)
+    client.notes["chosen"] = top_k(scores.cpu(), client.notes["num_chosen"])

@@ -13,30 +13,20 @@ Deviation: clients may miss rounds, and then catch up on both halves; the head t
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import nn
-
-from fedara_core.adapters import LowRank
-from fedara_core.method import (
-    Client,
-    Method,
-    ServerState,
-    alternating_bytes,
-)
+from fedara_core.adapters import AdaptedModel, LowRank
+from fedara_core.method import Client, Method, Size, alternating_size
+from fedara_core.state import ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoLora(Method):
     """No hyperparameters of its own."""
 
-    sends_trained: ClassVar[bool] = False
-    steady_rows: ClassVar[bool] = False
-
     def form(self, state: ServerState) -> LowRank:
         resting = "B" if state.round_index % 2 else "A"
         return LowRank(scale=state.adapter.scale, frozen=(resting,))
 
-    def download(self, model: nn.Module, state: ServerState, client: Client | None) -> int:
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         super().download(model, state, client)
-        return alternating_bytes(state, self.form(state), client)
+        return alternating_size(state, self.form(state), client)

@@ -13,20 +13,22 @@ Deviation: R1 is a fraction of all rounds (the paper stops stage 1 by a budget o
     paper leaves open how S is shared between A and B, here evenly.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from fedara_core.adapters import Adapter, AdapterConfig, Form, LowRank, Rows, Shape
+from fedara_core.adapters import AdaptedModel, Adapter, AdapterSpec, Form, LowRank
 from fedara_core.errors import InputError, require_positive
-from fedara_core.factors import join_pair, lora_rows, signed_svd
-from fedara_core.method import Method, ServerState, start_state
+from fedara_core.factors import lora_parts, signed_svd
+from fedara_core.merge.received import Received
+from fedara_core.method import Method, next_state, with_mean
 from fedara_core.seeds import generator
-from fedara_core.wire import Upload
+from fedara_core.state import ServerState, start_state, with_parts
+from fedara_core.values import Shape, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class SLora(Method):
     stage1_fraction: share of the rounds that stage 1 takes; at least one, if another one is left.
     stage1_lr_factor: factor on the learning rate of the sparse weights.
     """
+
+    coded: ClassVar = ("down", "feedback")
 
     density: float = 0.01
     stage1_fraction: float = 0.2
@@ -53,16 +57,13 @@ class SLora(Method):
         return min(num_rounds - 1, max(1, round(self.stage1_fraction * num_rounds)))
 
     def init(
-        self, model: nn.Module, adapter: AdapterConfig, *, seed: int, num_rounds: int
+        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
     ) -> ServerState:
+        parts = lora_parts(adapter, seed)
         if self.stage1_rounds(num_rounds):
-            rows = {
-                name: torch.zeros(1, num_sparse(shape, self.density))
-                for name, shape in adapter.shapes.items()
-            }
-        else:
-            rows = lora_rows(adapter, seed)
-        return start_state(model, adapter, rows, seed=seed, num_rounds=num_rounds)
+            sizes = {n: num_sparse(shape, self.density) for n, shape in adapter.shapes.items()}
+            parts = {"delta": {name: torch.zeros(1, size) for name, size in sizes.items()}}
+        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
 
     def in_stage1(self, state: ServerState) -> bool:
         """Whether the sparse weights train: until a round from R1 - 1 on has had an upload."""
@@ -76,22 +77,26 @@ class SLora(Method):
     def lr_factor(self, part: str) -> float:
         return self.stage1_lr_factor if part == "delta" else 1.0
 
-    def aggregate(self, state: ServerState, uploads: Sequence[Upload]) -> ServerState:
-        after = super().aggregate(state, uploads)
+    def aggregate(self, state: ServerState, received: Received) -> ServerState:
+        after = next_state(state, received, vector=with_mean(state, received.mean))
         if not self.in_stage1(state) or self.in_stage1(after):
             return after
-        rows = {name: self._factor(name, after) for name in sorted(after.rows)}
-        rank_masks = {name: torch.ones(len(rows[name]), dtype=torch.bool) for name in rows}
-        return replace(after, rows=rows, rank_masks=rank_masks)
+        parts: dict[str, Tensors] = {"A": {}, "B": {}}
+        for name in after.rank_masks:
+            parts["A"][name], parts["B"][name] = self._factor(name, after)
+        rank_masks = {n: torch.ones(len(a), dtype=torch.bool) for n, a in parts["A"].items()}
+        stage2 = replace(after, rank_masks=rank_masks)
+        return with_parts(stage2, self.form(stage2), parts, after.whole)
 
-    def _factor(self, name: str, state: ServerState) -> Tensor:
-        """LoRA rows (r, d_in + d_out) from the stage-1 values of one adapter."""
+    def _factor(self, name: str, state: ServerState) -> tuple[Tensor, Tensor]:
+        """A (r, d_in), B^T (r, d_out) from the stage-1 values of one adapter."""
         shape = state.adapter.shapes[name]
         delta = torch.zeros(shape[0] * shape[1])
-        delta[weight_mask(state.seed, self.density, name, shape)] = state.rows[name][0]
+        index = weight_mask(state.seed, self.density, name, shape)
+        delta[index] = state.parts["delta"][name][0]
         u, s, vt = signed_svd(delta.reshape(shape), state.adapter.lora_rank)
         root = (s / state.adapter.scale).sqrt()  # (r,)
-        return join_pair(root[:, None] * vt, u * root).float()
+        return (root[:, None] * vt).float(), (u * root).T.float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +106,10 @@ class Sparse:
     seed: int
     density: float
     frozen: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
 
-    def width(self, shape: Shape) -> int:
-        return num_sparse(shape, self.density)
-
-    def split(self, rows: Tensor, shape: Shape) -> Rows:
-        return {"delta": rows}
+    def widths(self, shape: Shape) -> dict[str, int]:
+        return {"delta": num_sparse(shape, self.density)}
 
     def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
         base = adapter.base

@@ -1,0 +1,183 @@
+"""What a run needs, made once: data, shards, model, method and first state."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.config.schema import DatasetConfig, RunConfig, make_method
+from bench.data.partition import draw_client_lora_ranks, label_counts, partition, summary
+from bench.data.texts import TextDataset, holdout, load_dataset
+from bench.metering.client_cost import ClientCounter
+from bench.metering.devices import Device, check_names, deal, load_devices
+from bench.models.encoders import build_model, encode
+from bench.run.arrivals import Fleet, make_fleet
+from fedara_core.adapters import AdaptedModel, AdapterSpec, inject
+from fedara_core.comm.comm import Communicator
+from fedara_core.compression import Compression
+from fedara_core.errors import InputError
+from fedara_core.method import Method
+from fedara_core.state import ServerState
+from fedara_core.train import Encoded, LocalTraining
+
+ClientState = dict[int, dict[str, Tensor]]  # client_id -> name -> tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a run needs, the same on every process but for client_state."""
+
+    config: RunConfig
+    model: AdaptedModel
+    method: Method
+    state: ServerState
+    fleet: Fleet
+    training: LocalTraining
+    train: Encoded
+    evaluated: Encoded
+    shards: Sequence[np.ndarray]  # client_id -> indices into train
+    label_counts: np.ndarray  # (num_clients, num_classes)
+    partition_summary: list[dict[str, Any]]
+    dataset_digest: str
+    labels: Sequence[str]
+    device: torch.device
+    client_state: ClientState = field(default_factory=dict)  # what this process's clients keep
+    counter: ClientCounter | None = None
+    devices: dict[str, Device] = field(default_factory=dict)  # to model each round on
+    prepare_seconds: float = 0.0  # of this process
+
+    @property
+    def compression(self) -> Compression:
+        """The codecs of the run's messages."""
+        return Compression(**self.config.codec.model_dump())
+
+    @property
+    def keeps_client_state(self) -> bool:
+        """Whether clients keep tensors between rounds, so that each stays on one process."""
+        return self.method.stateful or self.compression.keeps_at_client
+
+
+def prepare(config: RunConfig, communicator: Communicator) -> Job:
+    """Load, split, tokenise, partition, and build model and first state. Raises InputError."""
+    start = perf_counter()
+    device = choose_device(config.system.device, communicator)
+    devices, device_of = _choose_devices(config)
+    fleet = make_fleet(config, devices, device_of)
+    dataset = load_texts(config.dataset)
+    num_classes = len(dataset.labels)
+    train_index, validation_index = holdout(
+        dataset, config.dataset.validation_fraction, config.seed
+    )
+    texts, labels = dataset.train_texts, dataset.train_labels
+    shards = partition(
+        labels[train_index],
+        config.partition,
+        num_clients=config.federation.num_clients,
+        num_classes=num_classes,
+        seed=config.seed,
+    )
+    if config.evaluate.split == "validation" and not len(validation_index):
+        raise InputError(
+            "evaluate.split = 'validation' needs dataset.validation_fraction above 0, not "
+            f"{config.dataset.validation_fraction}"
+        )
+    evaluated_texts, evaluated_labels = dataset.test_texts, dataset.test_labels
+    if config.evaluate.split == "validation":
+        evaluated_texts = [texts[i] for i in validation_index]
+        evaluated_labels = labels[validation_index]
+    model, method, state = build(config, num_classes=num_classes, device=device)
+    client_lora_ranks = state.adapter.client_lora_ranks
+    counter = ClientCounter(model)
+    if config.clients.timed and not counter.counts_flops:
+        raise InputError(
+            f"model.name = {config.model.name!r}: its FLOPs can not be counted, and modelled time "
+            "needs them; allowed: clients.deadline_seconds = 'none', clients.over_selection = 1.0"
+        )
+    partition_summary = summary(labels[train_index], shards, dataset.labels, client_lora_ranks)
+    job = Job(
+        config=config,
+        model=model,
+        method=method,
+        state=state,
+        fleet=fleet,
+        labels=dataset.labels,
+        training=LocalTraining(**config.train.model_dump()),
+        train=encode(config.model, [texts[i] for i in train_index], labels[train_index]),
+        evaluated=encode(config.model, evaluated_texts, evaluated_labels),
+        shards=shards,
+        label_counts=label_counts(labels[train_index], shards, num_classes),
+        partition_summary=[entry | fleet.facts(entry["client_id"]) for entry in partition_summary],
+        dataset_digest=dataset.digest,
+        device=device,
+        counter=counter,
+        devices=devices,
+    )
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return replace(job, prepare_seconds=perf_counter() - start)
+
+
+def build(
+    config: RunConfig, *, num_classes: int, device: torch.device
+) -> tuple[AdaptedModel, Method, ServerState]:
+    """The model with its adapters, the method, and the state before round 0. Raises InputError."""
+    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed)
+    classifier.model.to(device)
+    model = inject(classifier.model, config.adapter.targets, classifier.head)
+    adapter = AdapterSpec(
+        lora_rank=config.adapter.lora_rank,
+        lora_alpha=config.adapter.lora_alpha,
+        client_lora_ranks=tuple(
+            draw_client_lora_ranks(
+                config.adapter, num_clients=config.federation.num_clients, seed=config.seed
+            )
+        ),
+        shapes=model.shapes,
+    )
+    method = make_method(config.method)
+    num_rounds = config.federation.num_rounds
+    return model, method, method.init(model, adapter, seed=config.seed, num_rounds=num_rounds)
+
+
+def choose_device(wanted: str, communicator: Communicator) -> torch.device:
+    """The process's device: with auto a GPU where there is one, shared out by place on the host."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("system.device = 'cuda': torch sees no GPU here; allowed: auto, cpu")
+    _same_bits_on_cuda()
+    device_index = communicator.host_rank % torch.cuda.device_count()
+    return torch.device("cuda", device_index)
+
+
+def _same_bits_on_cuda() -> None:
+    """Ask for deterministic kernels; one that has no such form warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward adds in any order
+
+
+@lru_cache(maxsize=1)
+def load_texts(config: DatasetConfig) -> TextDataset:
+    """The data set; the points of a sweep mostly share it."""
+    return load_dataset(config)
+
+
+def _choose_devices(config: RunConfig) -> tuple[dict[str, Device], list[str]]:
+    """The devices that the config names, and each client's in a mixed federation."""
+    settings = config.devices
+    known = load_devices(Path(settings.file) if settings.file else None)
+    check_names(settings.names, known)
+    device_of = []
+    if settings.shares:
+        num_clients = config.federation.num_clients
+        device_of = deal(known, settings.shares, num_clients=num_clients, seed=config.seed)
+    names = dict.fromkeys([*settings.names, *settings.shares])
+    return {name: known[name] for name in names}, device_of

@@ -1,0 +1,48 @@
+"""A round's record from every process's part of it."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from bench.metering.client_cost import model_devices, reduce_clients
+from bench.metering.meter import Measured, reduce_energy, reduce_memory, reduce_seconds
+from bench.run.job import Job
+from fedara_core.comm.comm import Communicator, Traffic
+
+Row = dict[str, Any]
+
+_TRAFFIC = {  # record key -> field of the communicator's traffic
+    "wire_bytes_sent": "sent",
+    "wire_bytes_received": "received",
+    "network_bytes_sent": "network_sent",
+    "network_bytes_received": "network_received",
+}
+_SUMMED = ("downlink_bytes", "late_uplink_bytes", *_TRAFFIC)
+
+
+def traffic_since(before: Traffic, now: Traffic) -> dict[str, int]:
+    """The record's keys of what this process moved since."""
+    return {key: getattr(now, name) - getattr(before, name) for key, name in _TRAFFIC.items()}
+
+
+def reduce_row(job: Job, row: Row, measured: Measured, communicator: Communicator) -> Row:
+    """The round's record: bytes are sums over processes, seconds and memory maxima."""
+    mine = {**row, "clients": [asdict(cost) for cost in row["clients"]]}
+    mine["measured"] = asdict(measured)
+    parts = [json.loads(part) for part in communicator.gather_bytes(json.dumps(mine).encode())]
+    digests = [part["state_digest"] for part in parts]
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"processes disagree on the state after a round: {digests}")
+    everyone = [Measured(**part["measured"]) for part in parts]
+    reduced = {
+        **{key: value for key, value in row.items() if key != "clients"},
+        **{key: sum(part[key] for part in parts) for key in _SUMMED if key in row},
+        **reduce_clients(part["clients"] for part in parts),
+        **reduce_seconds([measured.seconds for measured in everyone]),
+        **reduce_energy(everyone),
+        **reduce_memory([measured.memory for measured in everyone]),
+    }
+    names, fleet = job.config.devices.names, job.fleet
+    return reduced | model_devices(
+        reduced, job.devices, names, fleet.device_of, fleet.speeds, fleet.precision
+    )

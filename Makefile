@@ -9,10 +9,10 @@ BIN := .venv/bin
 # The environment's own mpiexec if it has one, else the machine's.
 MPIEXEC = $(if $(wildcard $(BIN)/mpiexec),$(BIN)/mpiexec,mpiexec)
 
-.PHONY: help run reproduce figures test lint format clean
+.PHONY: help run reproduce figures test test-fast coverage lint format clean
 
 help:  ## this list
-	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 run: .venv  ## train head_only, LoRA, SLoRA and FedARA on 2 processes, then draw the comparison
 	$(MPIEXEC) -n $(PROCESSES) $(BIN)/fedara run bench/configs/quickstart.toml --results $(RESULTS)
@@ -32,6 +32,12 @@ figures: .venv  ## draw figures and table again, from the records in RESULTS
 test: .venv  ## the whole test suite, MPI and torchrun included; two tests at a time
 	$(BIN)/python -m pytest -n 2
 
+test-fast: .venv  ## the tests that are not marked slow: under three minutes on two cores
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+coverage: .venv  ## the whole test suite, and the share of source lines that it runs
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+
 lint: .venv  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +54,4 @@ format: .venv  ## let ruff mend what it can
 	touch .venv
 
 clean:  ## remove the environment and caches; results stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* *.egg-info

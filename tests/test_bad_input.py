@@ -9,6 +9,8 @@ import pytest
 from fedara_core.method import method_names
 from support.launch import CLI, TINY, Finished, fedara_here, launch
 
+pytestmark = pytest.mark.xdist_group("jobs")
+
 METHODS = ", ".join(method_names())
 
 # What is wrong -> the overrides, and what the line must say.

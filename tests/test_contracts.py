@@ -2,7 +2,6 @@
 
 import ast
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from fedara_core.merge.collectives import RunningMean
 from fedara_core.method import Method, ServerState, load_method, method_names
 from fedara_core.wire import Upload, pack, unpack
 from support.in_turn import in_turn
+from support.rounds import Round, make_tiny_job, play_rounds, train_one_client
 
 SETTINGS = ("train.local_steps=2",)
 NUM_ROUNDS = 6
@@ -41,28 +41,23 @@ class Complete:
     uploads: list[list[Upload]]  # of each round, not packed
     job: Job  # the second run's
     frozen: dict[str, Tensor]  # its frozen weights before training
-    rounds: list[Any]  # conftest.Round
+    rounds: list[Round]
     kept: list[dict[int, dict[str, Tensor]]]  # what clients keep, before each round and at the end
 
 
 @pytest.fixture(scope="module", params=method_names())
-def complete(
-    request: pytest.FixtureRequest,
-    tiny_job: Callable[..., Job],
-    play: Callable[..., list[Any]],
-    train_client: Callable[..., Upload],
-) -> Complete:
+def complete(request: pytest.FixtureRequest) -> Complete:
     overrides = (f"method.name={request.param}", *SETTINGS)
-    job = tiny_job(*overrides)
+    job = make_tiny_job(*overrides)
     states, uploads, kept = [job.state], [], [{}]
     for round_index in range(NUM_ROUNDS):
         cohort = draw_cohort(job, round_index)
-        uploads.append([train_client(job, states[-1], client_id) for client_id in cohort])
+        uploads.append([train_one_client(job, states[-1], client_id) for client_id in cohort])
         states.append(job.method.aggregate(states[-1], uploads[-1]))
         kept.append(dict(job.kept))
-    again = tiny_job(*overrides)
+    again = make_tiny_job(*overrides)
     frozen = {k: t.clone() for k, t in _frozen(again).items()}
-    return Complete(request.param, states, uploads, again, frozen, play(again), kept)
+    return Complete(request.param, states, uploads, again, frozen, play_rounds(again), kept)
 
 
 def test_names_its_class() -> None:
@@ -91,10 +86,10 @@ def test_two_fresh_runs_give_the_same_bits(complete: Complete) -> None:
     assert len({complete.states[0].digest(), *digests}) == NUM_ROUNDS + 1  # every round moves it
 
 
-def test_another_seed_gives_other_bits(
-    complete: Complete, tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
-) -> None:
-    (other,) = play(tiny_job(f"method.name={complete.name}", *SETTINGS, "seed=1"), num_rounds=1)
+def test_another_seed_gives_other_bits(complete: Complete) -> None:
+    (other,) = play_rounds(
+        make_tiny_job(f"method.name={complete.name}", *SETTINGS, "seed=1"), num_rounds=1
+    )
     assert other.before.digest() != complete.states[0].digest()
     assert other.after.digest() != complete.states[1].digest()
 
@@ -211,14 +206,12 @@ def test_the_head_is_averaged_by_num_examples(complete: Complete) -> None:
             torch.testing.assert_close(whole[name].reshape(-1).double(), mean, rtol=0, atol=1e-7)
 
 
-def test_it_learns(
-    complete: Complete, tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
-) -> None:
+def test_it_learns(complete: Complete) -> None:
     settings = ("partition.scheme=iid", "train.local_steps=10", "evaluate.every=100")
     # Methods differ by much in the learning rate that suits them.
     for lr in (2e-2, 2e-3):
-        job = tiny_job(f"method.name={complete.name}", *settings, f"train.lr={lr}")
-        rounds = play(job)
+        job = make_tiny_job(f"method.name={complete.name}", *settings, f"train.lr={lr}")
+        rounds = play_rounds(job)
         losses = [played.row["train_loss"] for played in rounds]
         learnt = losses[-1] < 0.8 * losses[0] and rounds[-1].row["accuracy"] > 0.55
         if learnt:  # chance is 0.25
@@ -230,21 +223,16 @@ def test_it_learns(
     assert moved == live
 
 
-def test_a_run_resumes_with_the_same_bits(
-    complete: Complete,
-    tmp_path: Path,
-    tiny_job: Callable[..., Job],
-    play: Callable[..., list[Any]],
-) -> None:
+def test_a_run_resumes_with_the_same_bits(complete: Complete, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, complete.states[3], complete.kept[3], {})
-    job = tiny_job(f"method.name={complete.name}", *SETTINGS)
+    job = make_tiny_job(f"method.name={complete.name}", *SETTINGS)
     found = find_checkpoint(tmp_path)
     assert found is not None
     resumed, kept = restore(job.state, found.data, {})
     job.kept.update(kept)
     assert resumed.round_index == 3
     assert resumed.digest() == complete.states[3].digest()
-    rest = play(job, resumed)
+    rest = play_rounds(job, resumed)
     assert [p.row["state_digest"] for p in rest] == [
         p.row["state_digest"] for p in complete.rounds[3:]
     ]
@@ -255,11 +243,7 @@ def test_a_run_resumes_with_the_same_bits(
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_the_number_of_processes_changes_nothing(
-    complete: Complete,
-    world_size: int,
-    tiny_job: Callable[..., Job],
-    play: Callable[..., list[Any]],
-    monkeypatch: pytest.MonkeyPatch,
+    complete: Complete, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each process has a model of its own and its own clients; 7 processes leave some idle."""
     overrides = (f"method.name={complete.name}", *SETTINGS, "evaluate.every=100")
@@ -270,7 +254,7 @@ def test_the_number_of_processes_changes_nothing(
         return train_client(job, state, client_id, *rest)
 
     monkeypatch.setattr(rounds, "train_client", noting)
-    jobs = [tiny_job(*overrides) for _ in range(world_size)]
+    jobs = [make_tiny_job(*overrides) for _ in range(world_size)]
     for round_index in (0, 3):
         state = complete.states[round_index]
 
@@ -282,7 +266,7 @@ def test_the_number_of_processes_changes_nothing(
             job = jobs[communicator.world_rank]
             job.kept.clear()
             job.kept.update(kept)
-            (played,) = play(job, state, 1, communicator)
+            (played,) = play_rounds(job, state, 1, communicator)
             return played.row, trained.pop(threading.get_ident(), [])
 
         rows, clients = zip(*in_turn(world_size, run), strict=True)

@@ -3,17 +3,16 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.run.rounds import Job
 from fedara_core import methods
 from fedara_core.method import load_method, method_names
+from support.rounds import make_tiny_job, play_rounds
 
 ROOT = Path(__file__).parents[1]
 NAME = "fedprox_lora"
@@ -44,16 +43,14 @@ def test_the_example_is_a_method(folder: Path) -> None:
     assert "mu = 0.01" in listed
 
 
-def test_the_example_without_its_term_is_lora(
-    folder: Path, tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
-) -> None:
+def test_the_example_without_its_term_is_lora(folder: Path) -> None:
     digests = {}
     for name, overrides in {
         "lora": ["method.name=lora"],
         "off": [f"method.name={NAME}", "method.mu=0.0"],
         "on": [f"method.name={NAME}", "method.mu=1.0"],
     }.items():
-        digests[name] = play(tiny_job(*overrides), num_rounds=2)[-1].row["state_digest"]
+        digests[name] = play_rounds(make_tiny_job(*overrides), num_rounds=2)[-1].row["state_digest"]
     assert digests["off"] == digests["lora"] != digests["on"]
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from support.launch import TINY, Finished, digests_in, fedara_here, launch
 
+pytestmark = pytest.mark.xdist_group("jobs")
+
 FAULT_JOB = Path(__file__).parent / "support" / "fault_job.py"
 CONFIG = ("run", TINY, "--set", "federation.num_rounds=3", "--set", "train.local_steps=2")
 LIMIT_SECONDS = 10

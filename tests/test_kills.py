@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from support.launch import TINY, Launched, digests_in, fedara_here
+
+pytestmark = pytest.mark.xdist_group("jobs")
 
 KILL_JOB = Path(__file__).parent / "support" / "kill_job.py"
 KILLS = 20

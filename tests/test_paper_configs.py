@@ -4,9 +4,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +13,7 @@ from bench.run.rounds import prepare
 from bench.tools.catalog import CONFIGS
 from fedara_core.comm.comm import Communicator
 from fedara_core.method import load_method, method_names
+from support.rounds import play_rounds
 
 PAPERS = CONFIGS / "papers"
 NAMES = sorted(path.stem for path in PAPERS.glob("*.toml"))
@@ -109,9 +108,9 @@ def test_here_is_small_and_needs_no_hub(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_here_trains(name: str, play: Callable[..., Any]) -> None:
+def test_here_trains(name: str) -> None:
     ranks = [TINY_RANKS] if load(name).adapter.client_lora_ranks else []
-    (played,) = play(prepare(load(name, *here(name), *TINY, *ranks), Communicator()))
+    (played,) = play_rounds(prepare(load(name, *here(name), *TINY, *ranks), Communicator()))
     assert math.isfinite(played.row["train_loss"])
     assert played.row["uplink_bytes"] > 0
     assert played.after.round_index == 1

@@ -1,8 +1,7 @@
 """Parity: with PEFT on the same weights, with plain PyTorch loops, and between methods."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import peft
@@ -28,11 +27,7 @@ from fedara_core.importance import ImportanceMeter
 from fedara_core.method import Client, ServerState, whole_parameters, write_whole
 from fedara_core.methods.slora import Sparse, num_sparse, weight_mask
 from fedara_core.train import start_client
-from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 HEAD = ("classifier.bias", "classifier.weight")
 
@@ -51,9 +46,9 @@ def fresh_model(job: Job) -> nn.Module:
 # ---- PEFT ----
 
 
-def test_a_lora_step_equals_pefts(tiny_job: MakeJob) -> None:
+def test_a_lora_step_equals_pefts() -> None:
     """Logits, gradients and the weights after one AdamW step, with weight decay."""
-    job = tiny_job(
+    job = make_tiny_job(
         *("method.name=lora", "adapter.targets=['query', 'value']", "adapter.lora_alpha=6.0"),
         *("model.dropout=0.0", "train.weight_decay=0.1", "train.max_grad_norm=1e9"),
     )
@@ -243,8 +238,8 @@ def assert_state(state: ServerState, rows: Rows, head: Mapping[str, Tensor]) -> 
         torch.testing.assert_close(state.whole[name], head[name], rtol=0, atol=1e-6)
 
 
-def test_one_client_is_plain_fine_tuning(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(
+def test_one_client_is_plain_fine_tuning() -> None:
+    job = make_tiny_job(
         *("method.name=lora", "model.dropout=0.0", "adapter.lora_alpha=8.0"),
         *("federation.num_clients=1", "federation.cohort=1", "federation.num_rounds=2"),
         *("train.local_steps=6", "train.lr=1e-2"),
@@ -252,7 +247,7 @@ def test_one_client_is_plain_fine_tuning(tiny_job: MakeJob, play: Play) -> None:
     plain = fresh_model(job)
     rows: Rows = job.state.rows
     head: Mapping[str, Tensor] = {name: plain.get_parameter(name).detach() for name in HEAD}
-    for played in play(job):
+    for played in play_rounds(job):
         model, rows, head, loss = plain_client(job, rows, head, played.before.round_index, 0)
         assert_state(played.after, rows, head)
         assert played.row["train_loss"] == pytest.approx(loss, abs=1e-6)
@@ -265,8 +260,8 @@ def test_one_client_is_plain_fine_tuning(tiny_job: MakeJob, play: Play) -> None:
     assert played.row["accuracy"] == pytest.approx(float(right), abs=1e-9)
 
 
-def test_fedara_without_pruning_is_svd_fedavg(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(
+def test_fedara_without_pruning_is_svd_fedavg() -> None:
+    job = make_tiny_job(
         *("method.rank_allocation=false", "method.module_pruning=false", "model.dropout=0.0"),
         *("federation.cohort=3", "federation.num_rounds=2", "train.lr=1e-2"),
     )
@@ -277,7 +272,7 @@ def test_fedara_without_pruning_is_svd_fedavg(tiny_job: MakeJob, play: Play) -> 
         assert rows[name][:, :d_in].std() == pytest.approx(0.1, rel=0.3)
         assert rows[name][:, d_in + 1 :].std() == pytest.approx(0.1, rel=0.3)
     head: Mapping[str, Tensor] = job.state.whole
-    for played in play(job):
+    for played in play_rounds(job):
         cohort = played.row["cohort"]
         assert len(cohort) == 3
         num_examples = [len(job.shards[client_id]) for client_id in cohort]
@@ -304,22 +299,20 @@ def _with_d_in(job: Job, rows: Rows) -> Sequence[tuple[Tensor, int]]:
 # ---- reductions and continuity ----
 
 
-def test_slora_at_density_0_is_lora(tiny_job: MakeJob, play: Play) -> None:
+def test_slora_at_density_0_is_lora() -> None:
     common = ("federation.num_rounds=3", "train.local_steps=2")
-    slora = play(tiny_job("method.name=slora", "method.density=0.0", *common))
-    lora = play(tiny_job("method.name=lora", *common))
+    slora = play_rounds(make_tiny_job("method.name=slora", "method.density=0.0", *common))
+    lora = play_rounds(make_tiny_job("method.name=lora", *common))
     assert slora[0].before.digest() == lora[0].before.digest()
     for ours, theirs in zip(slora, lora, strict=True):
         assert ours.row == theirs.row
 
 
-def test_dropping_triplets_does_not_move_the_function(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
-    job = tiny_job("model.dropout=0.0", "train.lr=2e-2")
-    state = play(job, num_rounds=3)[-1].after
+def test_dropping_triplets_does_not_move_the_function() -> None:
+    job = make_tiny_job("model.dropout=0.0", "train.lr=2e-2")
+    state = play_rounds(job, num_rounds=3)[-1].after
     cohort = draw_cohort(job, state.round_index)
-    uploads = [train_client(job, state, client_id) for client_id in cohort]
+    uploads = [train_one_client(job, state, client_id) for client_id in cohort]
     after = job.method.aggregate(state, uploads)
     dropped = {name: state.rank_masks[name] & ~after.rank_masks[name] for name in state.rows}
     assert sum(int(mask.sum()) for mask in dropped.values()) > 5
@@ -358,11 +351,11 @@ SHAPES = [(32, 32)] * 8 + [(64, 32), (32, 64)] * 2  # tiny.toml's model
 NUM_HEAD = 4 * 32 + 4
 
 
-def test_the_stage_switch_fires_and_the_bytes_follow(tiny_job: MakeJob, play: Play) -> None:
+def test_the_stage_switch_fires_and_the_bytes_follow() -> None:
     sparse = 24 + 4 * (8 * 51 + 4 * 102 + NUM_HEAD)  # round(0.05 * 1024), round(0.05 * 2048)
     pairs = 24 + 4 * (4 * sum(d_out + d_in for d_out, d_in in SHAPES) + NUM_HEAD)
     assert sparse != pairs
-    played = play(tiny_job(*SLORA), num_rounds=5)
+    played = play_rounds(make_tiny_job(*SLORA), num_rounds=5)
     expected = [5 * sparse] * 3 + [5 * pairs] * 2
     assert [r.row["uplink_bytes"] for r in played] == expected
     assert [r.row["downlink_bytes"] for r in played] == expected
@@ -371,23 +364,21 @@ def test_the_stage_switch_fires_and_the_bytes_follow(tiny_job: MakeJob, play: Pl
 
 @pytest.mark.parametrize(("fraction", "num_rounds", "first_pairs"), [(0.01, 4, 1), (0.9, 2, 1)])
 def test_stage_1_takes_a_round_and_leaves_one(
-    fraction: float, num_rounds: int, first_pairs: int, tiny_job: MakeJob, play: Play
+    fraction: float, num_rounds: int, first_pairs: int
 ) -> None:
-    job = tiny_job(
+    job = make_tiny_job(
         *SLORA, f"method.stage1_fraction={fraction}", f"federation.num_rounds={num_rounds}"
     )
     assert sum(len(rows) for rows in job.state.rows.values()) == 12
-    (played,) = play(job, num_rounds=1)
+    (played,) = play_rounds(job, num_rounds=1)
     assert played.after.round_index == first_pairs
     assert played.row["live_triplets"] == 48
 
 
-def test_the_switch_starts_from_the_best_low_rank_approximation(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
-    job = tiny_job(*SLORA)
-    state = play(job, num_rounds=2)[-1].after
-    uploads = [train_client(job, state, k) for k in draw_cohort(job, 2)]
+def test_the_switch_starts_from_the_best_low_rank_approximation() -> None:
+    job = make_tiny_job(*SLORA)
+    state = play_rounds(job, num_rounds=2)[-1].after
+    uploads = [train_one_client(job, state, k) for k in draw_cohort(job, 2)]
     after = job.method.aggregate(state, uploads)
     num_examples = np.array([upload.num_examples for upload in uploads], dtype=float)
     stacked = np.stack([upload.values.numpy().astype(float) for upload in uploads])
@@ -426,9 +417,9 @@ def test_weight_masks_come_from_the_seed() -> None:
     assert len(weight_mask(0, 1e-6, "query", (32, 48))) == 1
 
 
-def test_stage_1_changes_masked_weights_only(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*SLORA)
-    state = play(job, num_rounds=1)[-1].after
+def test_stage_1_changes_masked_weights_only() -> None:
+    job = make_tiny_job(*SLORA)
+    state = play_rounds(job, num_rounds=1)[-1].after
     assert isinstance(job.method.form(state), Sparse)
     job.method.download(job.model, state, None)
     for name, adapter in named_adapters(job.model):
@@ -443,6 +434,6 @@ def test_stage_1_changes_masked_weights_only(tiny_job: MakeJob, play: Play) -> N
         torch.testing.assert_close(difference, state.rows[name][0], rtol=0, atol=1e-6)
 
 
-def test_a_single_round_has_no_stage_1(tiny_job: MakeJob) -> None:
-    job = tiny_job(*SLORA, "method.stage1_fraction=0.9", "federation.num_rounds=1")
+def test_a_single_round_has_no_stage_1() -> None:
+    job = make_tiny_job(*SLORA, "method.stage1_fraction=0.9", "federation.num_rounds=1")
     assert sum(len(rows) for rows in job.state.rows.values()) == 48

@@ -12,6 +12,8 @@ from bench.config.schema import ClientsConfig, RunConfig, load_runs
 from fedara_core.method import load_method, method_names
 from support.launch import CLI, TINY, Finished, Launched, fedara_here, launch, rounds_of, wait_for
 
+pytestmark = pytest.mark.xdist_group("jobs")
+
 # What may not depend on where the clients ran.
 SAME = (
     *("round_index", "cohort", "train_loss", "accuracy", "macro_f1", "test_loss"),

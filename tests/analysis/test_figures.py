@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from test_analysis import add_energy, row_of, write_record
 from typer.testing import CliRunner
 
 from analysis.cli import app
@@ -26,6 +25,7 @@ from analysis.records.campaign import AnalysisError, NotDrawn, load_campaign, on
 from analysis.tables import cost as table_cost
 from analysis.tables import headline as table_headline
 from analysis.tables import modelled as table_modelled
+from support.records import add_energy, row_of, write_record
 
 
 def change_run(run: Path, change: Callable[[dict[str, Any]], None]) -> None:

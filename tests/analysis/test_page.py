@@ -13,12 +13,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
-from test_analysis import ROOT
 
 from analysis.cli import Records, report
 from analysis.figures import scaling as figure_scaling
 from analysis.records.campaign import load_campaign
 from analysis.records.micro import load_micro
+from support.launch import ROOT
 
 PUBLISHED = ROOT / "results" / "published"
 RECORDS = PUBLISHED / "trec6" / "runs"

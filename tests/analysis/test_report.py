@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_analysis import ROOT, row_of, write_record
 
 from analysis import stats as spread
 from analysis.cli import Records, report
@@ -25,6 +24,8 @@ from analysis.records.target import costs_to_target
 from analysis.tables import accuracy as table_accuracy
 from analysis.tables import cost as table_cost
 from analysis.tables import headline as table_headline
+from support.launch import ROOT
+from support.records import row_of, write_record
 
 
 def test_fedara_report_imports_neither_torch_nor_mpi(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_analysis import write_record
 from typer.testing import CliRunner
 
 from analysis.cli import app
@@ -31,8 +30,9 @@ from analysis.tables import render as tables
 from fedara_core.errors import InputError
 from fedara_core.merge import collectives
 from fedara_core.merge.cost import PATHS, moved_values
+from support.launch import ROOT
+from support.records import write_record
 
-ROOT = Path(__file__).resolve().parents[2]
 COST = Cost(overhead_seconds=3e-4, alpha_seconds=2e-5, beta_seconds_per_byte=1e-9)
 
 

@@ -1,6 +1,5 @@
 """Codecs: lengths, error bounds, unbiased rounding, odd values; and their effect on a run."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from bench.config.schema import parse_run
 from bench.run.checkpoint import dump_kept, load_kept
-from bench.run.rounds import Job
 from fedara_core.codec import (
     CODECS,
     ROW_VALUES,
@@ -23,6 +21,7 @@ from fedara_core.errors import InputError
 from fedara_core.method import join_values, load_method, method_names
 from fedara_core.seeds import generator
 from fedara_core.wire import Upload, code, message_bytes, pack, unpack
+from support.rounds import make_tiny_job, play_rounds
 
 LOSSY = [codec for codec in CODECS if codec != "fp32"]
 WIDTHS = torch.tensor([5, 5, 1, 128, 128, 128, 7, 2, 300])
@@ -150,11 +149,9 @@ def test_a_coded_upload_crosses_the_wire(codec: str) -> None:
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_the_reference_is_what_a_client_that_did_not_train_uploads(
-    name: str, tiny_job: Callable[..., Job]
-) -> None:
+def test_the_reference_is_what_a_client_that_did_not_train_uploads(name: str) -> None:
     method_class = load_method(name)
-    job = tiny_job(f"method.name={name}")
+    job = make_tiny_job(f"method.name={name}")
     reference = job.method.reference(job.state)
     if method_class.own_rows:
         assert len(reference) == 0
@@ -165,16 +162,14 @@ def test_the_reference_is_what_a_client_that_did_not_train_uploads(
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_every_method_runs_under_a_codec(
-    name: str, tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
-) -> None:
+def test_every_method_runs_under_a_codec(name: str) -> None:
     """The bytes of each upload are those of the codec, and the model is near the exact one."""
     steady = load_method(name).steady_rows
     feedback = ("codec.error_feedback=true",) if steady else ()
-    job = tiny_job(f"method.name={name}", "codec.up=int8", *feedback)
-    (played,) = play(job, num_rounds=1)
-    exact = tiny_job(f"method.name={name}")
-    (plain,) = play(exact, num_rounds=1)
+    job = make_tiny_job(f"method.name={name}", "codec.up=int8", *feedback)
+    (played,) = play_rounds(job, num_rounds=1)
+    exact = make_tiny_job(f"method.name={name}")
+    (plain,) = play_rounds(exact, num_rounds=1)
     assert 0.25 < played.row["uplink_bytes"] / plain.row["uplink_bytes"] < 0.45  # small messages
     assert played.row["downlink_bytes"] == plain.row["downlink_bytes"]
     assert played.row["state_digest"] != plain.row["state_digest"]
@@ -185,31 +180,30 @@ def test_every_method_runs_under_a_codec(
     assert played.row["test_loss"] == pytest.approx(plain.row["test_loss"], rel=0.02)
 
 
-def test_the_residual_is_what_the_codec_left_out(
-    tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
-) -> None:
+def test_the_residual_is_what_the_codec_left_out() -> None:
     """Twice the same client: the second message holds the first one's rounding, and no more."""
     words = ("method.name=lora", "federation.num_clients=1", "federation.cohort=1")
-    job = tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
-    first, second = play(job, num_rounds=1), None
+    job = make_tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
+    first, second = play_rounds(job, num_rounds=1), None
     left_out = job.kept[0]["codec_residual"].clone()
     assert left_out.abs().max() > 0
     kept = load_kept(dump_kept(job.kept))
-    second = play(job, first[0].after, 1)[0]
-    again = tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
+    second = play_rounds(job, first[0].after, 1)[0]
+    again = make_tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
     again.kept.update(kept)
-    resumed = play(again, first[0].after, 1)[0]
+    resumed = play_rounds(again, first[0].after, 1)[0]
     assert resumed.row["state_digest"] == second.row["state_digest"]
-    forgetful = tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
-    assert play(forgetful, first[0].after, 1)[0].row["state_digest"] != second.row["state_digest"]
+    forgetful = make_tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
+    assert (
+        play_rounds(forgetful, first[0].after, 1)[0].row["state_digest"]
+        != second.row["state_digest"]
+    )
 
 
-def test_the_server_sends_under_a_codec(
-    tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
-) -> None:
-    job = tiny_job("method.name=lora", "codec.down=int8", "codec.error_feedback=true")
-    exact = tiny_job("method.name=lora")
-    played, plain = play(job, num_rounds=2), play(exact, num_rounds=2)
+def test_the_server_sends_under_a_codec() -> None:
+    job = make_tiny_job("method.name=lora", "codec.down=int8", "codec.error_feedback=true")
+    exact = make_tiny_job("method.name=lora")
+    played, plain = play_rounds(job, num_rounds=2), play_rounds(exact, num_rounds=2)
     num_values = len(exact.method.reference(exact.state))
     saved = 4 * num_values - payload_bytes("int8", num_values)
     for ours, theirs in zip(played, plain, strict=True):
@@ -217,7 +211,10 @@ def test_the_server_sends_under_a_codec(
         assert theirs.row["downlink_bytes"] - ours.row["downlink_bytes"] == saved * 5
     residual = played[0].after.extra["codec_residual"]
     assert residual.shape == (num_values,)
-    assert "codec_residual" not in play(tiny_job("codec.down=int8"), num_rounds=1)[0].after.extra
+    assert (
+        "codec_residual"
+        not in play_rounds(make_tiny_job("codec.down=int8"), num_rounds=1)[0].after.extra
+    )
 
 
 def test_refusals() -> None:

@@ -11,6 +11,8 @@ from fedara_core.errors import InputError
 from support.comm_check import CASES
 from support.launch import COMM_CHECK, checked, launch
 
+pytestmark = pytest.mark.xdist_group("jobs")
+
 JOBS = [("plain", 1), *(("mpi", n) for n in (1, 2, 3, 4)), ("torch", 2), ("torch", 3)]
 
 

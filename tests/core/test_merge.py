@@ -1,11 +1,9 @@
 """Merge paths on several process counts (collectives_check.py), the cost model, wrong input."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from bench.run.rounds import Job, merge_path
+from bench.run.rounds import merge_path
 from fedara_core.comm.comm import Communicator
 from fedara_core.merge.collectives import Part, RunningMean, weighted_sum
 from fedara_core.merge.cost import PATHS, SAME_BITS, cheapest, moved_values
@@ -13,6 +11,9 @@ from fedara_core.wire import Upload
 from support.collectives_check import make_parts
 from support.comm_check import CASES
 from support.launch import checked
+from support.rounds import make_tiny_job
+
+pytestmark = pytest.mark.xdist_group("jobs")
 
 JOBS = [("plain", 1), *(("mpi", n) for n in (2, 3, 4)), ("torch", 2), ("torch", 3)]
 
@@ -74,9 +75,9 @@ class TwoProcesses(Communicator):
 @pytest.mark.parametrize(
     ("codec", "chosen"), [("fp32", "split"), ("bf16", "split"), ("int8", "allgather")]
 )
-def test_auto_counts_coded_bytes(tiny_job: Callable[..., Job], codec: str, chosen: str) -> None:
+def test_auto_counts_coded_bytes(codec: str, chosen: str) -> None:
     """Five clients' rows on two processes; the sums of split travel as float32 in any case."""
-    job = tiny_job("federation.merge_path=auto", f"codec.up={codec}")
+    job = make_tiny_job("federation.merge_path=auto", f"codec.up={codec}")
     assert job.config.federation.cohort == 5
     assert merge_path(job, TwoProcesses()) == chosen
 

@@ -3,9 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import Result
@@ -17,9 +15,11 @@ from bench.config.schema import load_runs
 from bench.jobs import local as sweep
 from bench.jobs.plan import Plan, describe, load_points, make_plan
 from bench.jobs.status import last_lines, read_status
-from bench.run.rounds import Job
 from fedara_core.errors import InputError
 from support.launch import TINY, environment, fedara_here, rounds_of
+from support.rounds import make_tiny_job, play_rounds
+
+pytestmark = pytest.mark.xdist_group("jobs")
 
 
 def write(folder: Path, table: str) -> Path:
@@ -115,9 +115,7 @@ def test_200_points_expand_in_a_second(tmp_path: Path) -> None:
     assert min(seconds) < 1
 
 
-def test_a_dry_run_counts_what_is_left(
-    tmp_path: Path, tiny_job: Callable[..., Job], play: Callable[..., list[Any]]
-) -> None:
+def test_a_dry_run_counts_what_is_left(tmp_path: Path) -> None:
     config = write(tmp_path, "seed = [0, 1, 2]")
     plan = make_plan(config, tmp_path / "out", [])
     finished = plan.results / plan.runs[1].run_id
@@ -127,7 +125,7 @@ def test_a_dry_run_counts_what_is_left(
     dry = fedara("sweep", config, "--results", plan.results, "--dry-run")
     assert dry.exit_code == 0, dry.stderr
     assert dry.stdout == text_of(plan) + "\n"
-    (first,) = play(tiny_job(), num_rounds=1)
+    (first,) = play_rounds(make_tiny_job(), num_rounds=1)
     up, down = (6 * first.row[key] / 1e3 for key in ("uplink_bytes", "downlink_bytes"))
     each = f"up {up:.3g} kB, down {down:.3g} kB"
     assert dry.stdout.splitlines()[1].endswith(f"6 rounds x 5 clients, {each}, done")

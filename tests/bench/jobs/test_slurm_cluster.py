@@ -25,6 +25,8 @@ from bench.jobs.plan import Plan, make_plan
 from bench.jobs.slurm import array_script, read_site
 from support.launch import ROOT, TINY, environment, fedara_here, rounds_of
 
+pytestmark = pytest.mark.xdist_group("jobs")
+
 CLUSTER = "fedara-test"  # the name in start_slurm.sh: no test submits to anybody's real cluster
 LIMIT_SECONDS = 300  # for what two free cores do in 30
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")

@@ -14,6 +14,8 @@ from bench.jobs.status import RunStatus, exit_line, log_file, read_status
 from fedara_core.errors import InputError
 from support.launch import TINY, environment
 
+pytestmark = pytest.mark.xdist_group("jobs")
+
 PLAN = "plan-demo-01234567"
 
 

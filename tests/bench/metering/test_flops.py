@@ -1,6 +1,5 @@
 """FLOPs counted from shapes: torch's counter, every method, cases by hand, what pruning saves."""
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,14 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.metering.flops import StepFlops, Uncountable
 from bench.models.encoders import MeanPooled, OwnHead
-from bench.run.rounds import Job
 from fedara_core.adapters import AdapterConfig, LowRank, Masks, Rows, inject, write_rows
 from fedara_core.factors import lora_rows
 from fedara_core.method import Client, load_method, method_names
 from fedara_core.train import start_client
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
+from support.rounds import make_tiny_job, play_rounds
 
 SHAPES = [(1, 1), (7, 12)]  # off the grid that the counts are interpolated from
 NUM_LAYERS = 3
@@ -89,11 +85,11 @@ def layer_of(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_every_method_counts_as_torch_does(name: str, tiny_job: MakeJob, play: Play) -> None:
+def test_every_method_counts_as_torch_does(name: str) -> None:
     """In its first round and its last two: other forms, fewer triplets."""
-    job = tiny_job(f"method.name={name}", *SHORT)
+    job = make_tiny_job(f"method.name={name}", *SHORT)
     flops = StepFlops(job.model)
-    for state in (job.state, *(played.after for played in play(job, num_rounds=2))):
+    for state in (job.state, *(played.after for played in play_rounds(job, num_rounds=2))):
         job.method.download(job.model, state, None)
         assert_exact(flops, job.model)
 
@@ -222,9 +218,9 @@ def test_an_adapter_that_stays_without_triplets_costs_one_row() -> None:
 
 
 @pytest.mark.parametrize("name", ["adalora", "fedara", "lora_a2", "slora"])
-def test_a_local_step_counts_as_torch_does(name: str, tiny_job: MakeJob) -> None:
+def test_a_local_step_counts_as_torch_does(name: str) -> None:
     """With its loss and optimiser; only a penalty on the factors is left out."""
-    job = tiny_job(f"method.name={name}", "train.local_steps=2")
+    job = make_tiny_job(f"method.name={name}", "train.local_steps=2")
     client = Client(client_id=0, num_examples=8, model=job.model)
     job.method.download(job.model, job.state, client)
     cost = StepFlops(job.model).now()
@@ -240,8 +236,8 @@ def test_a_local_step_counts_as_torch_does(name: str, tiny_job: MakeJob) -> None
     assert counter.get_total_flops() == expected
 
 
-def test_the_model_and_the_generators_stay_as_they_are(tiny_job: MakeJob) -> None:
-    job = tiny_job()
+def test_the_model_and_the_generators_stay_as_they_are() -> None:
+    job = make_tiny_job()
     job.method.download(job.model, job.state, None)
     before, rng = {k: v.clone() for k, v in job.model.state_dict().items()}, torch.get_rng_state()
     job.model.train()

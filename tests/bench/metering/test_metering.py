@@ -26,11 +26,14 @@ from bench.metering.meter import (
 )
 from bench.run import rounds
 from bench.run.record import Recorder, library_fact, surroundings
-from bench.run.rounds import Job, prepare, run
+from bench.run.rounds import prepare, run
 from fedara_core.comm.comm import Communicator
 from support.documented import documented
 from support.energy_job import WATTS
 from support.launch import ROOT, TINY, Finished, fedara_here, launch, rounds_of
+from support.rounds import make_tiny_job, play_rounds
+
+pytestmark = pytest.mark.xdist_group("jobs")
 
 ENERGY_JOB = ROOT / "tests" / "support" / "energy_job.py"
 SHORT = ("--set", "federation.num_rounds=3", "--set", "train.local_steps=2")
@@ -385,14 +388,11 @@ def test_nothing_is_modelled_without_flops() -> None:
 
 
 def test_a_model_whose_flops_can_not_be_counted(
-    tiny_job: Callable[..., Job],
-    play: Callable[..., list[Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setattr("bench.metering.client_cost.StepFlops", lambda model: 1 / 0)
-    job = tiny_job("train.local_steps=1")
-    (played,) = play(job, num_rounds=1)
+    job = make_tiny_job("train.local_steps=1")
+    (played,) = play_rounds(job, num_rounds=1)
     (text,) = runtime_warnings(recwarn)
     assert text.startswith("FLOPs are not counted: ZeroDivisionError")
     found = reduce_clients([[vars(cost) for cost in played.row["clients"]]])
@@ -400,12 +400,10 @@ def test_a_model_whose_flops_can_not_be_counted(
     assert found["adapter_bytes"] > 0
 
 
-def test_the_counter_is_no_part_of_the_result(
-    tiny_job: Callable[..., Job], play: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_counter = play(tiny_job(), num_rounds=2)[-1].row["state_digest"]
+def test_the_counter_is_no_part_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_counter = play_rounds(make_tiny_job(), num_rounds=2)[-1].row["state_digest"]
     monkeypatch.setattr(rounds, "ClientCounter", lambda model: None)
-    assert play(tiny_job(), num_rounds=2)[-1].row["state_digest"] == with_counter
+    assert play_rounds(make_tiny_job(), num_rounds=2)[-1].row["state_digest"] == with_counter
 
 
 # ---- what people read ----

@@ -21,6 +21,8 @@ from fedara_core.merge.cost import PATHS
 from support.documented import check_documented
 from support.launch import fedara_here, launch
 
+pytestmark = pytest.mark.xdist_group("jobs")
+
 SMALL: dict[str, Any] = {
     "payload_bytes": "2e3,2e5",
     "densities": "0.25,1",

@@ -1,19 +1,20 @@
 """fedara micro roundtrip: its records, its bytes, wrong options; and rounds in several goes."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.run import rounds
-from bench.run.rounds import Job
 from fedara_core.codec import payload_bytes
 from fedara_core.merge import collectives
 from fedara_core.method import method_names
 from support.documented import check_documented
 from support.launch import fedara_here, launch
+from support.rounds import make_tiny_job, play_rounds
+
+pytestmark = pytest.mark.xdist_group("jobs")
 
 ROUNDTRIP = ("-m", "bench", "micro", "roundtrip")
 OPTIONS = ("--clients", "3,8", "--methods", "lora,fedara", "--model", "tiny", "--lora-rank", "4")
@@ -72,11 +73,9 @@ def test_wrong_options_cost_one_line(option: str, value: str, words: str, tmp_pa
     assert words in job.refusals[0]
 
 
-def test_clients_are_placed_by_their_steps_and_named_in_order(
-    tiny_job: Callable[..., Job],
-) -> None:
+def test_clients_are_placed_by_their_steps_and_named_in_order() -> None:
     """The others find a process's clients in client_id order, however they were dealt out."""
-    job = tiny_job("train.local_epochs=1", "train.batch_size=2")
+    job = make_tiny_job("train.local_epochs=1", "train.batch_size=2")
     steps = [job.training.num_steps(len(shard)) for shard in job.shards]
     placed = rounds.place(job, range(len(steps)), 3)
     assert sorted(client_id for clients in placed for client_id in clients) == [*range(len(steps))]
@@ -91,14 +90,11 @@ def test_clients_are_placed_by_their_steps_and_named_in_order(
 
 @pytest.mark.parametrize("path", ["allgather", "split"])
 def test_a_cohort_in_several_goes_gives_the_same_bits(
-    path: str,
-    tiny_job: Callable[..., Job],
-    play: Callable[..., list[Any]],
-    monkeypatch: pytest.MonkeyPatch,
+    path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One client's upload at a time is held, and nothing of the result changes."""
     setting = f"federation.merge_path={path}"
-    whole = play(tiny_job(setting), num_rounds=2)
+    whole = play_rounds(make_tiny_job(setting), num_rounds=2)
     held: list[int] = []
     meet = collectives._OrderedSum.meet
 
@@ -108,7 +104,7 @@ def test_a_cohort_in_several_goes_gives_the_same_bits(
 
     monkeypatch.setattr(collectives._OrderedSum, "meet", noting)
     monkeypatch.setattr(rounds, "HELD_VALUES", 1)
-    parts = play(tiny_job(setting), num_rounds=2)
+    parts = play_rounds(make_tiny_job(setting), num_rounds=2)
     assert held == [1] * 10
     for ours, theirs in zip(parts, whole, strict=True):
         assert ours.row["state_digest"] == theirs.row["state_digest"]

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,9 @@ from bench.run.rounds import Job, draw_cohort, identity
 from fedara_core.comm.comm import Communicator
 from fedara_core.errors import InputError
 from fedara_core.method import ServerState, method_names
-from fedara_core.wire import Upload
 from support.in_turn import in_turn
 from support.launch import ROOT, TINY, fedara_here, rounds_of
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[[Job, ServerState, int], Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 DEVICES = """
 [fast]
@@ -72,19 +68,17 @@ def times_by_hand(job: Job, row: dict[str, Any]) -> dict[int, float]:
     return times
 
 
-def aggregate_by_hand(
-    job: Job, state: ServerState, client_ids: Sequence[int], train_client: TrainClient
-) -> str:
+def aggregate_by_hand(job: Job, state: ServerState, client_ids: Sequence[int]) -> str:
     """Digest of the next state from these clients alone."""
-    uploads = [train_client(job, state, client_id) for client_id in client_ids]
+    uploads = [train_one_client(job, state, client_id) for client_id in client_ids]
     return job.method.aggregate(state, uploads).digest()
 
 
 # ---- draws ----
 
 
-def test_as_many_vanish_as_dropout_says(tiny_job: MakeJob) -> None:
-    fleet = tiny_job("clients.dropout=0.3").fleet
+def test_as_many_vanish_as_dropout_says() -> None:
+    fleet = make_tiny_job("clients.dropout=0.3").fleet
     draws = np.array([[fleet.vanishes(t, c) for c in range(100)] for t in range(200)])
     deviation = math.sqrt(0.3 * 0.7 / draws.size)
     assert abs(draws.mean() - 0.3) < 4 * deviation
@@ -126,12 +120,10 @@ def test_the_first_to_arrive(num_wanted: int, deadline: float | None, arrived: l
 # ---- one round by hand ----
 
 
-def test_a_deadline(
-    shares: tuple[str, ...], tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_a_deadline(shares: tuple[str, ...]) -> None:
     common = (*SHORT, *shares, "method.name=lora", "federation.cohort=8")
-    job = tiny_job(*common, "clients.deadline_seconds=1e6")
-    (patient,) = play(job, num_rounds=1)
+    job = make_tiny_job(*common, "clients.deadline_seconds=1e6")
+    (patient,) = play_rounds(job, num_rounds=1)
     times = times_by_hand(job, patient.row)
     costs = {cost.client_id: cost for cost in patient.row["clients"]}
     assert {c: cost.modelled_seconds for c, cost in costs.items()} == pytest.approx(times)
@@ -142,8 +134,8 @@ def test_a_deadline(
 
     order = sorted(times, key=times.__getitem__)
     deadline = (times[order[4]] + times[order[5]]) / 2
-    job = tiny_job(*common, f"clients.deadline_seconds={deadline}")
-    (played,) = play(job, num_rounds=1)
+    job = make_tiny_job(*common, f"clients.deadline_seconds={deadline}")
+    (played,) = play_rounds(job, num_rounds=1)
     row = played.row
     assert (row["arrived"], row["late"], row["dropped"]) == (
         sorted(order[:5]),
@@ -157,36 +149,32 @@ def test_a_deadline(
     assert row["uplink_bytes"] == sum(uplink[c] for c in row["arrived"])
     assert row["late_uplink_bytes"] == sum(uplink[c] for c in row["late"])
     assert row["downlink_bytes"] == patient.row["downlink_bytes"]
-    assert row["state_digest"] == aggregate_by_hand(
-        job, played.before, row["arrived"], train_client
-    )
+    assert row["state_digest"] == aggregate_by_hand(job, played.before, row["arrived"])
     assert row["state_digest"] != patient.row["state_digest"]
     took_part = (played.after.last_round == 0).nonzero().flatten().tolist()
     assert took_part == row["arrived"]
 
 
-def test_over_selection_takes_the_fastest(
-    shares: tuple[str, ...], tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
-    job = tiny_job(*SHORT, *shares, "method.name=lora", ALL_DRAWN)
-    (played,) = play(job, num_rounds=1)
+def test_over_selection_takes_the_fastest(shares: tuple[str, ...]) -> None:
+    job = make_tiny_job(*SHORT, *shares, "method.name=lora", ALL_DRAWN)
+    (played,) = play_rounds(job, num_rounds=1)
     times = times_by_hand(job, played.row)
     order = sorted(times, key=times.__getitem__)
     assert played.row["arrived"] == sorted(order[:5])
     assert played.row["late"] == sorted(order[5:])
     assert played.row["modelled_round_seconds"] == pytest.approx(times[order[4]])
-    by_hand = aggregate_by_hand(job, played.before, played.row["arrived"], train_client)
+    by_hand = aggregate_by_hand(job, played.before, played.row["arrived"])
     assert played.row["state_digest"] == by_hand
     # Those that would be drawn without over-selection are among those that are drawn.
-    assert set(draw_cohort(tiny_job(), 3)) < set(draw_cohort(job, 3)) == set(range(8))
+    assert set(draw_cohort(make_tiny_job(), 3)) < set(draw_cohort(job, 3)) == set(range(8))
 
 
-def test_dropout(tiny_job: MakeJob, play: Play, train_client: TrainClient) -> None:
+def test_dropout() -> None:
     """Clients that vanish download, and do nothing else; FedARA's votes are of the others."""
     settings = ("federation.cohort=8", "method.warmup_fraction=0.0", *SHORT)
-    job = tiny_job(*settings, "clients.dropout=0.5")
-    played = play(job, num_rounds=3)
-    everyone = play(tiny_job(*settings), num_rounds=1)[0]
+    job = make_tiny_job(*settings, "clients.dropout=0.5")
+    played = play_rounds(job, num_rounds=3)
+    everyone = play_rounds(make_tiny_job(*settings), num_rounds=1)[0]
     for one in played:
         row = one.row
         gone = [c for c in range(8) if job.fleet.vanishes(one.before.round_index, c)]
@@ -197,18 +185,18 @@ def test_dropout(tiny_job: MakeJob, play: Play, train_client: TrainClient) -> No
         for cost in row["clients"]:
             assert cost.downlink_bytes > 0
             assert (cost.uplink_bytes == 0) == (cost.flops == 0) == (cost.client_id in gone)
-        by_hand = aggregate_by_hand(job, one.before, row["arrived"], train_client)
+        by_hand = aggregate_by_hand(job, one.before, row["arrived"])
         assert row["state_digest"] == by_hand
     assert 0 < len(played[0].row["dropped"]) < 8
     assert played[0].row["downlink_bytes"] == everyone.row["downlink_bytes"]
     assert played[-1].row["live_triplets"] < everyone.row["live_triplets"]
 
 
-def test_by_default_nothing_changes(tiny_job: MakeJob, play: Play) -> None:
+def test_by_default_nothing_changes() -> None:
     """Devices and speeds alone change no bit and no key."""
-    plain = play(tiny_job(*SHORT), num_rounds=2)
-    dealt = play(tiny_job(*SHORT, "devices.shares={orin_nano=1.0}"), num_rounds=2)
-    spread = play(tiny_job(*SHORT, "clients.speed_spread=1.0"), num_rounds=2)
+    plain = play_rounds(make_tiny_job(*SHORT), num_rounds=2)
+    dealt = play_rounds(make_tiny_job(*SHORT, "devices.shares={orin_nano=1.0}"), num_rounds=2)
+    spread = play_rounds(make_tiny_job(*SHORT, "clients.speed_spread=1.0"), num_rounds=2)
     for one, two, three in zip(plain, dealt, spread, strict=True):
         assert one.row.keys() == two.row.keys()
         assert "arrived" not in one.row
@@ -220,14 +208,12 @@ def test_by_default_nothing_changes(tiny_job: MakeJob, play: Play) -> None:
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_rounds_in_which_nobody_arrives(
-    name: str, tiny_job: MakeJob, play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rounds_in_which_nobody_arrives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state stays as it was, and the next round takes it up. Round 0 is the last of SLoRA's
     first stage, whose end has to wait then."""
     monkeypatch.setattr(Fleet, "vanishes", lambda self, t, client_id: t in (0, 2) or client_id == 3)
-    job = tiny_job(f"method.name={name}", "clients.dropout=0.1", *SHORT)
-    played = play(job, num_rounds=4)
+    job = make_tiny_job(f"method.name={name}", "clients.dropout=0.1", *SHORT)
+    played = play_rounds(job, num_rounds=4)
     for one in played:
         row, empty = one.row, one.before.round_index in (0, 2)
         assert one.after.round_index == one.before.round_index + 1
@@ -241,19 +227,17 @@ def test_rounds_in_which_nobody_arrives(
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int4"])
-def test_a_late_client_keeps_what_it_had(
-    codec: str, shares: tuple[str, ...], tiny_job: MakeJob, play: Play
-) -> None:
+def test_a_late_client_keeps_what_it_had(codec: str, shares: tuple[str, ...]) -> None:
     """A stateful method, and one whose codec's residual is kept: nothing of a late round stays."""
     name = "fedsa_lora" if codec == "fp32" else "lora"
     words = (f"method.name={name}", f"codec.up={codec}", *SHORT, *shares, ALL_DRAWN)
     if codec != "fp32":
         words = (*words, "codec.error_feedback=true")
-    job = tiny_job(*words)
+    job = make_tiny_job(*words)
     state, was_late = job.state, 0
     for round_index in range(3):
         before = {c: dict(kept) for c, kept in job.kept.items()}
-        (played,) = play(job, state, 1)
+        (played,) = play_rounds(job, state, 1)
         for client_id in played.row["late"]:
             assert job.kept.get(client_id, {}).keys() == before.get(client_id, {}).keys()
             for key, tensor in before.get(client_id, {}).items():
@@ -287,31 +271,29 @@ def test_the_same_on_any_processes_and_after_an_interruption(
     failing: str,
     shares: tuple[str, ...],
     tmp_path: Path,
-    tiny_job: MakeJob,
-    play: Play,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rounds, "HELD_VALUES", 1)  # one client of a process at a time
     words = [f"method.name={name}", *settings, *SHORT, *shares, "clients.dropout=0.2"]
     words += [] if failing == "deadline" else [ALL_DRAWN]
     words += [] if failing == "over-selection" else ["clients.deadline_seconds=0.08"]
-    job = tiny_job(*words)
-    reference = play(job, num_rounds=2)
+    job = make_tiny_job(*words)
+    reference = play_rounds(job, num_rounds=2)
     belongs_to = identity(job.config, job.dataset_digest, profiles(job.devices))
     save_checkpoint(tmp_path, reference[-1].after, job.kept, belongs_to)
-    reference += play(job, reference[-1].after, 2)
+    reference += play_rounds(job, reference[-1].after, 2)
     for key in ("arrived", "late", "dropped"):
         assert any(one.row[key] for one in reference), key
 
-    again = tiny_job(*words)
+    again = make_tiny_job(*words)
     found = find_checkpoint(tmp_path)
     assert found is not None
     state, kept = restore(again.state, found.data, belongs_to)
     again.kept.update(kept)
-    assert [one.row for one in play(again, state, 2)] == [one.row for one in reference[2:]]
+    assert [one.row for one in play_rounds(again, state, 2)] == [one.row for one in reference[2:]]
 
     def run(communicator: Communicator) -> list[dict[str, Any]]:
-        return [one.row for one in play(tiny_job(*words), None, 4, communicator)]
+        return [one.row for one in play_rounds(make_tiny_job(*words), None, 4, communicator)]
 
     for world_size in (2, 3):
         parts = list(zip(*in_turn(world_size, run), strict=True))  # by round, by process
@@ -332,7 +314,7 @@ def test_the_same_on_any_processes_and_after_an_interruption(
 
 
 def test_devices_that_became_faster_are_another_run(
-    shares: tuple[str, ...], tmp_path: Path, tiny_job: MakeJob
+    shares: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Only where they decide who is late."""
     for clients, refused in (
@@ -340,10 +322,10 @@ def test_devices_that_became_faster_are_another_run(
         ("clients.dropout=0.1", False),
     ):
         (tmp_path / "devices.toml").write_text(DEVICES)
-        job = tiny_job(*shares, clients)
+        job = make_tiny_job(*shares, clients)
         old = identity(job.config, job.dataset_digest, profiles(job.devices))
         (tmp_path / "devices.toml").write_text(DEVICES.replace("2e8", "3e8"))
-        again = tiny_job(*shares, clients)
+        again = make_tiny_job(*shares, clients)
         assert again.config.run_id == job.config.run_id
         new = identity(again.config, again.dataset_digest, profiles(again.devices))
         assert (new != old) == refused
@@ -402,10 +384,10 @@ def test_costs_where_everybody_vanished() -> None:
     }
 
 
-def test_times_need_counted_flops(tiny_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_need_counted_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.metering.client_cost.StepFlops", lambda model: 1 / 0)
     with (
         pytest.raises(InputError, match=r"model\.name = 'toy': its FLOPs can not be counted"),
         pytest.warns(RuntimeWarning, match="FLOPs are not counted"),
     ):
-        tiny_job("clients.deadline_seconds=1.0", "devices.shares={orin_nano=1.0}")
+        make_tiny_job("clients.deadline_seconds=1.0", "devices.shares={orin_nano=1.0}")

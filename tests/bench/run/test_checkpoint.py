@@ -27,6 +27,8 @@ from fedara_core.errors import InputError
 from fedara_core.method import ServerState
 from support.launch import TINY, Finished, digests_in, fedara_here, launch
 
+pytestmark = pytest.mark.xdist_group("jobs")
+
 OWN = {"config": {"train": {"lr": 0.1}, "seed": 0}, "dataset_digest": "ab"}
 CONFIG = (
     *("run", TINY, "--set", "federation.num_rounds=4", "--set", "train.local_steps=1"),

@@ -1,7 +1,5 @@
 """Evaluation: metrics against scikit-learn and by hand, and shards against one process."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -10,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.run.evaluate import Evaluation, Judge
-from bench.run.rounds import Job
 from fedara_core.comm.comm import Communicator
 from fedara_core.train import Encoded
+from support.rounds import make_tiny_job
 
 
 def evaluation(confusion: list[list[int]]) -> Evaluation:
@@ -139,9 +137,9 @@ class OneOf(Communicator):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 12])
-def test_shards_equal_one_process(world_size: int, tiny_job: Callable[..., Job]) -> None:
+def test_shards_equal_one_process(world_size: int) -> None:
     """The same bits on every process; 12 processes leave some without a batch."""
-    job = tiny_job("method.name=lora")
+    job = make_tiny_job("method.name=lora")
     job.method.download(job.model, job.state, None)
     data = Encoded(
         input_ids=job.evaluated.input_ids[:60],
@@ -160,8 +158,8 @@ def test_shards_equal_one_process(world_size: int, tiny_job: Callable[..., Job])
         assert together.loss == alone.loss
 
 
-def test_dropout_is_off_and_nothing_gets_a_gradient(tiny_job: Callable[..., Job]) -> None:
-    job = tiny_job("method.name=lora", "model.dropout=0.5")
+def test_dropout_is_off_and_nothing_gets_a_gradient() -> None:
+    job = make_tiny_job("method.name=lora", "model.dropout=0.5")
     job.method.download(job.model, job.state, None)
     job.model.train()
     first = run(job.model, job.evaluated, num_classes=4)

@@ -1,7 +1,6 @@
 """fedara export: every method's folder, loaded by PEFT or transformers, gives the same logits."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 from bench.config.schema import load_runs
 from bench.models.encoders import build_model
 from bench.run.checkpoint import save_checkpoint
-from bench.run.rounds import Job, identity
+from bench.run.rounds import identity
 from bench.tools.export import export, load_trained, lora_pairs
 from fedara_core.adapters import Adapter, named_adapters
 from fedara_core.errors import InputError
 from fedara_core.method import load_method, method_names
+from support.rounds import make_tiny_job, play_rounds
 
 TINY = Path(__file__).parents[2] / "tiny.toml"
 
@@ -28,14 +28,12 @@ def method_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def finished_run(
-    folder: Path, tiny_job: Callable[..., Job], play: Callable[..., list], *overrides: str
-) -> Path:
+def finished_run(folder: Path, *overrides: str) -> Path:
     """What a run leaves that export reads: run.json and the last state."""
     # toy is no transformers model
     overrides = ("model.name=tiny", "federation.num_rounds=3", "train.lr=2e-2", *overrides)
-    job = tiny_job(*overrides)
-    last = play(job)[-1].after
+    job = make_tiny_job(*overrides)
+    last = play_rounds(job)[-1].after
     (config,) = load_runs(TINY, list(overrides))
     run = {
         "config": config.canonical(),
@@ -91,15 +89,11 @@ def is_linear(adapter: Adapter) -> bool:
 
 @pytest.mark.parametrize("pooling", ["mean", "model"])
 def test_an_exported_run_has_the_same_logits(
-    method_name: str,
-    pooling: str,
-    tmp_path: Path,
-    tiny_job: Callable[..., Job],
-    play: Callable[..., list],
+    method_name: str, pooling: str, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
     overrides = (f"method.name={method_name}", f"model.pooling={pooling}")
-    run_dir = finished_run(tmp_path / "run", tiny_job, play, *overrides)
+    run_dir = finished_run(tmp_path / "run", *overrides)
     client = 0
     if load_method(method_name).stateful:
         with pytest.raises(InputError, match=r"--client None: .* has a model for each client"):
@@ -124,11 +118,9 @@ def test_an_exported_run_has_the_same_logits(
         assert not torch.allclose(untrained.eval()(**tokens()), expected, atol=1e-2)
 
 
-def test_what_a_codec_left_out_is_no_part_of_a_client(
-    tmp_path: Path, tiny_job: Callable[..., Job], play: Callable[..., list]
-) -> None:
+def test_what_a_codec_left_out_is_no_part_of_a_client(tmp_path: Path) -> None:
     words = ("method.name=fedsa_lora", "codec.up=int8", "codec.error_feedback=true")
-    run_dir = finished_run(tmp_path, tiny_job, play, *words)
+    run_dir = finished_run(tmp_path, *words)
     data = load_file(run_dir / "checkpoint.safetensors")
     clients = [key for key in data if key.endswith("codec_residual")]
     assert clients
@@ -136,10 +128,8 @@ def test_what_a_codec_left_out_is_no_part_of_a_client(
     assert load_trained(run_dir, client_id).config.method.name == "fedsa_lora"
 
 
-def test_a_pruned_run_has_a_rank_pattern(
-    tmp_path: Path, tiny_job: Callable[..., Job], play: Callable[..., list]
-) -> None:
-    run_dir = finished_run(tmp_path, tiny_job, play, "federation.num_rounds=6")
+def test_a_pruned_run_has_a_rank_pattern(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path, "federation.num_rounds=6")
     trained = load_trained(run_dir)
     export(run_dir, tmp_path / "out", None)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -152,10 +142,8 @@ def test_a_pruned_run_has_a_rank_pattern(
     assert set(lora_pairs(trained.model)) == {f"encoder.{name}" for name, n in live.items() if n}
 
 
-def test_a_model_of_ours_is_refused(
-    tmp_path: Path, tiny_job: Callable[..., Job], play: Callable[..., list]
-) -> None:
-    run_dir = finished_run(tmp_path, tiny_job, play, "model.name=toy")
+def test_a_model_of_ours_is_refused(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path, "model.name=toy")
     with pytest.raises(InputError, match="'toy' is no transformers model"):
         export(run_dir, tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
@@ -171,9 +159,7 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
         export(tmp_path, tmp_path, None)
 
 
-def test_a_client_where_there_is_one_model_is_refused(
-    tmp_path: Path, tiny_job: Callable[..., Job], play: Callable[..., list]
-) -> None:
-    run_dir = finished_run(tmp_path, tiny_job, play, "method.name=lora")
+def test_a_client_where_there_is_one_model_is_refused(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path, "method.name=lora")
     with pytest.raises(InputError, match="--client 1: lora has one model for all clients"):
         export(run_dir, tmp_path / "out", 1)

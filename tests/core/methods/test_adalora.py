@@ -1,9 +1,8 @@
 """AdaLoRA under FedAvg: PEFT's allocator and penalty, ragged uploads, regrowth, bytes by hand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import peft
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, client_batches, draw_cohort
+from bench.run.rounds import client_batches, draw_cohort
 from fedara_core.adapters import (
     Adapter,
     AdapterConfig,
@@ -30,10 +29,7 @@ from fedara_core.method import Client, ServerState
 from fedara_core.methods.adalora import AdaLora, mean_orthogonality
 from fedara_core.train import start_client
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 ADALORA = ("method.name=adalora", "train.local_steps=2")
 HEAD = ("classifier.bias", "classifier.weight")
@@ -126,11 +122,9 @@ class WithLoss(nn.Module):
 
 
 @pytest.mark.parametrize("weight", [0.1, 5.0])
-def test_a_clients_round_equals_pefts(
-    weight: float, tiny_job: MakeJob, train_client: TrainClient
-) -> None:
+def test_a_clients_round_equals_pefts(weight: float) -> None:
     """Penalty, clipping, AdamW, scores and the pruning of one whole round, from random rows."""
-    job = tiny_job(
+    job = make_tiny_job(
         *("method.name=adalora", *THIRD, f"method.orthogonality={weight}", "model.dropout=0.0"),
         *("train.local_steps=6", "train.lr=1e-3"),
     )
@@ -167,7 +161,7 @@ def test_a_clients_round_equals_pefts(
         optimizer.step()
     pattern = theirs.rankallocator.mask_to_budget(theirs.model, THIRD_BUDGET[2])
 
-    upload = train_client(job, state, client_id)
+    upload = train_one_client(job, state, client_id)
     expected, kept = [], []
     for name in sorted(rows):
         (key,) = [key for key in pattern if f".{name}.lora_E" in f".{key}"]
@@ -270,14 +264,14 @@ def by_adapter(state: ServerState, bits: Tensor) -> Masks:
     return masks
 
 
-def test_bytes_of_a_run_by_hand(tiny_job: MakeJob, play: Play, train_client: TrainClient) -> None:
+def test_bytes_of_a_run_by_hand() -> None:
     """Uploads of b(t) triplets, but not of the same ones, nor of the same length."""
-    job = tiny_job(*ADALORA, *THIRD, *UNLIKE)
+    job = make_tiny_job(*ADALORA, *THIRD, *UNLIKE)
     shapes = adapter_shapes(job.model)
     ragged = []
-    for played in play(job):
+    for played in play_rounds(job):
         before, row = played.before, played.row
-        uploads = [train_client(job, before, client_id) for client_id in row["cohort"]]
+        uploads = [train_one_client(job, before, client_id) for client_id in row["cohort"]]
         num_live = sum(before.live_triplets.values())
         union = {name: torch.zeros_like(mask) for name, mask in before.rank_masks.items()}
         up = []
@@ -300,15 +294,14 @@ def test_bytes_of_a_run_by_hand(tiny_job: MakeJob, play: Play, train_client: Tra
     assert 16 < row["live_triplets"] < 48
 
 
-def test_a_client_takes_back_what_others_kept(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
-    job = tiny_job(*ADALORA, *THIRD, *UNLIKE, "federation.cohort=8", "evaluate.every=9")
-    rounds = play(job, num_rounds=4)
+def test_a_client_takes_back_what_others_kept() -> None:
+    job = make_tiny_job(*ADALORA, *THIRD, *UNLIKE, "federation.cohort=8", "evaluate.every=9")
+    rounds = play_rounds(job, num_rounds=4)
     taken_back = 0
     for client_id in range(8):
         now, then = (
-            by_adapter(p.before, train_client(job, p.before, client_id).bits) for p in rounds[2:4]
+            by_adapter(p.before, train_one_client(job, p.before, client_id).bits)
+            for p in rounds[2:4]
         )
         for name in now:
             pruned = rounds[2].before.rank_masks[name] & ~now[name]
@@ -317,9 +310,9 @@ def test_a_client_takes_back_what_others_kept(
     assert taken_back > 0
 
 
-def test_what_is_sent_is_what_was_trained(tiny_job: MakeJob) -> None:
+def test_what_is_sent_is_what_was_trained() -> None:
     """Pruning comes after the last local step: the live union trains the whole round."""
-    job = tiny_job(*ADALORA, *THIRD)
+    job = make_tiny_job(*ADALORA, *THIRD)
     state = replace(job.state, round_index=4)
     client = Client(client_id=3, num_examples=7, model=job.model)
     job.method.download(job.model, state, client)
@@ -337,21 +330,23 @@ def test_what_is_sent_is_what_was_trained(tiny_job: MakeJob) -> None:
 
 
 @pytest.mark.parametrize("init_std", [0.02, 0.1])
-def test_without_budget_and_penalty_it_is_svd_fedavg(
-    init_std: float, tiny_job: MakeJob, play: Play
-) -> None:
+def test_without_budget_and_penalty_it_is_svd_fedavg(init_std: float) -> None:
     common = (f"method.init_std={init_std}", "federation.num_rounds=3", "train.local_steps=2")
     off = ("method.final_budget=1.0", "method.orthogonality=0.0")
-    ours = play(tiny_job("method.name=adalora", *off, *common))
-    theirs = play(tiny_job("method.name=fedara", "method.rank_allocation=false", *common))
+    ours = play_rounds(make_tiny_job("method.name=adalora", *off, *common))
+    theirs = play_rounds(
+        make_tiny_job("method.name=fedara", "method.rank_allocation=false", *common)
+    )
     digests = [played.row["state_digest"] for played in ours]
     assert digests == [played.row["state_digest"] for played in theirs]
-    penalised = play(tiny_job("method.name=adalora", "method.final_budget=1.0", *common))
+    penalised = play_rounds(
+        make_tiny_job("method.name=adalora", "method.final_budget=1.0", *common)
+    )
     assert penalised[-1].row["state_digest"] not in digests
 
 
-def test_the_start_is_adaloras(tiny_job: MakeJob) -> None:
-    job = tiny_job(*ADALORA)
+def test_the_start_is_adaloras() -> None:
+    job = make_tiny_job(*ADALORA)
     for name, (_, d_in) in adapter_shapes(job.model).items():
         rows = job.state.rows[name]
         assert not rows[:, d_in].any()  # E = 0
@@ -359,9 +354,9 @@ def test_the_start_is_adaloras(tiny_job: MakeJob) -> None:
     assert job.method.form(job.state).scale == 1.0
 
 
-def test_everything_can_be_pruned(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*ADALORA, "method.final_budget=0.0")
-    rounds = play(job)
+def test_everything_can_be_pruned() -> None:
+    job = make_tiny_job(*ADALORA, "method.final_budget=0.0")
+    rounds = play_rounds(job)
     assert rounds[-2].row["live_triplets"] == rounds[-1].row["live_triplets"] == 0
     assert rounds[-1].row["uplink_bytes"] == 5 * (24 + 4 * NUM_HEAD)
     assert rounds[-1].row["downlink_bytes"] == 5 * (24 + 4 * NUM_HEAD + 48 // 8)

@@ -1,8 +1,7 @@
 """BitFit: which parameters train, a plain loop, the reduction to full fine-tuning, bytes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ from bench.run.rounds import Job, client_batches
 from fedara_core.adapters import AdapterConfig, inject
 from fedara_core.errors import InputError
 from fedara_core.methods.bitfit import BitFit
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
+from support.rounds import make_tiny_job, play_rounds
 
 BITFIT = ("method.name=bitfit", "model.dropout=0.0", "train.lr=1e-2", "train.local_steps=3")
 # tiny.toml's model: the embeddings' layer norm; in each of two layers five linear layers of 32, one
@@ -38,8 +35,8 @@ def expected_names(prefix: str) -> set[str]:
     )
 
 
-def test_the_biases_and_the_head_train(tiny_job: MakeJob) -> None:
-    job = tiny_job(*BITFIT)
+def test_the_biases_and_the_head_train() -> None:
+    job = make_tiny_job(*BITFIT)
     assert job.state.rows == {}
     head = {"classifier.bias", "classifier.weight"}
     assert set(job.state.whole) == expected_names("encoder.") | head
@@ -47,17 +44,17 @@ def test_the_biases_and_the_head_train(tiny_job: MakeJob) -> None:
     assert trained == set(job.state.whole)
 
 
-def test_a_pooler_in_use_has_a_bias_that_trains(tiny_job: MakeJob) -> None:
-    job = tiny_job(*BITFIT, "model.name=tiny", "model.pooling=model")
+def test_a_pooler_in_use_has_a_bias_that_trains() -> None:
+    job = make_tiny_job(*BITFIT, "model.name=tiny", "model.pooling=model")
     rest = {"model.bert.pooler.dense.base.bias", "model.classifier.bias", "model.classifier.weight"}
     assert set(job.state.whole) == expected_names("model.bert.") | rest
 
 
-def test_targets_have_no_say(tiny_job: MakeJob, play: Play) -> None:
+def test_targets_have_no_say() -> None:
     """A bias has another name outside an adapter, and trains all the same."""
-    wide, narrow = tiny_job(*BITFIT), tiny_job(*BITFIT, "adapter.targets=['query']")
+    wide, narrow = make_tiny_job(*BITFIT), make_tiny_job(*BITFIT, "adapter.targets=['query']")
     assert len(wide.state.whole) == len(narrow.state.whole) == 19
-    ours, theirs = play(wide, num_rounds=1)[0].row, play(narrow, num_rounds=1)[0].row
+    ours, theirs = play_rounds(wide, num_rounds=1)[0].row, play_rounds(narrow, num_rounds=1)[0].row
     for key in ("train_loss", "accuracy", "uplink_bytes", "downlink_bytes"):
         assert ours[key] == theirs[key]
 
@@ -87,10 +84,10 @@ def plain_names(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace(".base.", "."): tensor for name, tensor in whole.items()}
 
 
-def test_rounds_equal_plain_loops_and_their_weighted_mean(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*BITFIT, "federation.cohort=3")
+def test_rounds_equal_plain_loops_and_their_weighted_mean() -> None:
+    job = make_tiny_job(*BITFIT, "federation.cohort=3")
     start = weights = plain_names(job.state.whole)
-    for played in play(job, num_rounds=2):
+    for played in play_rounds(job, num_rounds=2):
         num_examples = [len(job.shards[client_id]) for client_id in played.row["cohort"]]
         assert len(set(num_examples)) > 1
         clients = [
@@ -112,19 +109,22 @@ def test_rounds_equal_plain_loops_and_their_weighted_mean(tiny_job: MakeJob, pla
                 assert (tensor - start[name]).abs().max() > 1e-3, name
 
 
-def test_it_is_full_fine_tuning_with_all_else_frozen(tiny_job: MakeJob, play: Play) -> None:
-    bitfit, full = tiny_job(*BITFIT), tiny_job("method.name=full", *BITFIT[1:])
+def test_it_is_full_fine_tuning_with_all_else_frozen() -> None:
+    bitfit, full = make_tiny_job(*BITFIT), make_tiny_job("method.name=full", *BITFIT[1:])
     for name, parameter in full.model.named_parameters():
         parameter.requires_grad_(name in bitfit.state.whole)
     biases = {name: full.state.whole[name] for name in bitfit.state.whole}
-    ours, theirs = play(bitfit, None, 2), play(full, replace(full.state, whole=biases), 2)
+    ours, theirs = (
+        play_rounds(bitfit, None, 2),
+        play_rounds(full, replace(full.state, whole=biases), 2),
+    )
     assert [r.row["state_digest"] for r in ours] == [r.row["state_digest"] for r in theirs]
 
 
-def test_bytes_by_hand(tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_by_hand() -> None:
     """First and later participations alike."""
     expected = 24 + 4 * (NUM_BIASES + NUM_HEAD)
-    for played in play(tiny_job(*BITFIT), num_rounds=3):
+    for played in play_rounds(make_tiny_job(*BITFIT), num_rounds=3):
         assert played.row["uplink_bytes"] == 5 * expected
         assert played.row["downlink_bytes"] == 5 * expected
         assert played.row["live_triplets"] == 0

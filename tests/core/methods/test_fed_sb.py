@@ -1,6 +1,5 @@
 """Fed-SB: B R A against dense weights, exact means, the reduction to LoRA with A frozen, bytes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,16 +8,12 @@ import torch
 from torch import Tensor
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import LowRank, named_adapters
 from fedara_core.factors import join_pair, split_pair
 from fedara_core.method import Client, ServerState, load_method
 from fedara_core.train import start_client
-from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 FED_SB = ("method.name=fed_sb", "adapter.lora_alpha=8.0", "train.lr=2e-2")  # scale 2
 SHAPES = [(32, 32)] * 8 + [(64, 32), (32, 64)] * 2  # tiny.toml's model
@@ -31,8 +26,8 @@ def product(state: ServerState, name: str, core: Tensor) -> Tensor:
     return state.fixed["B"][name].double() @ core.double() @ state.fixed["A"][name].double()
 
 
-def test_a_and_b_are_the_leading_singular_vectors(tiny_job: MakeJob) -> None:
-    state = (job := tiny_job(*FED_SB)).state
+def test_a_and_b_are_the_leading_singular_vectors() -> None:
+    state = (job := make_tiny_job(*FED_SB)).state
     for name, adapter in named_adapters(job.model):
         a, b = state.fixed["A"][name], state.fixed["B"][name]
         torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=0, atol=1e-6)
@@ -45,8 +40,8 @@ def test_a_and_b_are_the_leading_singular_vectors(tiny_job: MakeJob) -> None:
         assert not state.rows[name].any()
 
 
-def test_the_start_leaves_the_function_as_it_was(tiny_job: MakeJob) -> None:
-    job = tiny_job(*FED_SB)
+def test_the_start_leaves_the_function_as_it_was() -> None:
+    job = make_tiny_job(*FED_SB)
     batch = job.train.batch(torch.arange(8), job.device)
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
     job.method.download(job.model, job.state, None)
@@ -57,9 +52,9 @@ def test_the_start_leaves_the_function_as_it_was(tiny_job: MakeJob) -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
-def test_a_layer_is_its_dense_weight(tiny_job: MakeJob) -> None:
+def test_a_layer_is_its_dense_weight() -> None:
     """With an R that is not symmetric: R[i] is row i, not column i."""
-    job = tiny_job(*FED_SB)
+    job = make_tiny_job(*FED_SB)
     torch.manual_seed(2)
     state = replace(job.state, rows={name: torch.randn(4, 4) for name in job.state.rows})
     job.method.download(job.model, state, None)
@@ -72,8 +67,8 @@ def test_a_layer_is_its_dense_weight(tiny_job: MakeJob) -> None:
         torch.testing.assert_close(2 * b @ a, weight - adapter.base.weight, rtol=0, atol=1e-5)
 
 
-def test_only_r_and_the_head_train(tiny_job: MakeJob) -> None:
-    job = tiny_job(*FED_SB)
+def test_only_r_and_the_head_train() -> None:
+    job = make_tiny_job(*FED_SB)
     client = Client(client_id=0, num_examples=8, model=job.model)
     job.method.download(job.model, job.state, client)
     start_client(client, job.method, job.training, job.state)
@@ -87,12 +82,10 @@ def test_only_r_and_the_head_train(tiny_job: MakeJob) -> None:
         assert torch.equal(adapter.fixed["B"], job.state.fixed["B"][name])
 
 
-def test_the_mean_of_r_is_the_mean_update(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
-    job = tiny_job(*FED_SB)
-    state = play(job, num_rounds=1)[-1].after
-    uploads = [train_client(job, state, client_id) for client_id in draw_cohort(job, 1)]
+def test_the_mean_of_r_is_the_mean_update() -> None:
+    job = make_tiny_job(*FED_SB)
+    state = play_rounds(job, num_rounds=1)[-1].after
+    uploads = [train_one_client(job, state, client_id) for client_id in draw_cohort(job, 1)]
     after = job.method.aggregate(state, uploads)
     num_examples = sum(upload.num_examples for upload in uploads)
     assert len({upload.num_examples for upload in uploads}) > 1
@@ -114,17 +107,20 @@ class FrozenA(Lora):
         return LowRank(scale=state.adapter.scale, frozen=("A",))
 
 
-def test_with_a_square_b_it_is_lora_with_a_frozen(tiny_job: MakeJob, play: Play) -> None:
+def test_with_a_square_b_it_is_lora_with_a_frozen() -> None:
     """B B^T = I: an SGD step on R moves B R as it would move LoRA's B."""
     same = (
         *("adapter.targets=['value', 'attention.output.dense']", "model.dropout=0.0"),
         *("train.optimizer=sgd", "train.lr=1.0", "adapter.lora_rank=32", "adapter.lora_alpha=64.0"),
     )
-    fed_sb, lora = tiny_job("method.name=fed_sb", *same), tiny_job("method.name=lora", *same)
+    fed_sb, lora = (
+        make_tiny_job("method.name=fed_sb", *same),
+        make_tiny_job("method.name=lora", *same),
+    )
     factors = fed_sb.state.fixed
     rows = {name: join_pair(factors["A"][name], torch.zeros(32, 32)) for name in fed_sb.state.rows}
     lora = replace(lora, method=FrozenA(), state=replace(lora.state, rows=rows))
-    for ours, theirs in zip(play(fed_sb, None, 2), play(lora, None, 2), strict=True):
+    for ours, theirs in zip(play_rounds(fed_sb, None, 2), play_rounds(lora, None, 2), strict=True):
         for name, core in ours.after.rows.items():
             _, b = split_pair(theirs.after.rows[name], (32, 32))
             torch.testing.assert_close(factors["B"][name] @ core, b, rtol=0, atol=1e-5)
@@ -132,12 +128,12 @@ def test_with_a_square_b_it_is_lora_with_a_frozen(tiny_job: MakeJob, play: Play)
         assert abs(ours.row["train_loss"] - theirs.row["train_loss"]) < 1e-5
 
 
-def test_a_and_b_travel_once_to_each_client(tiny_job: MakeJob, play: Play) -> None:
+def test_a_and_b_travel_once_to_each_client() -> None:
     usual = 24 + 4 * (12 * 4 * 4 + NUM_HEAD)
     factors = 4 * 4 * sum(d_out + d_in for d_out, d_in in SHAPES)
     seen: set[int] = set()
     num_new = []
-    for played in play(tiny_job(*FED_SB, "train.local_steps=1")):
+    for played in play_rounds(make_tiny_job(*FED_SB, "train.local_steps=1")):
         cohort = set(played.row["cohort"])
         num_new.append(len(cohort - seen))
         assert played.row["uplink_bytes"] == 5 * usual

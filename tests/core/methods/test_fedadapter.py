@@ -1,6 +1,6 @@
 """Bottleneck adapters: a module written by hand, placements, the reduction to a probe, bytes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, client_batches
+from bench.run.rounds import client_batches
 from fedara_core.adapters import AdapterConfig, inject, named_adapters
 from fedara_core.errors import InputError
 from fedara_core.methods.fedadapter import Bottleneck, FedAdapter
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
+from support.rounds import make_tiny_job, play_rounds
 
 FEDADAPTER = ("method.name=fedadapter", "method.width=5", "model.dropout=0.0", "train.lr=1e-2")
 NUM_HEAD = 4 * 32 + 4
@@ -77,9 +75,9 @@ class PlainBottleneck(nn.Module):
     ("placement", "activation"), [("houlsby", nn.GELU()), ("pfeiffer", nn.ReLU())]
 )
 def test_one_client_trains_like_a_module_written_by_hand(
-    placement: str, activation: nn.Module, tiny_job: MakeJob, play: Play
+    placement: str, activation: nn.Module
 ) -> None:
-    job = tiny_job(
+    job = make_tiny_job(
         *(*FEDADAPTER, f"method.placement={placement}", "method.init_std=0.2"),
         *("federation.num_clients=1", "federation.cohort=1", "train.local_steps=6"),
     )
@@ -100,7 +98,7 @@ def test_one_client_trains_like_a_module_written_by_hand(
         functional.cross_entropy(logits, batch["labels"]).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-    after = play(job, num_rounds=1)[0].after
+    after = play_rounds(job, num_rounds=1)[0].after
     assert after.rows.keys() == wrapped.keys()
     for name, module in wrapped.items():
         torch.testing.assert_close(after.rows[name], module.rows(), rtol=0, atol=1e-5)
@@ -110,8 +108,8 @@ def test_one_client_trains_like_a_module_written_by_hand(
         torch.testing.assert_close(after.whole[name], model.get_parameter(name), rtol=0, atol=1e-5)
 
 
-def test_the_start_is_nearly_the_identity(tiny_job: MakeJob) -> None:
-    job = tiny_job("method.name=fedadapter")
+def test_the_start_is_nearly_the_identity() -> None:
+    job = make_tiny_job("method.name=fedadapter")
     drawn = torch.cat(list(job.state.rows.values()))
     assert drawn.shape == (4 * 64, 65)
     assert not drawn[:, 32].any()
@@ -130,20 +128,18 @@ def test_the_start_is_nearly_the_identity(tiny_job: MakeJob) -> None:
 
 
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
-def test_without_a_living_unit_it_is_a_linear_probe(
-    placement: str, tiny_job: MakeJob, play: Play
-) -> None:
+def test_without_a_living_unit_it_is_a_linear_probe(placement: str) -> None:
     """Zero rows never move, as each half's gradient is a product with the other."""
-    job = tiny_job(*FEDADAPTER, f"method.placement={placement}")
+    job = make_tiny_job(*FEDADAPTER, f"method.placement={placement}")
     zero = {name: torch.zeros_like(rows) for name, rows in job.state.rows.items()}
-    ours = play(job, replace(job.state, rows=zero), 2)
-    probe = play(tiny_job("method.name=head_only", *FEDADAPTER[2:]), num_rounds=2)
+    ours = play_rounds(job, replace(job.state, rows=zero), 2)
+    probe = play_rounds(make_tiny_job("method.name=head_only", *FEDADAPTER[2:]), num_rounds=2)
     for our, their in zip(ours, probe, strict=True):
         assert our.row["train_loss"] == pytest.approx(their.row["train_loss"], abs=1e-6)
         for name, tensor in their.after.whole.items():
             torch.testing.assert_close(our.after.whole[name], tensor, rtol=0, atol=1e-6)
     assert not any(rows.any() for rows in ours[-1].after.rows.values())
-    living = play(job, num_rounds=2)[-1].row["train_loss"]
+    living = play_rounds(job, num_rounds=2)[-1].row["train_loss"]
     assert abs(living - probe[-1].row["train_loss"]) > 1e-4
 
 
@@ -168,8 +164,8 @@ def test_bottlenecks_follow_the_layers_that_end_a_sub_layer(architecture: str) -
             assert layer.num_live == (7 if name in state.rows else 0)
 
 
-def test_a_model_of_its_own_head_has_no_bottleneck_in_pooler_or_head(tiny_job: MakeJob) -> None:
-    job = tiny_job(
+def test_a_model_of_its_own_head_has_no_bottleneck_in_pooler_or_head() -> None:
+    job = make_tiny_job(
         *FEDADAPTER, "model.name=tiny", "model.pooling=model", "method.placement=pfeiffer"
     )
     layers = {f"model.bert.encoder.layer.{i}.output.dense" for i in (0, 1)}
@@ -185,11 +181,9 @@ def test_a_model_of_its_own_head_has_no_bottleneck_in_pooler_or_head(tiny_job: M
         ("houlsby", "['layer.0.output.dense']", "attention"),
     ],
 )
-def test_targets_without_a_place_are_refused(
-    placement: str, targets: str, missing: str, tiny_job: MakeJob
-) -> None:
+def test_targets_without_a_place_are_refused(placement: str, targets: str, missing: str) -> None:
     with pytest.raises(InputError, match=f"targets match no {missing} output layer; allowed: all-"):
-        tiny_job(*FEDADAPTER, f"method.placement={placement}", f"adapter.targets={targets}")
+        make_tiny_job(*FEDADAPTER, f"method.placement={placement}", f"adapter.targets={targets}")
 
 
 @pytest.mark.parametrize(
@@ -205,11 +199,11 @@ def test_wrong_hyperparameters_are_refused(settings: Mapping[str, Any], message:
 
 
 @pytest.mark.parametrize(("placement", "num_layers"), [("houlsby", 4), ("pfeiffer", 2)])
-def test_bytes_by_hand(placement: str, num_layers: int, tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_by_hand(placement: str, num_layers: int) -> None:
     """First and later participations alike; lora_rank has no say."""
     expected = 24 + 4 * (num_layers * 5 * (32 + 1 + 32) + NUM_HEAD)
-    job = tiny_job(*FEDADAPTER, f"method.placement={placement}", "adapter.lora_rank=2")
-    for played in play(job, num_rounds=3):
+    job = make_tiny_job(*FEDADAPTER, f"method.placement={placement}", "adapter.lora_rank=2")
+    for played in play_rounds(job, num_rounds=3):
         assert played.row["uplink_bytes"] == 5 * expected
         assert played.row["downlink_bytes"] == 5 * expected
         assert played.row["live_triplets"] == num_layers * 5

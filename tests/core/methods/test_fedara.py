@@ -1,6 +1,6 @@
 """FedARA's equations against hand-computed cases: budgets, scores, votes, bytes and switches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import Adapter, AdapterConfig, LowRank, adapter_shapes, named_adapters
 from fedara_core.errors import InputError
 from fedara_core.factors import orthogonality_penalty
@@ -23,10 +23,7 @@ from fedara_core.method import Client, ServerState
 from fedara_core.methods.fedara import FedAra
 from fedara_core.train import start_client
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 NUM_HEAD = 4 * 32 + 4  # tiny.toml's model
 SHORT = ("train.local_steps=2",)
@@ -72,8 +69,8 @@ def test_cubic_budget_of_few_rounds(
 TINY_BUDGET = [48, 48, 23, 13, 12, 12]
 
 
-def test_the_methods_budget_by_hand(tiny_job: MakeJob) -> None:
-    job = tiny_job()
+def test_the_methods_budget_by_hand() -> None:
+    job = make_tiny_job()
     assert isinstance(job.method, FedAra)
     assert [job.method.budget(replace(job.state, round_index=t)) for t in range(6)] == TINY_BUDGET
     # b0 stays what it was when triplets are gone.
@@ -357,12 +354,12 @@ def test_no_vote_where_the_budget_is_met() -> None:
 
 
 @pytest.mark.parametrize("arbitration", ["threshold", "budget"])
-def test_bytes_and_masks_of_a_run(arbitration: str, tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_and_masks_of_a_run(arbitration: str) -> None:
     """Both directions counted from the masks by hand, every round; what is pruned stays pruned."""
-    job = tiny_job(f"method.arbitration={arbitration}", *SHORT)
+    job = make_tiny_job(f"method.arbitration={arbitration}", *SHORT)
     shapes = adapter_shapes(job.model)
     voting = []
-    for played in play(job):
+    for played in play_rounds(job):
         before, after, row = played.before, played.after, played.row
         live = {name: int(mask.sum()) for name, mask in before.rank_masks.items()}
         num_live = sum(live.values())
@@ -390,31 +387,29 @@ def test_bytes_and_masks_of_a_run(arbitration: str, tiny_job: MakeJob, play: Pla
     assert row["live_triplets"] < 24
 
 
-def test_clients_vote_for_the_budget(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
-    job = tiny_job(*SHORT)
-    rounds = play(job, num_rounds=3)
+def test_clients_vote_for_the_budget() -> None:
+    job = make_tiny_job(*SHORT)
+    rounds = play_rounds(job, num_rounds=3)
     for state, num_bits, num_votes in (
         (rounds[1].before, 0, 0),
         (rounds[2].before, 48, TINY_BUDGET[2]),
     ):
         for client_id in draw_cohort(job, state.round_index)[:2]:
-            bits = train_client(job, state, client_id).bits
+            bits = train_one_client(job, state, client_id).bits
             assert bits.numel() == num_bits
             assert int(bits.sum()) == num_votes
 
 
-def test_module_pruning_changes_cost_alone(tiny_job: MakeJob, play: Play) -> None:
+def test_module_pruning_changes_cost_alone() -> None:
     """Same bits with and without it; without it emptied adapters keep parameters.
 
     The bits are the same while no gradient is clipped: zeros regroup the sum in the gradient norm.
     """
     common = ("method.final_budget=0.1", "train.max_grad_norm=1e9", *SHORT)
-    on, off = tiny_job(*common), tiny_job("method.module_pruning=false", *common)
-    rounds = play(on)
+    on, off = make_tiny_job(*common), make_tiny_job("method.module_pruning=false", *common)
+    rounds = play_rounds(on)
     flops = []
-    for ours, theirs in zip(rounds, play(off), strict=True):
+    for ours, theirs in zip(rounds, play_rounds(off), strict=True):
         costs = [round_.row.pop("clients") for round_ in (ours, theirs)]
         assert ours.row == theirs.row
         flops.append([sum(cost.flops for cost in clients) for clients in costs])
@@ -438,12 +433,10 @@ def test_module_pruning_changes_cost_alone(tiny_job: MakeJob, play: Play) -> Non
     assert sizes[1] - sizes[0] == sum(sum(shapes[name]) + 1 for name in dead)
 
 
-def test_module_pruning_under_clipping_changes_rounding_alone(
-    tiny_job: MakeJob, play: Play
-) -> None:
+def test_module_pruning_under_clipping_changes_rounding_alone() -> None:
     common = ("method.final_budget=0.1", "evaluate.every=9", *SHORT)
-    on = play(tiny_job(*common))[-1].after
-    off = play(tiny_job("method.module_pruning=false", *common))[-1].after
+    on = play_rounds(make_tiny_job(*common))[-1].after
+    off = play_rounds(make_tiny_job("method.module_pruning=false", *common))[-1].after
     assert sum(n == 0 for n in on.live_triplets.values()) >= 7
     for name, tensor in on.tensors().items():
         torch.testing.assert_close(tensor, off.tensors()[name], rtol=0, atol=1e-6)
@@ -459,16 +452,14 @@ def test_module_pruning_under_clipping_changes_rounding_alone(
         (True, False, True),
     ],
 )
-def test_the_three_switches(
-    svd: bool, ranks: bool, modules: bool, tiny_job: MakeJob, play: Play
-) -> None:
-    job = tiny_job(
+def test_the_three_switches(svd: bool, ranks: bool, modules: bool) -> None:
+    job = make_tiny_job(
         f"method.truncated_svd={str(svd).lower()}",
         f"method.rank_allocation={str(ranks).lower()}",
         f"method.module_pruning={str(modules).lower()}",
         *("federation.num_rounds=4", "evaluate.every=9", *SHORT),
     )
-    rounds = play(job)
+    rounds = play_rounds(job)
     for name, (d_out, d_in) in adapter_shapes(job.model).items():
         assert rounds[-1].after.rows[name].shape == (4, d_in + d_out + int(svd))
     assert (rounds[-1].row["live_triplets"] < 48) == ranks
@@ -478,24 +469,24 @@ def test_the_three_switches(
     mask = 48 // 8 if ranks else 0
     assert rounds[-1].row["downlink_bytes"] == 5 * (24 + 4 * (rows + NUM_HEAD) + mask)
     if not svd and not ranks:
-        lora = play(tiny_job("method.name=lora", "federation.num_rounds=4", *SHORT), num_rounds=2)
+        lora = play_rounds(
+            make_tiny_job("method.name=lora", "federation.num_rounds=4", *SHORT), num_rounds=2
+        )
         digests = [played.row["state_digest"] for played in lora]
         assert digests == [played.row["state_digest"] for played in rounds[:2]]
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
-def test_every_importance_prunes_to_the_budget(
-    importance: str, tiny_job: MakeJob, play: Play
-) -> None:
-    job = tiny_job(
+def test_every_importance_prunes_to_the_budget(importance: str) -> None:
+    job = make_tiny_job(
         *(f"method.importance={importance}", "method.arbitration=budget"),
         *("federation.num_rounds=3", "evaluate.every=9", *SHORT),
     )
-    assert [played.row["live_triplets"] for played in play(job)] == [48, 48, 12]
+    assert [played.row["live_triplets"] for played in play_rounds(job)] == [48, 48, 12]
 
 
-def test_e_has_a_learning_rate_of_its_own(tiny_job: MakeJob) -> None:
-    job = tiny_job("method.e_lr_factor=3.0", "train.lr=0.01")
+def test_e_has_a_learning_rate_of_its_own() -> None:
+    job = make_tiny_job("method.e_lr_factor=3.0", "train.lr=0.01")
     client = Client(client_id=0, num_examples=1, model=job.model)
     job.method.download(job.model, job.state, client)
     start_client(client, job.method, job.training, job.state)
@@ -506,11 +497,11 @@ def test_e_has_a_learning_rate_of_its_own(tiny_job: MakeJob) -> None:
     assert {rates[adapter.parts[part]] for adapter in adapters for part in "AB"} == {0.01}
 
 
-def test_orthogonality_pulls_the_factors_together(tiny_job: MakeJob, play: Play) -> None:
+def test_orthogonality_pulls_the_factors_together() -> None:
     penalties = []
     for weight in (0.0, 1.0):
-        job = tiny_job(f"method.orthogonality={weight}", "train.lr=0.02", *SHORT)
-        after = play(job, num_rounds=1)[-1].after
+        job = make_tiny_job(f"method.orthogonality={weight}", "train.lr=0.02", *SHORT)
+        after = play_rounds(job, num_rounds=1)[-1].after
         job.method.download(job.model, after, None)
         penalties.append(orthogonality_penalty(job.model).item())
     assert penalties[1] < 0.8 * penalties[0]
@@ -539,7 +530,7 @@ def test_settings_out_of_range_are_named(key: str, value: float) -> None:
     assert "must be" in str(error.value)
 
 
-def test_magnitude_needs_e(tiny_job: MakeJob) -> None:
+def test_magnitude_needs_e() -> None:
     with pytest.raises(InputError, match="truncated_svd"):
         FedAra(importance="magnitude", truncated_svd=False)
     assert FedAra(importance="magnitude").importance == "magnitude"
@@ -554,8 +545,8 @@ def test_magnitude_needs_e(tiny_job: MakeJob) -> None:
         ("method.regrow=true", "unknown key method.regrow"),
     ],
 )
-def test_settings_of_a_wrong_kind_are_refused(override: str, text: str, tiny_job: MakeJob) -> None:
+def test_settings_of_a_wrong_kind_are_refused(override: str, text: str) -> None:
     with pytest.raises(InputError) as error:
-        tiny_job(override)
+        make_tiny_job(override)
     assert text in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,6 +1,5 @@
 """Exact aggregation: the mean update by dense matrices, its best truncation, ranks that shrink."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,16 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import AdapterConfig, Rows, adapter_shapes, inject
 from fedara_core.errors import InputError
 from fedara_core.method import ServerState
 from fedara_core.methods.fedara_exact import FedAraExact
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 EXACT = ("method.name=fedara_exact", "train.local_steps=2")
 NUM_HEAD = 4 * 32 + 4  # tiny.toml's model
@@ -200,12 +196,12 @@ def test_triplets_move_but_do_not_grow_in_number() -> None:
 # ---- whole runs ----
 
 
-def test_one_client_moves_the_function_as_in_fedara(tiny_job: MakeJob, play: Play) -> None:
+def test_one_client_moves_the_function_as_in_fedara() -> None:
     """One round of one client: the same W, by other factors; logits too."""
     common = ("federation.cohort=1", "train.lr=2e-2", "train.local_steps=4", "adapter.lora_alpha=8")
-    theirs = tiny_job("method.name=fedara", "method.rank_allocation=false", *common)
-    ours = tiny_job("method.name=fedara_exact", *common)
-    (expected,), (played,) = play(theirs, num_rounds=1), play(ours, num_rounds=1)
+    theirs = make_tiny_job("method.name=fedara", "method.rank_allocation=false", *common)
+    ours = make_tiny_job("method.name=fedara_exact", *common)
+    (expected,), (played,) = play_rounds(theirs, num_rounds=1), play_rounds(ours, num_rounds=1)
     assert played.before.digest() == expected.before.digest()
     for name, (_, d_in) in adapter_shapes(ours.model).items():
         product = change(expected.after.rows[name], d_in)
@@ -221,10 +217,10 @@ def test_one_client_moves_the_function_as_in_fedara(tiny_job: MakeJob, play: Pla
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
 
 
-def test_bytes_and_masks_of_a_run(tiny_job: MakeJob, play: Play, train_client: TrainClient) -> None:
-    job = tiny_job(*EXACT)
+def test_bytes_and_masks_of_a_run() -> None:
+    job = make_tiny_job(*EXACT)
     shapes = adapter_shapes(job.model)
-    for played in play(job):
+    for played in play_rounds(job):
         before, row = played.before, played.row
         floats = sum(n * (sum(shapes[name]) + 1) for name, n in before.live_triplets.items())
         size = 24 + 4 * (floats + NUM_HEAD)
@@ -238,15 +234,13 @@ def test_bytes_and_masks_of_a_run(tiny_job: MakeJob, play: Play, train_client: T
     assert len(set(played.after.live_triplets.values())) > 1
 
 
-def test_every_round_is_the_best_truncation(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_every_round_is_the_best_truncation() -> None:
     """What a round loses is what the smallest singular values weigh; of real uploads."""
-    job = tiny_job(*EXACT, "adapter.lora_alpha=8", "train.lr=2e-2")
+    job = make_tiny_job(*EXACT, "adapter.lora_alpha=8", "train.lr=2e-2")
     shapes = adapter_shapes(job.model)
-    for played in play(job, num_rounds=4)[1:]:
+    for played in play_rounds(job, num_rounds=4)[1:]:
         before, after = played.before, played.after
-        uploads = [train_client(job, before, k) for k in draw_cohort(job, before.round_index)]
+        uploads = [train_one_client(job, before, k) for k in draw_cohort(job, before.round_index)]
         total, offset, lost, left_out, pooled = (
             sum(u.num_examples for u in uploads),
             0,

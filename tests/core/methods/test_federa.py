@@ -1,8 +1,6 @@
 """FeDeRA: the start against numpy's SVD, the unchanged function, the reduction to LoRA, bytes."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +10,7 @@ from torch import Tensor
 from bench.models.encoders import build_model
 from bench.run.rounds import Job
 from fedara_core.adapters import adapter_shapes, named_adapters
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
+from support.rounds import make_tiny_job, play_rounds
 
 FEDERA = ("method.name=federa", "adapter.lora_alpha=8.0", "train.local_steps=2")  # scale 2
 SHAPES = [(32, 32)] * 8 + [(64, 32), (32, 64)] * 2  # tiny.toml's model
@@ -28,8 +24,8 @@ def logits(job: Job, model: torch.nn.Module) -> Tensor:
         return model(batch["input_ids"], batch["attention_mask"])
 
 
-def test_the_start_is_the_best_low_rank_part_of_each_weight(tiny_job: MakeJob) -> None:
-    job = tiny_job(*FEDERA)
+def test_the_start_is_the_best_low_rank_part_of_each_weight() -> None:
+    job = make_tiny_job(*FEDERA)
     assert len(job.state.rows) == 12
     for name, adapter in named_adapters(job.model):
         weight = adapter.base.weight.detach().double().numpy()
@@ -45,8 +41,8 @@ def test_the_start_is_the_best_low_rank_part_of_each_weight(tiny_job: MakeJob) -
         np.testing.assert_allclose(np.linalg.norm(b, axis=0), np.sqrt(s[:4] / 2), rtol=1e-5)
 
 
-def test_the_start_leaves_the_function_as_it_was(tiny_job: MakeJob) -> None:
-    job = tiny_job(*FEDERA, "model.name=tiny")
+def test_the_start_leaves_the_function_as_it_was() -> None:
+    job = make_tiny_job(*FEDERA, "model.name=tiny")
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model
     before = logits(job, plain)
     job.method.download(job.model, job.state, None)
@@ -55,10 +51,8 @@ def test_the_start_leaves_the_function_as_it_was(tiny_job: MakeJob) -> None:
     assert (logits(job, job.model) - before).abs().max() > 1e-2  # the delta does it
 
 
-def test_the_start_does_not_hang_on_the_signs_of_an_svd(
-    tiny_job: MakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest = tiny_job(*FEDERA).state.digest()
+def test_the_start_does_not_hang_on_the_signs_of_an_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = make_tiny_job(*FEDERA).state.digest()
     svd = torch.linalg.svd
 
     def other_signs(matrix: Tensor, **options: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,12 +61,12 @@ def test_the_start_does_not_hang_on_the_signs_of_an_svd(
         return u * flip, s, vt * flip[:, None]
 
     monkeypatch.setattr(torch.linalg, "svd", other_signs)
-    assert tiny_job(*FEDERA).state.digest() == digest
+    assert make_tiny_job(*FEDERA).state.digest() == digest
 
 
-def test_training_moves_the_low_rank_part_only(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FEDERA, "train.lr=2e-2")
-    state = play(job, num_rounds=2)[-1].after
+def test_training_moves_the_low_rank_part_only() -> None:
+    job = make_tiny_job(*FEDERA, "train.lr=2e-2")
+    state = play_rounds(job, num_rounds=2)[-1].after
     job.method.download(job.model, state, None)
     for name, adapter in named_adapters(job.model):
         d_in = adapter.shape[1]
@@ -84,12 +78,12 @@ def test_training_moves_the_low_rank_part_only(tiny_job: MakeJob, play: Play) ->
         torch.testing.assert_close(weight, adapter.base.weight + moved, rtol=0, atol=1e-5)
 
 
-def test_from_loras_start_it_is_lora(tiny_job: MakeJob, play: Play) -> None:
-    lora = tiny_job("method.name=lora", *FEDERA[1:])
-    federa = tiny_job(*FEDERA)
+def test_from_loras_start_it_is_lora() -> None:
+    lora = make_tiny_job("method.name=lora", *FEDERA[1:])
+    federa = make_tiny_job(*FEDERA)
     zero = {name: torch.zeros(shape) for name, shape in adapter_shapes(federa.model).items()}
     start = replace(federa.state, rows=lora.state.rows, fixed={"delta": zero})
-    ours, theirs = play(federa, start, 2)[-1], play(lora, num_rounds=2)[-1]
+    ours, theirs = play_rounds(federa, start, 2)[-1], play_rounds(lora, num_rounds=2)[-1]
     assert ours.row["train_loss"] == theirs.row["train_loss"]
     for name, rows in theirs.after.rows.items():
         assert torch.equal(ours.after.rows[name], rows)
@@ -97,13 +91,13 @@ def test_from_loras_start_it_is_lora(tiny_job: MakeJob, play: Play) -> None:
     assert all(torch.equal(ours.after.whole[n], theirs.after.whole[n]) for n in theirs.after.whole)
 
 
-def test_the_start_factors_travel_once_to_each_client(tiny_job: MakeJob, play: Play) -> None:
+def test_the_start_factors_travel_once_to_each_client() -> None:
     """In round 0 they are the current factors; later a newcomer gets both."""
     factors = 4 * 4 * sum(d_out + d_in for d_out, d_in in SHAPES)
     usual = 24 + factors + 4 * NUM_HEAD
     seen: set[int] = set()
     num_late = []
-    for played in play(tiny_job(*FEDERA)):
+    for played in play_rounds(make_tiny_job(*FEDERA)):
         cohort = set(played.row["cohort"])
         late = cohort - seen if played.row["round_index"] else set()
         num_late.append(len(late))

@@ -1,7 +1,6 @@
 """FedEx-LoRA: the residual makes FedIT's average exact, the right way round, at its price."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -9,15 +8,12 @@ import torch
 from torch import nn
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import AdapterConfig, adapter_shapes, inject
 from fedara_core.method import ServerState, load_method
 from fedara_core.methods.fedex_lora import FedExLora
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 DENSE = 8 * 32 * 32 + 4 * 64 * 32
@@ -136,13 +132,11 @@ def test_the_residual_has_the_factors_that_are_counted() -> None:
     torch.testing.assert_close(3.0 * left @ right, residual, rtol=0, atol=1e-5)
 
 
-def test_the_servers_model_computes_the_mean(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_the_servers_model_computes_the_mean() -> None:
     """The plain model with W0 + delta + mean_k scale B_k A_k gives the same logits."""
-    job = tiny_job(FEDEX, "adapter.lora_alpha=6.0", "train.lr=2e-2")
-    state = play(job, num_rounds=1)[-1].after
-    uploads = [train_client(job, state, client_id) for client_id in draw_cohort(job, 1)]
+    job = make_tiny_job(FEDEX, "adapter.lora_alpha=6.0", "train.lr=2e-2")
+    state = play_rounds(job, num_rounds=1)[-1].after
+    uploads = [train_one_client(job, state, client_id) for client_id in draw_cohort(job, 1)]
     after = job.method.aggregate(state, uploads)
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
     batch = job.evaluated.batch(torch.arange(20), job.device)
@@ -159,11 +153,11 @@ def test_the_servers_model_computes_the_mean(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_one_client_is_lora(tiny_job: MakeJob, play: Play) -> None:
+def test_one_client_is_lora() -> None:
     """Bit for bit: there is no residual. The bytes of its factors are counted all the same."""
     common = ("federation.num_clients=1", "federation.cohort=1", "adapter.lora_alpha=6.0")
-    ours = play(tiny_job(FEDEX, *common))[-1]
-    theirs = play(tiny_job("method.name=lora", *common))[-1]
+    ours = play_rounds(make_tiny_job(FEDEX, *common))[-1]
+    theirs = play_rounds(make_tiny_job("method.name=lora", *common))[-1]
     assert all(not delta.any() for delta in ours.after.fixed["delta"].values())
     for name, rows in theirs.after.rows.items():
         assert torch.equal(ours.after.rows[name], rows)
@@ -176,15 +170,15 @@ def test_one_client_is_lora(tiny_job: MakeJob, play: Play) -> None:
 
 
 @pytest.mark.parametrize("cohort", [1, 2, 3])
-def test_bytes_of_a_run(cohort: int, tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_of_a_run(cohort: int) -> None:
     """Up the pair; down the averaged pair and the residuals since the client's last round."""
-    job = tiny_job(
+    job = make_tiny_job(
         *(FEDEX, f"federation.cohort={cohort}", "federation.num_clients=4"),
         *("train.local_steps=1", "adapter.lora_rank=2"),
     )
     shapes, took_part = adapter_shapes(job.model), {}
     kinds = set()
-    for round_index, played in enumerate(play(job)):
+    for round_index, played in enumerate(play_rounds(job)):
         down = 0
         for client_id in played.row["cohort"]:
             num_rows = (round_index - took_part.get(client_id, 0)) * cohort * 2
@@ -197,13 +191,13 @@ def test_bytes_of_a_run(cohort: int, tiny_job: MakeJob, play: Play) -> None:
     assert {(False, False), (False, True), (True, True)} <= kinds
 
 
-def test_bytes_where_all_take_part(tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_where_all_take_part() -> None:
     """r rows of the average and K r of the last residual; with eight clients the dense change."""
     for num_clients, residual in ((3, 3 * 4 * ROW_FLOATS), (8, DENSE)):
-        job = tiny_job(
+        job = make_tiny_job(
             *(FEDEX, f"federation.num_clients={num_clients}", f"federation.cohort={num_clients}"),
             *("train.local_steps=1", "federation.num_rounds=3"),
         )
         first = 24 + 4 * (4 * ROW_FLOATS + NUM_HEAD)
         expected = [num_clients * first] + [num_clients * (first + 4 * residual)] * 2
-        assert [played.row["downlink_bytes"] for played in play(job)] == expected
+        assert [played.row["downlink_bytes"] for played in play_rounds(job)] == expected

@@ -1,19 +1,13 @@
 """FedSA-LoRA: B stays at its client, A and the head are shared, and one client alone is LoRA."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import Rows, read_rows
 from fedara_core.method import Client
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 # Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
 TARGETS = "adapter.targets=['query', 'intermediate.dense']"
@@ -36,9 +30,9 @@ def assert_equal(ours: Rows, theirs: Rows) -> None:
         assert torch.equal(values, theirs[name]), name
 
 
-def test_b_stays_at_its_client(tiny_job: MakeJob, train_client: TrainClient) -> None:
+def test_b_stays_at_its_client() -> None:
     """Two rounds with the same two clients: each goes on from its own B and the mean A."""
-    job = tiny_job(*FEDSA)
+    job = make_tiny_job(*FEDSA)
     state = job.state
     before: dict[int, Rows] = {}
     for _ in range(2):
@@ -53,7 +47,7 @@ def test_b_stays_at_its_client(tiny_job: MakeJob, train_client: TrainClient) -> 
                 assert_equal(b, halves(before[client_id])[1])
             else:
                 assert not any(values.any() for values in b.values())
-            uploads.append(train_client(job, state, client_id))
+            uploads.append(train_one_client(job, state, client_id))
             trained[client_id] = read_rows(job.model)
             for name, values in halves(trained[client_id])[1].items():
                 assert not torch.equal(values, b[name])
@@ -68,19 +62,17 @@ def test_b_stays_at_its_client(tiny_job: MakeJob, train_client: TrainClient) -> 
             torch.testing.assert_close(values[:, :32], mean, rtol=0, atol=1e-6)
 
 
-def test_no_other_b_reaches_a_client(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_no_other_b_reaches_a_client() -> None:
     """A client's upload is the same whatever the others keep; a new one starts from B = 0."""
-    job = tiny_job(*FEDSA)
-    state = play(job, num_rounds=1)[-1].after
+    job = make_tiny_job(*FEDSA)
+    state = play_rounds(job, num_rounds=1)[-1].after
     assert sorted(job.kept) == draw_cohort(job, 0)
     kept = dict(job.kept)
     old, new = draw_cohort(job, 0)[0], next(k for k in range(8) if k not in kept)
     assert all(not values[:, 32:].any() for values in state.rows.values())
 
     def uploads() -> list[Upload]:
-        return [train_client(job, state, client_id) for client_id in (old, new)]
+        return [train_one_client(job, state, client_id) for client_id in (old, new)]
 
     first = uploads()
     job.kept.clear()
@@ -92,10 +84,12 @@ def test_no_other_b_reaches_a_client(
     assert not torch.equal(first[0].values, uploads()[0].values)
 
 
-def test_one_client_alone_is_lora(tiny_job: MakeJob, play: Play) -> None:
+def test_one_client_alone_is_lora() -> None:
     common = (*FEDSA, "federation.num_clients=1", "federation.cohort=1", "train.lr=1e-2")
-    job = tiny_job(*common)
-    for ours, theirs in zip(play(job), play(tiny_job(*common, "method.name=lora")), strict=True):
+    job = make_tiny_job(*common)
+    for ours, theirs in zip(
+        play_rounds(job), play_rounds(make_tiny_job(*common, "method.name=lora")), strict=True
+    ):
         assert_equal(halves(ours.after.rows)[0], halves(theirs.after.rows)[0])
         assert_equal(dict(ours.after.whole), dict(theirs.after.whole))
         assert ours.row["train_loss"] == theirs.row["train_loss"]
@@ -103,9 +97,9 @@ def test_one_client_alone_is_lora(tiny_job: MakeJob, play: Play) -> None:
     assert ours.row["accuracy"] == theirs.row["accuracy"]
 
 
-def test_each_client_is_evaluated_with_its_own_b(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FEDSA, "train.lr=0.05")
-    state = play(job, num_rounds=2)[-1].after
+def test_each_client_is_evaluated_with_its_own_b() -> None:
+    job = make_tiny_job(*FEDSA, "train.lr=0.05")
+    state = play_rounds(job, num_rounds=2)[-1].after
     batch = job.evaluated.batch(torch.arange(8), job.device)
 
     def logits(client: Client | None) -> Tensor:
@@ -126,16 +120,16 @@ def test_each_client_is_evaluated_with_its_own_b(tiny_job: MakeJob, play: Play) 
     assert torch.equal(seen[0], logits(None))
 
 
-def test_only_a_and_the_head_travel(tiny_job: MakeJob, play: Play) -> None:
+def test_only_a_and_the_head_travel() -> None:
     """To new clients as to those that come back."""
-    for played in play(tiny_job(*FEDSA), num_rounds=3):
+    for played in play_rounds(make_tiny_job(*FEDSA), num_rounds=3):
         size = 24 + 4 * (NUM_A + NUM_HEAD)
         assert played.row["uplink_bytes"] == 5 * size
         assert played.row["downlink_bytes"] == 5 * size
 
 
-def test_the_head_is_shared(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FEDSA)
-    (played,) = play(job, num_rounds=1)
+def test_the_head_is_shared() -> None:
+    job = make_tiny_job(*FEDSA)
+    (played,) = play_rounds(job, num_rounds=1)
     assert set(played.after.whole) == {"classifier.bias", "classifier.weight"}
     assert all(set(kept) == set(job.state.rows) for kept in job.kept.values())

@@ -1,23 +1,17 @@
 """FedSVD: the refactored product, orthonormal A, exact averaging, and what SGD can not tell."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import read_rows
 from fedara_core.methods.fedsvd import refactor
-from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 # Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
 TARGETS = "adapter.targets=['query', 'intermediate.dense']"
@@ -50,12 +44,10 @@ def test_refactored_rows_by_hand() -> None:
     torch.testing.assert_close(new, expected, rtol=0, atol=1e-6)
 
 
-def test_a_is_orthonormal_from_the_start_and_spans_the_same_rows(
-    tiny_job: MakeJob, play: Play
-) -> None:
-    job = tiny_job(*FEDSVD)
-    lora = tiny_job(*FEDSVD, "method.name=lora")
-    rounds = play(job, num_rounds=3)
+def test_a_is_orthonormal_from_the_start_and_spans_the_same_rows() -> None:
+    job = make_tiny_job(*FEDSVD)
+    lora = make_tiny_job(*FEDSVD, "method.name=lora")
+    rounds = play_rounds(job, num_rounds=3)
     for name, (_, d_in) in job.state.adapter.shapes.items():
         start = job.state.rows[name]
         assert not start[:, d_in:].any()
@@ -71,15 +63,13 @@ def test_a_is_orthonormal_from_the_start_and_spans_the_same_rows(
         torch.testing.assert_close(inside, drawn, rtol=0, atol=1e-6)
 
 
-def test_the_server_gets_the_mean_update(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_the_server_gets_the_mean_update() -> None:
     """sum_k p_k scale B_k A_k from the clients' own models, and its SVD in the two factors."""
-    job = tiny_job(*FEDSVD, "train.lr=0.05")
-    state = play(job, num_rounds=2)[-1].after
+    job = make_tiny_job(*FEDSVD, "train.lr=0.05")
+    state = play_rounds(job, num_rounds=2)[-1].after
     uploads, models = [], []
     for client_id in draw_cohort(job, state.round_index):
-        uploads.append(train_client(job, state, client_id))
+        uploads.append(train_one_client(job, state, client_id))
         models.append(read_rows(job.model))
     num_examples = [upload.num_examples for upload in uploads]
     assert len(set(num_examples)) > 1
@@ -99,14 +89,12 @@ def test_the_server_gets_the_mean_update(
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 5.0), ("adamw", 0.01)])
-def test_sgd_can_not_tell_it_from_a_fixed_a(
-    optimizer: str, lr: float, tiny_job: MakeJob, play: Play
-) -> None:
+def test_sgd_can_not_tell_it_from_a_fixed_a(optimizer: str, lr: float) -> None:
     """From the same orthonormal A the updates stay those of FFA-LoRA; AdamW's do not."""
     common = (*FEDSVD, f"train.optimizer={optimizer}", f"train.lr={lr}", "evaluate.every=9")
-    ours, theirs = tiny_job(*common), tiny_job(*common, "method.name=ffa_lora")
-    turned = play(ours)[-1].after
-    fixed = play(theirs, replace(theirs.state, rows=ours.state.rows))[-1].after
+    ours, theirs = make_tiny_job(*common), make_tiny_job(*common, "method.name=ffa_lora")
+    turned = play_rounds(ours)[-1].after
+    fixed = play_rounds(theirs, replace(theirs.state, rows=ours.state.rows))[-1].after
     for name, (_, d_in) in ours.state.adapter.shapes.items():
         expected = update(fixed.rows[name], d_in)
         gap = (update(turned.rows[name], d_in) - expected).norm() / expected.norm()
@@ -123,8 +111,8 @@ def test_without_an_update_a_stays_orthonormal() -> None:
         torch.testing.assert_close(new[:, 3:].T @ new[:, :3], b @ a, rtol=0, atol=1e-6)
 
 
-def test_b_goes_up_and_both_come_down(tiny_job: MakeJob, play: Play) -> None:
+def test_b_goes_up_and_both_come_down() -> None:
     """To new clients as to those that come back."""
-    for played in play(tiny_job(*FEDSVD), num_rounds=3):
+    for played in play_rounds(make_tiny_job(*FEDSVD), num_rounds=3):
         assert played.row["uplink_bytes"] == 5 * (24 + 4 * (NUM_B + NUM_HEAD))
         assert played.row["downlink_bytes"] == 5 * (24 + 4 * (NUM_A + NUM_B + NUM_HEAD))

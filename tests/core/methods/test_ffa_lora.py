@@ -1,23 +1,17 @@
 """FFA-LoRA: exact averaging, bytes by hand, LoRA with A held still, and the frozen head."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import named_adapters, read_rows
 from fedara_core.errors import InputError
 from fedara_core.factors import lora_rows
 from fedara_core.method import load_method
-from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 # Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
 TARGETS = "adapter.targets=['query', 'intermediate.dense']"
@@ -32,15 +26,13 @@ def update(rows: Tensor, d_in: int, scale: float = 2.0) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "exact"), [("ffa_lora", True), ("lora", False)])
-def test_the_server_gets_the_mean_update(
-    name: str, exact: bool, tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_the_server_gets_the_mean_update(name: str, exact: bool) -> None:
     """sum_k p_k scale B_k A_k from the clients' own models; where A trains too it is missed."""
-    job = tiny_job(*FFA, f"method.name={name}", "train.lr=0.05")
-    state = play(job, num_rounds=2)[-1].after
+    job = make_tiny_job(*FFA, f"method.name={name}", "train.lr=0.05")
+    state = play_rounds(job, num_rounds=2)[-1].after
     uploads, models = [], []
     for client_id in draw_cohort(job, state.round_index):
-        uploads.append(train_client(job, state, client_id))
+        uploads.append(train_one_client(job, state, client_id))
         models.append(read_rows(job.model))
     num_examples = [upload.num_examples for upload in uploads]
     assert len(set(num_examples)) > 1
@@ -57,10 +49,10 @@ def test_the_server_gets_the_mean_update(
     assert (max(errors) < 1e-5) == exact, errors
 
 
-def test_a_is_the_seeds_draw_for_good(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FFA)
+def test_a_is_the_seeds_draw_for_good() -> None:
+    job = make_tiny_job(*FFA)
     drawn = lora_rows(job.state.adapter, seed=0)
-    rounds = play(job, num_rounds=3)
+    rounds = play_rounds(job, num_rounds=3)
     for name, (_, d_in) in job.state.adapter.shapes.items():
         assert not rounds[0].before.rows[name][:, d_in:].any()
         for played in rounds:
@@ -71,7 +63,7 @@ def test_a_is_the_seeds_draw_for_good(tiny_job: MakeJob, play: Play) -> None:
         assert adapter.parts["B"].requires_grad
 
 
-def test_it_is_lora_whose_a_does_not_move(tiny_job: MakeJob, play: Play) -> None:
+def test_it_is_lora_whose_a_does_not_move() -> None:
     """Without clipping, where A's gradient would count, to the last bit."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -80,14 +72,14 @@ def test_it_is_lora_whose_a_does_not_move(tiny_job: MakeJob, play: Play) -> None
             return 0.0 if part == "A" else 1.0
 
     common = ("train.max_grad_norm=1e9", "train.weight_decay=0.1", "federation.num_rounds=3")
-    ours = play(tiny_job(*FFA, *common))
-    theirs = play(replace(tiny_job(*FFA, *common, "method.name=lora"), method=StillA()))
+    ours = play_rounds(make_tiny_job(*FFA, *common))
+    theirs = play_rounds(replace(make_tiny_job(*FFA, *common, "method.name=lora"), method=StillA()))
     assert [r.row["state_digest"] for r in ours] == [r.row["state_digest"] for r in theirs]
 
 
-def test_only_b_and_the_head_travel(tiny_job: MakeJob, play: Play) -> None:
+def test_only_b_and_the_head_travel() -> None:
     """To new clients as to those that come back."""
-    for played in play(tiny_job(*FFA), num_rounds=3):
+    for played in play_rounds(make_tiny_job(*FFA), num_rounds=3):
         size = 24 + 4 * (NUM_B + NUM_HEAD)
         assert played.row["uplink_bytes"] == 5 * size
         assert played.row["downlink_bytes"] == 5 * size
@@ -96,11 +88,11 @@ def test_only_b_and_the_head_travel(tiny_job: MakeJob, play: Play) -> None:
 # ---- the head ----
 
 
-def test_a_frozen_head_neither_trains_nor_travels(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FFA, "method.freeze_head=true")
+def test_a_frozen_head_neither_trains_nor_travels() -> None:
+    job = make_tiny_job(*FFA, "method.freeze_head=true")
     head = {n: p.clone() for n, p in job.model.named_parameters() if n.startswith("classifier")}
     assert len(head) == 2
-    rounds = play(job, num_rounds=2)
+    rounds = play_rounds(job, num_rounds=2)
     for played in rounds:
         assert played.after.whole == {}
         assert played.row["uplink_bytes"] == 5 * (24 + 4 * NUM_B)
@@ -111,13 +103,13 @@ def test_a_frozen_head_neither_trains_nor_travels(tiny_job: MakeJob, play: Play)
         assert not torch.equal(rows, rounds[0].before.rows[name])
 
 
-def test_by_default_the_head_trains(tiny_job: MakeJob, play: Play) -> None:
-    (played,) = play(tiny_job(*FFA), num_rounds=1)
+def test_by_default_the_head_trains() -> None:
+    (played,) = play_rounds(make_tiny_job(*FFA), num_rounds=1)
     assert sorted(played.after.whole) == ["classifier.bias", "classifier.weight"]
     for name, tensor in played.after.whole.items():
         assert not torch.equal(tensor, played.before.whole[name])
 
 
-def test_freeze_head_is_true_or_false(tiny_job: MakeJob) -> None:
+def test_freeze_head_is_true_or_false() -> None:
     with pytest.raises(InputError, match=r"method\.freeze_head = 1 is not allowed"):
-        tiny_job(*FFA, "method.freeze_head=1")
+        make_tiny_job(*FFA, "method.freeze_head=1")

@@ -1,8 +1,7 @@
 """FlexLoRA: the server's truncated SVD against numpy on dense matrices, and what travels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import (
     AdapterConfig,
     LowRank,
@@ -22,10 +21,7 @@ from fedara_core.adapters import (
 from fedara_core.method import Client, ServerState
 from fedara_core.methods.flexlora import FlexLora
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 NUM_HEAD = 4 * 32 + 4
@@ -139,14 +135,12 @@ def test_triplets_that_the_sum_lacks_can_still_train() -> None:
         assert not after.rows[name][1, d_in:].any()
 
 
-def test_the_servers_model_is_that_truncation(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_the_servers_model_is_that_truncation() -> None:
     """Evaluated against the plain model with W0 + the dense truncation, after two rounds."""
-    job = tiny_job(FLEXLORA, UNEQUAL, "adapter.lora_alpha=6.0", "train.lr=2e-2")
-    state = play(job, num_rounds=1)[-1].after
+    job = make_tiny_job(FLEXLORA, UNEQUAL, "adapter.lora_alpha=6.0", "train.lr=2e-2")
+    state = play_rounds(job, num_rounds=1)[-1].after
     cohort = draw_cohort(job, 1)
-    uploads = [train_client(job, state, client_id) for client_id in cohort]
+    uploads = [train_one_client(job, state, client_id) for client_id in cohort]
     after = job.method.aggregate(state, uploads)
     shapes = adapter_shapes(job.model)
     dense = mean_of_products(uploads, state.adapter.client_lora_ranks, shapes, 6.0 / 4)
@@ -163,11 +157,11 @@ def test_the_servers_model_is_that_truncation(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_one_client_is_lora_for_a_round(tiny_job: MakeJob, play: Play) -> None:
+def test_one_client_is_lora_for_a_round() -> None:
     """Other factors, the same product; from there on they train apart."""
     common = ("federation.num_clients=1", "federation.cohort=1", "train.lr=2e-2")
-    (ours,) = play(tiny_job(FLEXLORA, *common), num_rounds=1)
-    (theirs,) = play(tiny_job("method.name=lora", *common), num_rounds=1)
+    (ours,) = play_rounds(make_tiny_job(FLEXLORA, *common), num_rounds=1)
+    (theirs,) = play_rounds(make_tiny_job("method.name=lora", *common), num_rounds=1)
     assert ours.before.digest() == theirs.before.digest()
     for name, rows in theirs.after.rows.items():
         _, d_in = ours.after.adapter.shapes[name]
@@ -181,10 +175,10 @@ def test_one_client_is_lora_for_a_round(tiny_job: MakeJob, play: Play) -> None:
 # ---- truncation and bytes ----
 
 
-def test_clients_get_the_first_triplets(tiny_job: MakeJob, play: Play) -> None:
+def test_clients_get_the_first_triplets() -> None:
     """The best approximation of their rank; with the scale of all."""
-    job = tiny_job(FLEXLORA, UNEQUAL, "train.lr=2e-2")
-    state = play(job, num_rounds=1)[-1].after
+    job = make_tiny_job(FLEXLORA, UNEQUAL, "train.lr=2e-2")
+    state = play_rounds(job, num_rounds=1)[-1].after
     assert sorted(state.adapter.client_lora_ranks) == [1] * 4 + [4] * 4
     for client_id, client_lora_rank in enumerate(state.adapter.client_lora_ranks):
         client = Client(client_id=client_id, num_examples=1, model=job.model)
@@ -199,15 +193,15 @@ def test_clients_get_the_first_triplets(tiny_job: MakeJob, play: Play) -> None:
         assert {adapter.form for _, adapter in named_adapters(job.model)} == {LowRank(scale=1.0)}
 
 
-def test_bytes_of_a_run(tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_of_a_run() -> None:
     """Up and down r_k rows, in a client's first round and in later ones."""
-    job = tiny_job(FLEXLORA, UNEQUAL, "train.local_steps=2")
+    job = make_tiny_job(FLEXLORA, UNEQUAL, "train.local_steps=2")
     ranks = job.state.adapter.client_lora_ranks
-    for played in play(job):
+    for played in play_rounds(job):
         num_rows = sum(ranks[client_id] for client_id in played.row["cohort"])
         expected = 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
         assert played.row["uplink_bytes"] == played.row["downlink_bytes"] == expected
 
 
-def test_client_ranks_are_part_of_the_runs_identity(tiny_job: MakeJob) -> None:
-    assert tiny_job(FLEXLORA, UNEQUAL).config.run_id != tiny_job(FLEXLORA).config.run_id
+def test_client_ranks_are_part_of_the_runs_identity() -> None:
+    assert make_tiny_job(FLEXLORA, UNEQUAL).config.run_id != make_tiny_job(FLEXLORA).config.run_id

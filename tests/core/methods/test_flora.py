@@ -1,8 +1,7 @@
 """FLoRA: stacking is the exact mean, merging is the function, and only stacks travel down."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import (
     AdapterConfig,
     LowRank,
@@ -22,10 +21,7 @@ from fedara_core.adapters import (
 from fedara_core.method import Client, ServerState, missed_values
 from fedara_core.methods.flora import FLora
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 DENSE = 8 * 32 * 32 + 4 * 64 * 32
@@ -94,15 +90,13 @@ def test_the_merged_delta_is_the_exact_mean() -> None:
     torch.testing.assert_close(head, (4 * uploads[0].values[-3:] + 7 * uploads[1].values[-3:]) / 11)
 
 
-def test_the_servers_model_computes_the_mean(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_the_servers_model_computes_the_mean() -> None:
     """Evaluated, and trained from, is the plain model with W0 + the updates of two rounds."""
-    job = tiny_job(FLORA, UNEQUAL, "adapter.lora_alpha=6.0", "train.lr=2e-2")
+    job = make_tiny_job(FLORA, UNEQUAL, "adapter.lora_alpha=6.0", "train.lr=2e-2")
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
     state = job.state
     for round_index in range(2):
-        uploads = [train_client(job, state, k) for k in draw_cohort(job, round_index)]
+        uploads = [train_one_client(job, state, k) for k in draw_cohort(job, round_index)]
         with torch.no_grad():
             for name, update in mean_update(
                 state, uploads, state.adapter.client_lora_ranks
@@ -121,10 +115,10 @@ def test_the_servers_model_computes_the_mean(
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def test_every_round_starts_afresh(tiny_job: MakeJob, play: Play) -> None:
+def test_every_round_starts_afresh() -> None:
     """B = 0, and an A that depends on the seed and the round alone."""
-    rounds = play(tiny_job(FLORA, "train.local_steps=1"), num_rounds=2)
-    other = play(tiny_job(FLORA, "train.local_steps=1", "train.lr=1e-4"), num_rounds=2)
+    rounds = play_rounds(make_tiny_job(FLORA, "train.local_steps=1"), num_rounds=2)
+    other = play_rounds(make_tiny_job(FLORA, "train.local_steps=1", "train.lr=1e-4"), num_rounds=2)
     starts = [rounds[0].before, rounds[1].before, rounds[1].after]
     for name, (_, d_in) in starts[0].adapter.shapes.items():
         drawn = [state.rows[name][:, :d_in] for state in starts]
@@ -134,11 +128,11 @@ def test_every_round_starts_afresh(tiny_job: MakeJob, play: Play) -> None:
         assert torch.equal(other[1].after.rows[name], starts[2].rows[name])
 
 
-def test_one_client_is_lora_for_a_round(tiny_job: MakeJob, play: Play) -> None:
+def test_one_client_is_lora_for_a_round() -> None:
     """Its B A, merged; from there on LoRA goes on with its factors."""
     common = ("federation.num_clients=1", "federation.cohort=1", "adapter.lora_alpha=6.0")
-    (ours,) = play(tiny_job(FLORA, *common), num_rounds=1)
-    (theirs,) = play(tiny_job("method.name=lora", *common), num_rounds=1)
+    (ours,) = play_rounds(make_tiny_job(FLORA, *common), num_rounds=1)
+    (theirs,) = play_rounds(make_tiny_job("method.name=lora", *common), num_rounds=1)
     assert ours.row["train_loss"] == theirs.row["train_loss"]
     for name, rows in theirs.after.rows.items():
         _, d_in = ours.after.adapter.shapes[name]
@@ -152,8 +146,8 @@ def test_one_client_is_lora_for_a_round(tiny_job: MakeJob, play: Play) -> None:
 # ---- capacities and bytes ----
 
 
-def test_clients_train_their_first_rows(tiny_job: MakeJob) -> None:
-    job = tiny_job(FLORA, UNEQUAL)
+def test_clients_train_their_first_rows() -> None:
+    job = make_tiny_job(FLORA, UNEQUAL)
     assert sorted(job.state.adapter.client_lora_ranks) == [1] * 4 + [4] * 4
     for client_id, client_lora_rank in enumerate(job.state.adapter.client_lora_ranks):
         client = Client(client_id=client_id, num_examples=1, model=job.model)
@@ -177,14 +171,14 @@ def test_missed_values_by_hand() -> None:
 
 
 @pytest.mark.parametrize("setting", [UNEQUAL, "federation.cohort=3"])
-def test_bytes_of_a_run(setting: str, tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_of_a_run(setting: str) -> None:
     """Up r_k rows; down every stack since the client's last round, at most the dense change."""
-    job = tiny_job(FLORA, "federation.cohort=2", setting, "train.local_steps=1")
+    job = make_tiny_job(FLORA, "federation.cohort=2", setting, "train.local_steps=1")
     ranks, shapes = job.state.adapter.client_lora_ranks, adapter_shapes(job.model)
     stacks: list[int] = []
     took_part: dict[int, int] = {}
     kinds = set()
-    for round_index, played in enumerate(play(job)):
+    for round_index, played in enumerate(play_rounds(job)):
         cohort = played.row["cohort"]
         up = down = 0
         for client_id in cohort:
@@ -203,10 +197,12 @@ def test_bytes_of_a_run(setting: str, tiny_job: MakeJob, play: Play) -> None:
     assert played.after.extra["stacked_rows"].tolist() == stacks
 
 
-def test_bytes_where_all_take_part(tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_where_all_take_part() -> None:
     """The last round's stack, sum_k r_k rows; three clients stay below the dense limit."""
-    job = tiny_job(FLORA, "federation.num_clients=3", "federation.cohort=3", "train.local_steps=1")
-    rounds = play(job)
+    job = make_tiny_job(
+        FLORA, "federation.num_clients=3", "federation.cohort=3", "train.local_steps=1"
+    )
+    rounds = play_rounds(job)
     assert [r.row["uplink_bytes"] for r in rounds] == [3 * (24 + 4 * (4 * ROW_FLOATS + 132))] * 6
     later = 3 * (24 + 4 * (12 * ROW_FLOATS + NUM_HEAD))
     assert [r.row["downlink_bytes"] for r in rounds] == [3 * (24 + 4 * NUM_HEAD)] + [later] * 5

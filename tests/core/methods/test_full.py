@@ -1,9 +1,8 @@
 """Full fine-tuning: against plain loops and FedAvg by hand; nothing travels that can not train."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from bench.run.rounds import Job, client_batches
 from fedara_core.adapters import AdapterConfig, inject
 from fedara_core.method import whole_parameters
 from fedara_core.methods.full import Full
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
+from support.rounds import make_tiny_job, play_rounds
 
 FULL = (
     *("method.name=full", "model.name=tiny", "model.dropout=0.0"),
@@ -65,11 +62,11 @@ def assert_weights(whole: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=3e-6)
 
 
-def test_one_client_is_plain_fine_tuning(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FULL, "federation.num_clients=1", "federation.cohort=1")
+def test_one_client_is_plain_fine_tuning() -> None:
+    job = make_tiny_job(*FULL, "federation.num_clients=1", "federation.cohort=1")
     weights = plain_names(job.state.whole)
     assert len(weights) == 39
-    for played in play(job, num_rounds=2):
+    for played in play_rounds(job, num_rounds=2):
         weights, loss = plain_client(job, weights, played.before.round_index, 0)
         assert_weights(played.after.whole, weights)
         assert played.row["train_loss"] == pytest.approx(loss, abs=1e-6)
@@ -81,10 +78,10 @@ def test_one_client_is_plain_fine_tuning(tiny_job: MakeJob, play: Play) -> None:
     assert moved["encoder.embeddings.word_embeddings.weight"] > 1e-3
 
 
-def test_the_server_takes_the_weighted_mean_of_all_weights(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FULL, "federation.cohort=3")
+def test_the_server_takes_the_weighted_mean_of_all_weights() -> None:
+    job = make_tiny_job(*FULL, "federation.cohort=3")
     weights: Mapping[str, Tensor] = plain_names(job.state.whole)
-    for played in play(job, num_rounds=2):
+    for played in play_rounds(job, num_rounds=2):
         num_examples = [len(job.shards[client_id]) for client_id in played.row["cohort"]]
         assert len(set(num_examples)) > 1
         clients = [
@@ -101,21 +98,21 @@ def test_the_server_takes_the_weighted_mean_of_all_weights(tiny_job: MakeJob, pl
         assert_weights(played.after.whole, weights)
 
 
-def test_with_a_frozen_encoder_it_is_a_linear_probe(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FULL)
+def test_with_a_frozen_encoder_it_is_a_linear_probe() -> None:
+    job = make_tiny_job(*FULL)
     for name, parameter in job.model.named_parameters():
         parameter.requires_grad_(name.startswith("classifier."))
     head = {name: job.state.whole[name] for name in whole_parameters(job.model)}
-    ours = play(job, replace(job.state, whole=head), 2)
-    probe = play(tiny_job("method.name=head_only", *FULL[1:]), num_rounds=2)
+    ours = play_rounds(job, replace(job.state, whole=head), 2)
+    probe = play_rounds(make_tiny_job("method.name=head_only", *FULL[1:]), num_rounds=2)
     assert [r.row["state_digest"] for r in ours] == [r.row["state_digest"] for r in probe]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "['query', 'value']"])
-def test_bytes_by_hand(targets: str, tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_by_hand(targets: str) -> None:
     """First and later participations alike; adapter.targets have no say."""
-    job = tiny_job(*FULL, f"adapter.targets={targets}")
-    for played in play(job, num_rounds=2):
+    job = make_tiny_job(*FULL, f"adapter.targets={targets}")
+    for played in play_rounds(job, num_rounds=2):
         assert played.row["uplink_bytes"] == 5 * (24 + 4 * NUM_VALUES)
         assert played.row["downlink_bytes"] == 5 * (24 + 4 * NUM_VALUES)
         assert played.row["live_triplets"] == 0
@@ -172,14 +169,14 @@ def test_nor_does_one_of_the_demo_encoder() -> None:
     assert_every_parameter_has_a_gradient(ModelConfig(name="minilm", max_length=16))
 
 
-def test_a_shared_parameter_travels_once(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*FULL)
+def test_a_shared_parameter_travels_once() -> None:
+    job = make_tiny_job(*FULL)
     first, second = (job.model.encoder.encoder.layer[i].intermediate.dense for i in (0, 1))
     second.base.weight = first.base.weight
     del job.model.base_parameters  # found before they were shared
     state = job.method.init(job.model, job.state.adapter, seed=0, num_rounds=6)
     assert sum(t.numel() for t in state.whole.values()) == NUM_VALUES - 64 * 32
-    after = play(job, state, 1)[0].after
+    after = play_rounds(job, state, 1)[0].after
     name = "encoder.encoder.layer.0.intermediate.dense.base.weight"
     assert not torch.equal(after.whole[name], state.whole[name])
     assert torch.equal(second.base.weight, after.whole[name])

@@ -1,15 +1,14 @@
 """HetLoRA: truncation, zero-padding, weights by norm, rank self-pruning, and the bytes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import (
     AdapterConfig,
     LowRank,
@@ -23,10 +22,7 @@ from fedara_core.method import Client, ServerState, live_values, load_method
 from fedara_core.methods.hetlora import HetLora
 from fedara_core.train import start_client
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 NUM_HEAD = 4 * 32 + 4
@@ -114,14 +110,12 @@ def test_rows_that_no_client_of_the_cohort_holds() -> None:
         assert last.rows[name][:2].all()
 
 
-def test_equal_capacities_and_no_penalty_is_weighted_lora(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_equal_capacities_and_no_penalty_is_weighted_lora() -> None:
     """LoRA's own uploads, averaged with S_k / sum S instead of p_k; no client changes its rank."""
-    job, lora = tiny_job(HETLORA, "method.penalty=0.0"), tiny_job("method.name=lora")
-    (played,) = play(job, num_rounds=1)
+    job, lora = make_tiny_job(HETLORA, "method.penalty=0.0"), make_tiny_job("method.name=lora")
+    (played,) = play_rounds(job, num_rounds=1)
     cohort = draw_cohort(lora, 0)
-    uploads = [train_client(lora, lora.state, client_id) for client_id in cohort]
+    uploads = [train_one_client(lora, lora.state, client_id) for client_id in cohort]
     norms, rows = [], []
     for upload in uploads:
         start, squares, own = 0, 0.0, {}
@@ -136,7 +130,7 @@ def test_equal_capacities_and_no_penalty_is_weighted_lora(
         mean = sum(n * own[name] for n, own in zip(norms, rows, strict=True)) / sum(norms)
         torch.testing.assert_close(actual.double(), mean, rtol=0, atol=1e-6)
     assert played.row["uplink_bytes"] == 5 * (24 + 4 * (4 * ROW_FLOATS + NUM_HEAD))
-    last = play(job, played.after)[-1].after
+    last = play_rounds(job, played.after)[-1].after
     assert last.extra["client_lora_ranks"].tolist() == [4] * 8
 
 
@@ -162,10 +156,10 @@ def test_equal_norms_and_sizes_are_plain_lora() -> None:
     assert all(torch.equal(ours.whole[name], theirs.whole[name]) for name in theirs.whole)
 
 
-def test_one_client_is_plain_lora(tiny_job: MakeJob, play: Play) -> None:
+def test_one_client_is_plain_lora() -> None:
     common = ("federation.num_clients=1", "federation.cohort=1", "federation.num_rounds=3")
-    ours = play(tiny_job(HETLORA, "method.penalty=0.0", *common))
-    theirs = play(tiny_job("method.name=lora", *common))
+    ours = play_rounds(make_tiny_job(HETLORA, "method.penalty=0.0", *common))
+    theirs = play_rounds(make_tiny_job("method.name=lora", *common))
     for name, rows in theirs[-1].after.rows.items():
         torch.testing.assert_close(ours[-1].after.rows[name], rows, rtol=0, atol=1e-6)
 
@@ -173,8 +167,8 @@ def test_one_client_is_plain_lora(tiny_job: MakeJob, play: Play) -> None:
 # ---- truncation and bytes ----
 
 
-def test_clients_train_their_first_rows(tiny_job: MakeJob) -> None:
-    job = tiny_job(HETLORA, UNEQUAL)
+def test_clients_train_their_first_rows() -> None:
+    job = make_tiny_job(HETLORA, UNEQUAL)
     assert sorted(job.state.adapter.client_lora_ranks) == [1] * 4 + [3] * 4
     for client_id, client_lora_rank in enumerate(job.state.adapter.client_lora_ranks):
         client = Client(client_id=client_id, num_examples=1, model=job.model)
@@ -188,19 +182,19 @@ def test_clients_train_their_first_rows(tiny_job: MakeJob) -> None:
     assert {len(rows) for rows in read_rows(job.model).values()} == {4}
 
 
-def test_bytes_of_a_run(tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_of_a_run() -> None:
     """Up and down r_k rows, in a client's first round and in later ones."""
-    job = tiny_job(HETLORA, UNEQUAL, "method.penalty=0.0", "train.local_steps=2")
+    job = make_tiny_job(HETLORA, UNEQUAL, "method.penalty=0.0", "train.local_steps=2")
     ranks = job.state.adapter.client_lora_ranks
-    for played in play(job):
+    for played in play_rounds(job):
         num_rows = sum(ranks[client_id] for client_id in played.row["cohort"])
         expected = 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
         assert played.row["uplink_bytes"] == played.row["downlink_bytes"] == expected
     assert played.row["live_triplets"] == 3 * 12  # nobody has a fourth row
 
 
-def test_client_ranks_are_part_of_the_runs_identity(tiny_job: MakeJob) -> None:
-    assert tiny_job(HETLORA, UNEQUAL).config.run_id != tiny_job(HETLORA).config.run_id
+def test_client_ranks_are_part_of_the_runs_identity() -> None:
+    assert make_tiny_job(HETLORA, UNEQUAL).config.run_id != make_tiny_job(HETLORA).config.run_id
 
 
 # ---- rank self-pruning ----
@@ -234,11 +228,11 @@ def with_full_rows(state: ServerState) -> ServerState:
     return replace(state, rows={k: torch.full_like(rows, 0.3) for k, rows in state.rows.items()})
 
 
-def test_the_penalty_moves_tails_alone(tiny_job: MakeJob) -> None:
+def test_the_penalty_moves_tails_alone() -> None:
     """One SGD step with and without it: lambda ||B|| A / ||A|| and its mirror, on the last row."""
     after = []
     for penalty in (0.0, 0.25):
-        job = tiny_job(
+        job = make_tiny_job(
             *(HETLORA, f"method.penalty={penalty}", "train.optimizer=sgd", "train.lr=1.0"),
             *("train.max_grad_norm=none", "model.dropout=0.0"),
         )
@@ -258,14 +252,12 @@ def test_the_penalty_moves_tails_alone(tiny_job: MakeJob) -> None:
         torch.testing.assert_close(moved[3], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_client_prunes_where_its_tail_shrank(
-    tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
-    job = tiny_job(HETLORA, "method.penalty=100.0", "method.gamma=0.5", UNEQUAL)
+def test_a_client_prunes_where_its_tail_shrank() -> None:
+    job = make_tiny_job(HETLORA, "method.penalty=100.0", "method.gamma=0.5", UNEQUAL)
     state = with_full_rows(job.state)
     ranks = state.adapter.client_lora_ranks
     cohort = draw_cohort(job, 0)
-    uploads = [train_client(job, state, client_id) for client_id in cohort]
+    uploads = [train_one_client(job, state, client_id) for client_id in cohort]
     kept = [1 for _ in cohort]  # of 1 or of 3
     assert {ranks[client_id] for client_id in cohort} == {1, 3}
     assert [len(u.values) for u in uploads] == [k * ROW_FLOATS + NUM_HEAD for k in kept]
@@ -273,15 +265,15 @@ def test_a_client_prunes_where_its_tail_shrank(
     expected = [1 if client_id in cohort else ranks[client_id] for client_id in range(8)]
     assert after.extra["client_lora_ranks"].tolist() == expected
     # It is the smaller rank that is downloaded from now on; the capacities are what they were.
-    (played,) = play(job, after, num_rounds=1)
+    (played,) = play_rounds(job, after, num_rounds=1)
     num_rows = sum(expected[client_id] for client_id in played.row["cohort"])
     assert played.row["downlink_bytes"] == 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
     assert after.adapter.client_lora_ranks == ranks
 
 
-def test_pruning_keeps_the_first_rows(tiny_job: MakeJob) -> None:
+def test_pruning_keeps_the_first_rows() -> None:
     """And only where the tail's norm is below the downloaded one, not where it equals it."""
-    job = tiny_job(HETLORA)
+    job = make_tiny_job(HETLORA)
     client = Client(client_id=2, num_examples=1, model=job.model, losses=[torch.zeros(())])
     job.method.download(job.model, job.state, client)
     assert len(job.method.upload(client, job.state).values) == 4 * ROW_FLOATS + NUM_HEAD
@@ -292,17 +284,15 @@ def test_pruning_keeps_the_first_rows(tiny_job: MakeJob) -> None:
 
 
 @pytest.mark.parametrize("setting", ["method.penalty=0.0", "method.gamma=1.0"])
-def test_pruning_can_be_left_out(
-    setting: str, tiny_job: MakeJob, train_client: TrainClient
-) -> None:
-    job = tiny_job(HETLORA, "method.penalty=100.0", setting, "train.weight_decay=50.0")
-    upload = train_client(job, with_full_rows(job.state), 2)
+def test_pruning_can_be_left_out(setting: str) -> None:
+    job = make_tiny_job(HETLORA, "method.penalty=100.0", setting, "train.weight_decay=50.0")
+    upload = train_one_client(job, with_full_rows(job.state), 2)
     assert len(upload.values) == 4 * ROW_FLOATS + NUM_HEAD
 
 
-def test_nobody_prunes_in_the_first_round(tiny_job: MakeJob, play: Play) -> None:
+def test_nobody_prunes_in_the_first_round() -> None:
     """With B = 0 no norm can shrink."""
-    (played,) = play(tiny_job(HETLORA, "method.penalty=100.0"), num_rounds=1)
+    (played,) = play_rounds(make_tiny_job(HETLORA, "method.penalty=100.0"), num_rounds=1)
     assert played.after.extra["client_lora_ranks"].tolist() == [4] * 8
 
 

@@ -1,8 +1,7 @@
 """LoRA-A2's equations: alternation, the choice of triplets, frozen rows, aggregation and bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import pytest
 import torch
@@ -24,10 +23,7 @@ from fedara_core.method import Client, ServerState, write_whole
 from fedara_core.methods.lora_a2 import LoraA2
 from fedara_core.train import start_client
 from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 A2 = ("method.name=lora_a2", "model.dropout=0.0")
 SHORT = ("train.local_steps=2", "evaluate.every=9")
@@ -52,16 +48,16 @@ def changed_rows(before: Rows, after: Rows) -> dict[str, Tensor]:
 # ---- alternation ----
 
 
-def test_everything_chosen_is_alternating_fedavg_by_hand(tiny_job: MakeJob, play: Play) -> None:
+def test_everything_chosen_is_alternating_fedavg_by_hand() -> None:
     """Plain loops over B, then A, then B, with AdamW at 5 lr for B."""
-    job = tiny_job(
+    job = make_tiny_job(
         *(*A2, "method.budget=1.0", "train.local_steps=3", "train.lr=4e-3", "adapter.lora_alpha=8"),
         *("federation.cohort=3", "federation.num_rounds=3", "evaluate.every=9"),
     )
     rows: Rows = job.state.rows
     masks = {name: torch.ones(4).bool() for name in rows}
     head: Mapping[str, Tensor] = job.state.whole
-    for played in play(job):
+    for played in play_rounds(job):
         cohort, part = played.row["cohort"], "BAB"[played.before.round_index]
         num_examples = [len(job.shards[client_id]) for client_id in cohort]
         new_rows = {name: torch.zeros_like(rows[name]) for name in rows}
@@ -97,20 +93,22 @@ def test_everything_chosen_is_alternating_fedavg_by_hand(tiny_job: MakeJob, play
         rows, head = played.after.rows, played.after.whole
 
 
-def test_everything_chosen_at_one_rate_is_rolora(tiny_job: MakeJob, play: Play) -> None:
+def test_everything_chosen_at_one_rate_is_rolora() -> None:
     all_of_them = ("method.name=lora_a2", "method.budget=1.0", "method.b_lr_factor=1.0")
-    ours = play(tiny_job(*all_of_them, "train.weight_decay=0.1", *SHORT))
-    theirs = play(tiny_job("method.name=rolora", "train.weight_decay=0.1", *SHORT))
+    ours = play_rounds(make_tiny_job(*all_of_them, "train.weight_decay=0.1", *SHORT))
+    theirs = play_rounds(make_tiny_job("method.name=rolora", "train.weight_decay=0.1", *SHORT))
     digests = [played.row["state_digest"] for played in ours]
     assert digests == [played.row["state_digest"] for played in theirs]
     # A choice makes another run of it.
-    half = play(tiny_job("method.name=lora_a2", "method.b_lr_factor=1.0", *SHORT), num_rounds=1)
+    half = play_rounds(
+        make_tiny_job("method.name=lora_a2", "method.b_lr_factor=1.0", *SHORT), num_rounds=1
+    )
     assert half[0].row["state_digest"] != digests[0]
 
 
-def test_b_has_five_times_the_rate_of_a(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*A2, *SHORT, "train.lr=0.01")
-    for played, part, lr in zip(play(job, num_rounds=2), "BA", (0.05, 0.01), strict=True):
+def test_b_has_five_times_the_rate_of_a() -> None:
+    job = make_tiny_job(*A2, *SHORT, "train.lr=0.01")
+    for played, part, lr in zip(play_rounds(job, num_rounds=2), "BA", (0.05, 0.01), strict=True):
         client = train(job, played.before, 0, 0)
         assert client.optimizer is not None
         rates = {p: group["lr"] for group in client.optimizer.param_groups for p in group["params"]}
@@ -122,13 +120,13 @@ def test_b_has_five_times_the_rate_of_a(tiny_job: MakeJob, play: Play) -> None:
 # ---- the choice ----
 
 
-def test_the_choice_is_by_the_change_of_w(tiny_job: MakeJob, play: Play) -> None:
+def test_the_choice_is_by_the_change_of_w() -> None:
     """Frobenius norms of dB_i A_i and B_i dA_i formed as matrices, the largest half of them all."""
-    job = tiny_job(*A2, "method.probe_steps=3", "train.local_steps=3", "train.lr=1e-2")
-    for state in (job.state, play(job, num_rounds=1)[-1].after):
+    job = make_tiny_job(*A2, "method.probe_steps=3", "train.local_steps=3", "train.lr=1e-2")
+    for state in (job.state, play_rounds(job, num_rounds=1)[-1].after):
         client = train(job, state, 2, 2)
         assert all(mask.all() for mask in client.notes["chosen"].values())
-        probe = train(tiny_job(*A2, "method.probe_steps=9", "train.lr=1e-2"), state, 2, 3)
+        probe = train(make_tiny_job(*A2, "method.probe_steps=9", "train.lr=1e-2"), state, 2, 3)
         norms = []
         for name, adapter in named_adapters(probe.model):
             d_in = adapter.shape[1]
@@ -147,12 +145,10 @@ def test_the_choice_is_by_the_change_of_w(tiny_job: MakeJob, play: Play) -> None
 
 
 @pytest.mark.parametrize("round_index", [0, 1])
-def test_what_is_not_chosen_goes_back_and_stays(
-    round_index: int, tiny_job: MakeJob, play: Play
-) -> None:
+def test_what_is_not_chosen_goes_back_and_stays(round_index: int) -> None:
     """Under weight decay and with Adam's momentum from the probe."""
-    job = tiny_job(*A2, "train.local_steps=5", "train.lr=1e-2", "train.weight_decay=0.1")
-    state = job.state if round_index == 0 else play(job, num_rounds=1)[-1].after
+    job = make_tiny_job(*A2, "train.local_steps=5", "train.lr=1e-2", "train.weight_decay=0.1")
+    state = job.state if round_index == 0 else play_rounds(job, num_rounds=1)[-1].after
     start = state.rows
     probed = read_rows(train(job, state, 1, 1).model)
     assert all(mask.all() for mask in changed_rows(start, probed).values())
@@ -166,9 +162,9 @@ def test_what_is_not_chosen_goes_back_and_stays(
     assert not any(torch.equal(now[name], probed[name]) for name in now)
 
 
-def test_clipping_is_about_what_is_chosen(tiny_job: MakeJob) -> None:
+def test_clipping_is_about_what_is_chosen() -> None:
     """After the probe an SGD step is as long as the bound, without what stays."""
-    job = tiny_job(
+    job = make_tiny_job(
         *(*A2, "train.optimizer=sgd", "train.lr=1.0", "train.max_grad_norm=1e-3"),
         *("method.b_lr_factor=1.0", "method.probe_steps=1", "method.budget=0.1"),
         *("method.freeze_head=true", "train.local_steps=2"),
@@ -179,30 +175,30 @@ def test_clipping_is_about_what_is_chosen(tiny_job: MakeJob) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
-def test_a_round_may_be_all_probe(
-    num_steps: int, tiny_job: MakeJob, train_client: TrainClient
-) -> None:
+def test_a_round_may_be_all_probe(num_steps: int) -> None:
     """The choice then comes at its end, whether or not the probe is over by then."""
     common = (*A2, f"train.local_steps={num_steps}")
-    probed = train_client(tiny_job(*common, "method.probe_steps=9"), tiny_job(*A2).state, 4)
-    exact = train_client(
-        tiny_job(*common, f"method.probe_steps={num_steps}"), tiny_job(*A2).state, 4
+    probed = train_one_client(
+        make_tiny_job(*common, "method.probe_steps=9"), make_tiny_job(*A2).state, 4
+    )
+    exact = train_one_client(
+        make_tiny_job(*common, f"method.probe_steps={num_steps}"), make_tiny_job(*A2).state, 4
     )
     assert int(probed.bits.sum()) == 24
     assert torch.equal(probed.bits, exact.bits)
     assert torch.equal(probed.values, exact.values)
 
 
-def test_how_many_are_chosen(tiny_job: MakeJob, train_client: TrainClient) -> None:
+def test_how_many_are_chosen() -> None:
     """budget x 12 adapters x the client's own lora_rank, at least one."""
     for budget, expected in ((0.5, 24), (0.25, 12), (0.01, 1), (1.0, 48)):
-        job = tiny_job(*A2, *SHORT, f"method.budget={budget}")
-        assert int(train_client(job, job.state, 0).bits.sum()) == expected
+        job = make_tiny_job(*A2, *SHORT, f"method.budget={budget}")
+        assert int(train_one_client(job, job.state, 0).bits.sum()) == expected
     ranks = "adapter.client_lora_ranks=[{lora_rank=1, share=0.5}, {lora_rank=3, share=0.5}]"
-    job = tiny_job(*A2, *SHORT, ranks)
+    job = make_tiny_job(*A2, *SHORT, ranks)
     assert sorted(job.state.adapter.client_lora_ranks) == [1] * 4 + [3] * 4
     for client_id, lora_rank in enumerate(job.state.adapter.client_lora_ranks):
-        assert int(train_client(job, job.state, client_id).bits.sum()) == lora_rank * 6
+        assert int(train_one_client(job, job.state, client_id).bits.sum()) == lora_rank * 6
 
 
 # ---- the server ----
@@ -264,13 +260,13 @@ def test_aggregation_of_a_in_odd_rounds() -> None:
     assert after.rows["b"].tolist() == [[6, 4], [1, 4]]
 
 
-def test_a_triplet_that_nobody_sent_keeps_its_bits(
-    tiny_job: MakeJob, train_client: TrainClient
-) -> None:
+def test_a_triplet_that_nobody_sent_keeps_its_bits() -> None:
     """At odd shares of examples, and next to triplets that move."""
-    job = tiny_job(*A2, *SHORT, "method.budget=0.1")
-    state = job.method.aggregate(job.state, [train_client(job, job.state, k) for k in (1, 4, 6)])
-    uploads = [train_client(job, state, k) for k in (1, 4, 6)]
+    job = make_tiny_job(*A2, *SHORT, "method.budget=0.1")
+    state = job.method.aggregate(
+        job.state, [train_one_client(job, job.state, k) for k in (1, 4, 6)]
+    )
+    uploads = [train_one_client(job, state, k) for k in (1, 4, 6)]
     after = job.method.aggregate(state, uploads)
     sent = torch.stack([upload.bits for upload in uploads]).any(dim=0)
     moved = torch.cat([m for _, m in sorted(changed_rows(state.rows, after.rows).items())])
@@ -281,8 +277,8 @@ def test_a_triplet_that_nobody_sent_keeps_its_bits(
 # ---- bytes ----
 
 
-def test_bytes_of_a_run_by_hand(tiny_job: MakeJob, play: Play, train_client: TrainClient) -> None:
-    job = tiny_job(*A2, *SHORT)
+def test_bytes_of_a_run_by_hand() -> None:
+    job = make_tiny_job(*A2, *SHORT)
     shapes = adapter_shapes(job.model)
     num_floats = {
         "B": 4 * sum(d_out for d_out, _ in shapes.values()),
@@ -291,11 +287,11 @@ def test_bytes_of_a_run_by_hand(tiny_job: MakeJob, play: Play, train_client: Tra
     assert num_floats["A"] == num_floats["B"] == 4 * (8 * 32 + 2 * 64 + 2 * 32)
     last_cohort: list[int] = []
     seen = set()
-    for played in play(job):
+    for played in play_rounds(job):
         part = "BA"[played.before.round_index % 2]
         up = down = 0
         for client_id in played.row["cohort"]:
-            bits = train_client(job, played.before, client_id).bits.reshape(12, 4)
+            bits = train_one_client(job, played.before, client_id).bits.reshape(12, 4)
             assert int(bits.sum()) == 24
             widths = [shapes[name]["BA".index(part)] for name in sorted(shapes)]
             floats = sum(int(n) * width for n, width in zip(bits.sum(dim=1), widths, strict=True))
@@ -331,14 +327,14 @@ def test_the_download_is_the_half_that_the_last_round_trained() -> None:
 # ---- settings ----
 
 
-def test_the_papers_head_stays(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*A2, *SHORT, "method.freeze_head=true")
+def test_the_papers_head_stays() -> None:
+    job = make_tiny_job(*A2, *SHORT, "method.freeze_head=true")
     before = {name: job.model.get_parameter(name).detach().clone() for name in HEAD}
-    rounds = play(job, num_rounds=2)
+    rounds = play_rounds(job, num_rounds=2)
     assert rounds[-1].after.whole == {}
     for name in HEAD:
         assert torch.equal(job.model.get_parameter(name), before[name])
-    with_head = play(tiny_job(*A2, *SHORT), num_rounds=1)[0].row
+    with_head = play_rounds(make_tiny_job(*A2, *SHORT), num_rounds=1)[0].row
     assert with_head["downlink_bytes"] - rounds[0].row["downlink_bytes"] == 5 * 4 * NUM_HEAD
 
 

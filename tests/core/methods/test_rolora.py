@@ -1,6 +1,5 @@
 """RoLoRA: which half trains and travels when, exact averaging, LoRA with one half held still."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,14 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.run.rounds import Job, draw_cohort
+from bench.run.rounds import draw_cohort
 from fedara_core.adapters import named_adapters, read_rows
 from fedara_core.method import Method, load_method
-from fedara_core.wire import Upload
-
-MakeJob = Callable[..., Job]
-Play = Callable[..., list[Any]]
-TrainClient = Callable[..., Upload]
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 # Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
 TARGETS = "adapter.targets=['query', 'intermediate.dense']"
@@ -30,12 +25,12 @@ def update(rows: Tensor, d_in: int, scale: float = 2.0) -> Tensor:
     return scale * rows[:, d_in:].double().T @ rows[:, :d_in].double()
 
 
-def test_b_trains_in_even_rounds_and_a_in_odd_ones(tiny_job: MakeJob, play: Play) -> None:
-    job = tiny_job(*ROLORA)
+def test_b_trains_in_even_rounds_and_a_in_odd_ones() -> None:
+    job = make_tiny_job(*ROLORA)
     shapes = job.state.adapter.shapes
     state = job.state
     for round_index in range(4):
-        (played,) = play(job, state, 1)
+        (played,) = play_rounds(job, state, 1)
         job.method.download(job.model, state, None)
         for name, adapter in named_adapters(job.model):
             d_in = shapes[name][1]
@@ -50,15 +45,13 @@ def test_b_trains_in_even_rounds_and_a_in_odd_ones(tiny_job: MakeJob, play: Play
 
 
 @pytest.mark.parametrize("num_rounds", [2, 3])
-def test_the_server_gets_the_mean_update(
-    num_rounds: int, tiny_job: MakeJob, play: Play, train_client: TrainClient
-) -> None:
+def test_the_server_gets_the_mean_update(num_rounds: int) -> None:
     """sum_k p_k scale B_k A_k from the clients' own models, in a B round and in an A round."""
-    job = tiny_job(*ROLORA, "train.lr=0.05")
-    state = play(job, num_rounds=num_rounds)[-1].after
+    job = make_tiny_job(*ROLORA, "train.lr=0.05")
+    state = play_rounds(job, num_rounds=num_rounds)[-1].after
     uploads, models = [], []
     for client_id in draw_cohort(job, state.round_index):
-        uploads.append(train_client(job, state, client_id))
+        uploads.append(train_one_client(job, state, client_id))
         models.append(read_rows(job.model))
     num_examples = [upload.num_examples for upload in uploads]
     assert len(set(num_examples)) > 1
@@ -85,27 +78,27 @@ def still(part: str) -> Method:
     return Still()  # type: ignore[no-any-return]
 
 
-def test_it_is_lora_whose_other_half_does_not_move(tiny_job: MakeJob, play: Play) -> None:
+def test_it_is_lora_whose_other_half_does_not_move() -> None:
     """Without clipping, where the other half's gradient would count, to the last bit."""
     common = (*ROLORA, "train.max_grad_norm=1e9", "train.weight_decay=0.1")
-    lora = tiny_job(*common, "method.name=lora")
-    for played, part in zip(play(tiny_job(*common), num_rounds=4), "ABAB", strict=True):
-        (theirs,) = play(replace(lora, method=still(part)), played.before, 1)
+    lora = make_tiny_job(*common, "method.name=lora")
+    for played, part in zip(play_rounds(make_tiny_job(*common), num_rounds=4), "ABAB", strict=True):
+        (theirs,) = play_rounds(replace(lora, method=still(part)), played.before, 1)
         assert theirs.row["state_digest"] == played.row["state_digest"]
 
 
-def test_bytes_where_all_take_part(tiny_job: MakeJob, play: Play) -> None:
+def test_bytes_where_all_take_part() -> None:
     """Up: B, A, B, A. Down: everything at first, then what the round before trained."""
-    job = tiny_job(*ROLORA, "federation.cohort=8")
-    rounds = play(job, num_rounds=4)
+    job = make_tiny_job(*ROLORA, "federation.cohort=8")
+    rounds = play_rounds(job, num_rounds=4)
     up, down = (NUM_B, NUM_A, NUM_B, NUM_A), (NUM_A + NUM_B, NUM_B, NUM_A, NUM_B)
     for played, sent, received in zip(rounds, up, down, strict=True):
         assert played.row["uplink_bytes"] == 8 * (24 + 4 * (sent + NUM_HEAD))
         assert played.row["downlink_bytes"] == 8 * (24 + 4 * (received + NUM_HEAD))
 
 
-def test_who_missed_a_round_downloads_both_halves(tiny_job: MakeJob, play: Play) -> None:
-    rounds = play(tiny_job(*ROLORA))
+def test_who_missed_a_round_downloads_both_halves() -> None:
+    rounds = play_rounds(make_tiny_job(*ROLORA))
     cohorts: list[set[int]] = [set()]
     kinds = set()
     for played in rounds:

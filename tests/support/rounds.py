@@ -1,0 +1,53 @@
+"""Jobs of tests/tiny.toml and their federated rounds, in memory and without files."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bench.config.schema import load_runs
+from bench.metering.meter import Meter
+from bench.run import rounds
+from bench.run.rounds import Job, one_round, prepare
+from fedara_core.comm.comm import Communicator
+from fedara_core.method import ServerState
+from fedara_core.wire import Upload
+from support.launch import TINY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One played round: the states around it and its record."""
+
+    before: ServerState
+    after: ServerState
+    row: dict[str, Any]
+
+
+def make_tiny_job(*overrides: str) -> Job:
+    """A fresh job of tests/tiny.toml with `section.key=value` overrides."""
+    (config,) = load_runs(TINY, list(overrides))
+    return prepare(config, Communicator())
+
+
+def play_rounds(
+    job: Job,
+    state: ServerState | None = None,
+    num_rounds: int | None = None,
+    communicator: Communicator | None = None,
+) -> list[Round]:
+    """Rounds from `state` (by default the first), all that are left or `num_rounds`; no files."""
+    state = job.state if state is None else state
+    last = state.num_rounds if num_rounds is None else state.round_index + num_rounds
+    meter = Meter(job.device)
+    played = []
+    while state.round_index < last:
+        after, row = one_round(job, state, communicator or Communicator(), meter)
+        played.append(Round(before=state, after=after, row=row))
+        state = after
+    return played
+
+
+def train_one_client(job: Job, state: ServerState, client_id: int) -> Upload:
+    """What one client uploads in the state's round, before it is packed."""
+    sent: list[Upload] = []
+    rounds.train_client(job, state, client_id, Meter(job.device), sent.append)
+    return sent[0]

@@ -13,7 +13,7 @@ from analysis.options import Compare, Costs, Directory, Out
 from fedara_core.errors import InputError, Interrupted, JobError
 
 if TYPE_CHECKING:
-    from fedara_core.comm.comm import Communicator  # torch: only for those who need it
+    from fedara_core.comm.base import Communicator  # torch: only for those who need it
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -425,7 +425,7 @@ def scaling(
 
 def _as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
     """Run `action` on every process; wrong input ends them all with code 2, any error the job."""
-    from fedara_core.comm.comm import abort_on_error, open_communicator
+    from fedara_core.comm.launch import abort_on_error, open_communicator
 
     try:
         communicator = open_communicator(comm)

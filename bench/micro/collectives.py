@@ -31,7 +31,7 @@ from bench.micro.record import MicroRecord, names, numbers, quantiles, slowest
 from bench.micro.wire_counter import Counter, open_counter
 from bench.run.runner import set_threads
 from fedara_core.codec import CODECS, row_bytes
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.merge.collectives import weighted_sum
 from fedara_core.merge.cost import PATHS, moved_values

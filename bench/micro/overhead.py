@@ -14,7 +14,7 @@ from bench.config.schema import RunConfig, parse_run
 from bench.models.encoders import build_model
 from bench.run.record import Recorder
 from bench.run.rounds import Job, client_batches, draw_cohort, prepare, run
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.method import Batch
 
 NUM_CLIENTS, COHORT, LOCAL_STEPS = 20, 5, 5

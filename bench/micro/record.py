@@ -22,7 +22,8 @@ from bench.run.record import (
     utc_now,
     write_json,
 )
-from fedara_core.comm.comm import Communicator, together
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
 
 # What chooses the transport, and with it the time: kept with the record.

@@ -27,7 +27,7 @@ from bench.run.rounds import Job, advance, place
 from bench.run.runner import give_back_freed_memory, keep_freed_memory, set_threads
 from bench.tools.estimate import null_job
 from fedara_core.codec import CODECS
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.merge.cost import PATHS
 from fedara_core.method import load_method, method_names

@@ -19,7 +19,8 @@ from bench.metering.meter import PHASES, Measured, Meter
 from bench.micro.record import MicroRecord, quantiles, slowest
 from bench.run.rounds import advance, prepare
 from bench.run.runner import set_threads
-from fedara_core.comm.comm import Communicator, together
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
 
 BENCHMARK = "micro-scaling"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 
 _PROBE_BYTES = 1 << 18
 _HINT = (

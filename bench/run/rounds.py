@@ -48,7 +48,8 @@ from fedara_core.codec import (
     message_widths,
     payload_bytes,
 )
-from fedara_core.comm.comm import Communicator, together
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.errors import Diverged, InputError, Interrupted, JobError
 from fedara_core.merge.collectives import RunningMean
 from fedara_core.merge.cost import cheapest

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fedara_core.codec import decode_rows, encode_rows, message_widths, row_bytes
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS, SAME_BITS
 from fedara_core.seeds import generator
 from fedara_core.wire import Upload, add_reference, message_bytes, pack_heads, unpack_heads

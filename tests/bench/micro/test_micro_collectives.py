@@ -15,7 +15,7 @@ from bench.micro.collectives import MIN_ITERATIONS, measure, parse_settings
 from bench.micro.masks import WrongResult, check_buffers, check_sum, make_layout
 from bench.micro.wire_counter import Counter, open_counter
 from fedara_core.codec import CODECS, row_bytes
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.collectives import Sum, weighted_sum
 from fedara_core.merge.cost import PATHS
 from support.documented import check_documented

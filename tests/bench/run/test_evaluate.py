@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from bench.run.evaluate import Evaluation, Judge
 from bench.run.rounds import Job
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.train import Encoded
 
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from bench.cli import app
+from bench.cli import main
 from fedara_core.comm.launch import BACK_ENDS
 from fedara_core.comm.mpi import MpiCommunicator
 from fedara_core.comm.node import NodeCommunicator
@@ -10,4 +10,4 @@ from fedara_core.comm.node import NodeCommunicator
 if __name__ == "__main__":
     BACK_ENDS["mpi"] = partial(MpiCommunicator, host_processes=2)
     BACK_ENDS["mpi-node"] = partial(NodeCommunicator, host_processes=2)
-    app(prog_name="fedara")
+    main()

@@ -28,13 +28,16 @@ from analysis.options import Compare, Costs, Directory, Out
 from analysis.page import page
 from analysis.records import caveats
 from analysis.records.campaign import AnalysisError, Campaign, NotDrawn, has_rounds, load_campaign
+from analysis.records.launches import Launches, load_launches
 from analysis.records.micro import MicroCampaign, load_micro
 from analysis.tables import accuracy as table_accuracy
 from analysis.tables import collectives as table_collectives
 from analysis.tables import cost as table_cost
 from analysis.tables import headline as table_headline
 from analysis.tables import modelled as table_modelled
+from analysis.tables import overhead as table_overhead
 from analysis.tables import render as tables
+from analysis.tables import roundtrip as table_roundtrip
 from analysis.tables import scaling as table_scaling
 from analysis.tables import summary as table_summary
 from fedara_core.errors import InputError
@@ -66,11 +69,13 @@ class Records:
     campaign: Campaign | None = None
     micro: MicroCampaign | None = None
     scaling: Scaling | None = None
+    roundtrip: Launches | None = None
+    overhead: Launches | None = None
 
     @property
     def incomplete(self) -> list[str]:
         """Names of the runs and launches without DONE."""
-        kinds = (self.campaign, self.micro, self.scaling)
+        kinds = (self.campaign, self.micro, self.scaling, self.roundtrip, self.overhead)
         return [run_id for kind in kinds if kind is not None for run_id in kind.incomplete]
 
     @property
@@ -78,6 +83,8 @@ class Records:
         """The finished launches of micro-benchmarks, one row each, with the columns page.LAUNCH."""
         frames = [self.micro.launches] if self.micro is not None else []
         frames += [self.scaling.rows] if self.scaling is not None else []
+        further = (self.roundtrip, self.overhead)
+        frames += [found.launches for found in further if found is not None]
         empty = pd.DataFrame(columns=page.LAUNCH)
         found = pd.concat([frame[page.LAUNCH] for frame in frames]) if frames else empty
         return found.drop_duplicates().sort_values("run_id", ignore_index=True)
@@ -107,6 +114,10 @@ def report(
     if scaling is not None:
         makers.append((figure_scaling.NAME, partial(figure_scaling.draw, scaling, out_dir)))
         makers.append((table_scaling.NAME, partial(table_scaling.table, scaling)))
+    if records.roundtrip is not None:
+        makers.append((table_roundtrip.NAME, partial(table_roundtrip.table, records.roundtrip)))
+    if records.overhead is not None:
+        makers.append((table_overhead.NAME, partial(table_overhead.table, records.overhead)))
     files: list[Path] = []
     shown: list[tables.Table] = []
     gaps: list[str] = []
@@ -165,7 +176,8 @@ def main(
     Writes each figure as .pdf, .png and .txt (the caption), tables, and report.html; a figure that
     the records do not allow is named, with the reason. Records of fedara micro collectives
     give collectives_density_overlap_*, collectives_scaling and collectives_allgather; those
-    of fedara micro scaling, scaling. The same records give the same bytes.
+    of fedara micro scaling, roundtrip and overhead the figure or table of that name. The same
+    records give the same bytes.
 
     With --compare it puts two campaigns side by side instead: accuracy, uplink bytes and seconds by
     data set, partition, method and setting, paired by seed, in compare.md, .csv and .tex, and what
@@ -198,9 +210,19 @@ def _report_all(directory: Path, out_dir: Path, costs: Path | None) -> tuple[lis
         _require_finished(directory, micro.launches.empty, micro.incomplete)
     if scaling is not None:
         _require_finished(directory, scaling.rows.empty, scaling.incomplete)
-    rounds = (micro is None and scaling is None) or has_rounds(directory)
+    roundtrip, overhead = (
+        load_launches(directory, maker.BENCHMARK, maker.REQUIRED)
+        for maker in (table_roundtrip, table_overhead)
+    )
+    for found in (roundtrip, overhead):
+        if found is not None:
+            _require_finished(directory, found.launches.empty, found.incomplete)
+    measured = (micro, scaling, roundtrip, overhead)
+    rounds = all(found is None for found in measured) or has_rounds(directory)
     campaign = _load_finished(directory) if rounds else None
-    records = Records(campaign=campaign, micro=micro, scaling=scaling)
+    records = Records(
+        campaign=campaign, micro=micro, scaling=scaling, roundtrip=roundtrip, overhead=overhead
+    )
     files, gaps = report(records, out_dir, None if costs is None else read_costs(costs))
     lines: list[str] = []
     if campaign is not None:

@@ -13,7 +13,7 @@ from analysis.options import Compare, Costs, Directory, Out
 from fedara_core.errors import InputError, Interrupted, JobError
 
 if TYPE_CHECKING:
-    from fedara_core.comm.comm import Communicator  # torch: only for those who need it
+    from fedara_core.comm.base import Communicator  # torch: only for those who need it
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -270,14 +270,17 @@ def overhead(
     ] = 5,
     model: Annotated[str, typer.Option(help="The model to train.")] = "minilm",
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 64,
+    results: MicroResults = MICRO_RESULTS,
 ) -> None:
-    """Seconds per round of the suite against a bare PyTorch loop that does the same steps."""
-    from bench.micro.overhead import describe, measure
+    """Seconds per round of the suite against a bare PyTorch loop that does the same steps.
 
-    try:
-        typer.echo(describe(measure(repeats, model, max_length)))
-    except InputError as error:
-        _refuse(error)
+    It runs in one process. One launch is one record: launch again for a replicate, into the same
+    folder; fedara report makes a table of them.
+    """
+    from bench.micro.overhead import Settings, run_overhead
+
+    settings = Settings(repeats=repeats, model=model, max_length=max_length)
+    _as_job("serial", lambda communicator: run_overhead(settings, results, communicator))
 
 
 @micro.callback()
@@ -423,9 +426,9 @@ def scaling(
     _as_job(comm, job)
 
 
-def _as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
+def _as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
     """Run `action` on every process; wrong input ends them all with code 2, any error the job."""
-    from fedara_core.comm.comm import abort_on_error, open_communicator
+    from fedara_core.comm.launch import abort_on_error, open_communicator
 
     try:
         communicator = open_communicator(comm)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedara_core.merge.collectives import RunningMean
 from torch import Tensor
 
 import bench
@@ -18,8 +19,7 @@ from bench.run.rounds import Job, draw_cohort, place, train_client
 from bench.tools.estimate import round_bytes
 from fedara_core import methods
 from fedara_core.adapters import named_adapters
-from fedara_core.comm.comm import Communicator
-from fedara_core.merge.collectives import RunningMean
+from fedara_core.comm.base import Communicator
 from fedara_core.method import Method, ServerState, load_method, method_names
 from fedara_core.wire import Upload, pack, unpack
 from support.in_turn import in_turn

@@ -11,7 +11,7 @@ import pytest
 from bench.config.schema import RunConfig, load_runs
 from bench.run.rounds import prepare
 from bench.tools.catalog import CONFIGS
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.method import load_method, method_names
 from support.rounds import play_rounds
 

@@ -10,7 +10,17 @@ import pytest
 
 from bench.config.schema import ClientsConfig, RunConfig, load_runs
 from fedara_core.method import load_method, method_names
-from support.launch import CLI, TINY, Finished, Launched, fedara_here, launch, rounds_of, wait_for
+from support.launch import (
+    CLI,
+    ROOT,
+    TINY,
+    Finished,
+    Launched,
+    fedara_here,
+    launch,
+    rounds_of,
+    wait_for,
+)
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
@@ -34,6 +44,7 @@ NUM_ROUNDS = 6
 MERGE_PATHS = ("split", "allreduce", "auto")  # beside allgather
 # Leaves fedara by allgather, with both cohorts of the points.
 FEDARA = ("--set", "method.name=fedara", "--set", "federation.merge_path=allgather")
+TWO_HOSTS = ROOT / "tests" / "support" / "two_hosts.py"
 Job = tuple[Path, Finished]  # the results folder, and how the job ended
 
 
@@ -64,11 +75,9 @@ def jobs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         key = launcher, world_size, options
         if key not in done:
             results = tmp_path_factory.mktemp("results")
-            words = (*CLI, config_file, "--results", results, *options)
-            with pytest.MonkeyPatch.context() as patch:
-                if world_size == 4:
-                    patch.setenv("FEDARA_HOST_PROCESSES", "2")
-                finished = launch(launcher, world_size, *words)
+            program = (TWO_HOSTS, "run") if world_size == 4 else CLI
+            words = (*program, config_file, "--results", results, *options)
+            finished = launch(launcher, world_size, *words)
             assert finished.code == 0, finished.err
             done[key] = results, finished
         return done[key]

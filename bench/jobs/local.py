@@ -17,7 +17,7 @@ from rich.live import Live
 from bench.config.schema import RunConfig
 from bench.jobs.plan import Plan, beside
 from bench.jobs.status import RunStatus, exit_line, last_lines, look, table
-from fedara_core.comm.comm import detect
+from fedara_core.comm.launch import detect
 from fedara_core.errors import InputError
 
 _POLL_SECONDS = 0.2

@@ -24,7 +24,7 @@ from bench.metering.counters import (
     open_rapl,
     scope,
 )
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _JOULES_PER_KWH = 3.6e6

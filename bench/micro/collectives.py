@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
+from bench.micro.bare import bare_allgather
 from bench.micro.masks import (
     VALUE_BYTES,
     Layout,
@@ -28,10 +28,10 @@ from bench.micro.masks import (
     make_layout,
 )
 from bench.micro.record import MicroRecord, names, numbers, quantiles, slowest
-from bench.micro.wire_counter import Counter, open_counter
+from bench.micro.wire_counter import WireCounter, open_counter
 from bench.run.runner import set_threads
 from fedara_core.codec import CODECS, row_bytes
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.merge.cost import PATHS, moved_values
 from fedara_core.merge.masked import masked_sum
@@ -122,7 +122,7 @@ def run_collectives(settings: Settings, results: Path, communicator: Communicato
 
 
 def _rows(
-    settings: Settings, communicator: Communicator, counter: Counter, console: Console
+    settings: Settings, communicator: Communicator, counter: WireCounter, console: Console
 ) -> Iterator[dict[str, Any]]:
     """One object per combination, the same on every process."""
     num_clients = settings.clients_per_process * communicator.world_size
@@ -159,7 +159,7 @@ def _merge_rows(
     paths: Sequence[str],
     settings: Settings,
     communicator: Communicator,
-    counter: Counter,
+    counter: WireCounter,
 ) -> Iterator[dict[str, Any]]:
     """masked_sum by every path and codec; records call it weighted_sum, its first name."""
     expected, widths = layout.expected(), layout.widths
@@ -184,7 +184,7 @@ def _merge_rows(
 
 
 def _bare_row(
-    payload_bytes: float, settings: Settings, communicator: Communicator, counter: Counter
+    payload_bytes: float, settings: Settings, communicator: Communicator, counter: WireCounter
 ) -> dict[str, Any]:
     """communicator.allgather of packed rows, as the merge paths call it (headers have told the
     sizes) and with sizes exchanged first; and the library's own call where there is one."""
@@ -224,39 +224,12 @@ def _bare_row(
     }
 
 
-def bare_allgather(mine: Tensor, communicator: Communicator) -> Callable[[], list[Tensor]] | None:
-    """The library's allgather of equally long uint8 vectors into buffers that are there already."""
-    gathered = torch.empty(communicator.world_size, mine.numel(), dtype=torch.uint8)
-    buffers = list(gathered)
-    if communicator.kind in ("mpi", "mpi-node"):
-        from mpi4py import MPI
-
-        counts = [mine.numel()] * communicator.world_size
-        source = [mine.numpy(), MPI.BYTE]
-        target = [gathered.numpy(), counts, None, MPI.BYTE]
-
-        def bare_allgatherv() -> list[Tensor]:
-            MPI.COMM_WORLD.Allgatherv(source, target)
-            return buffers
-
-        return bare_allgatherv
-    if communicator.library == "gloo":
-        import torch.distributed as dist
-
-        def bare_all_gather() -> list[Tensor]:
-            dist.all_gather(buffers, mine)
-            return buffers
-
-        return bare_all_gather
-    return None
-
-
 def measure(
     calls: Mapping[str, Callable[[], Any]],
     checks: Mapping[str, Callable[[Any], None]],
     settings: Settings,
     communicator: Communicator,
-    counter: Counter,
+    counter: WireCounter,
 ) -> dict[str, Any]:
     """Seconds and bytes of the calls, turn about; each result goes to its check, untimed.
 
@@ -303,7 +276,7 @@ def _iterations(settings: Settings, seconds: float, communicator: Communicator) 
 
 
 def _bytes(
-    call: Callable[[], Any], communicator: Communicator, counter: Counter
+    call: Callable[[], Any], communicator: Communicator, counter: WireCounter
 ) -> Iterator[tuple[str, float]]:
     """Bytes of one call, mean over processes: what the communicator counts to and from others, and
     what really left. Not of a timed call: reading the counters takes as long as a small message.

@@ -1,39 +1,43 @@
-"""`fedara micro overhead`: a round of the suite against a bare PyTorch loop of the same steps."""
+"""`fedara micro overhead`: a round of the suite against a bare PyTorch loop of the same steps.
+
+Both train LoRA in one process, on the same batches, turn about. The suite's round includes packing,
+unpacking, the record and the checkpoint; evaluation is left out.
+"""
 
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+import numpy as np
 
 from bench.config.schema import RunConfig, parse_run
+from bench.micro.bare import add_lora, train_round
+from bench.micro.record import quantiles, record_rows
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches, draw_cohort
 from bench.run.job import Job, prepare
 from bench.run.record import Recorder
 from bench.run.rounds import run
-from fedara_core.comm.comm import Communicator
+from bench.run.runner import set_threads
+from fedara_core.comm.base import Communicator
 from fedara_core.method import Batch
 
+BENCHMARK = "micro-overhead"
+METHOD = "lora"
 NUM_CLIENTS, COHORT, LOCAL_STEPS = 20, 5, 5
 
 
-class _BareLora(nn.Module):
-    """LoRA as one would write it in a notebook; nothing of fedara_core."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """repeats: pairs of rounds, one of the suite and one of the bare loop."""
 
-    def __init__(self, base: nn.Linear, r: int, scale: float) -> None:
-        super().__init__()
-        self.base, self.scale = base, scale
-        self.A = nn.Parameter(torch.empty(r, base.in_features))
-        self.B = nn.Parameter(torch.zeros(base.out_features, r))
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + functional.linear(functional.linear(x, self.A), self.B) * self.scale
+    repeats: int
+    model: str
+    max_length: int
 
 
 class Pair(NamedTuple):
@@ -44,48 +48,63 @@ class Pair(NamedTuple):
     meter: float
 
 
-def measure(repeats: int, model: str, max_length: int) -> list[Pair]:
-    """Seconds of one LoRA round, evaluation left out, for each repeat.
+def run_overhead(settings: Settings, results: Path, communicator: Communicator) -> Path:
+    """Measure the pairs and record them as one row; returns the record's folder."""
+    set_threads(1, communicator)
+    config = _config(settings)
+    job = prepare(config, communicator)  # first, so that wrong input leaves no record
+    rows = _rows(config, job, settings, communicator)
+    return record_rows(BENCHMARK, settings, results, communicator, rows, describe)
 
-    Both sides run in this process, turn about, one thread, on the same batches; the suite's side
-    includes packing, unpacking, records and the checkpoint.
-    """
-    torch.set_num_threads(1)
-    config = _config(model, max_length)
-    communicator = Communicator()
-    job = prepare(config, communicator)
-    bare_batches = _batches(job)
-    _bare_round(config, job, bare_batches[:1])  # warm up allocator and kernels
+
+def _rows(
+    config: RunConfig, job: Job, settings: Settings, communicator: Communicator
+) -> Iterator[dict[str, Any]]:
+    """The one row."""
+    batches = [list(client_batches(job, 0, client_id)) for client_id in draw_cohort(job, 0)]
+    _bare_round(config, job, batches[:1])  # warm up allocator and kernels
     pairs = []
-    for repeat in range(repeats):
+    for repeat in range(settings.repeats):
         if repeat % 2:
-            bare = _bare_round(config, job, bare_batches)
+            bare = _bare_round(config, job, batches)
             suite, meter = _suite_round(job, communicator)
         else:
             suite, meter = _suite_round(job, communicator)
-            bare = _bare_round(config, job, bare_batches)
+            bare = _bare_round(config, job, batches)
         pairs.append(Pair(suite, bare, meter))
-    return pairs
+    axes = {"method": METHOD, "num_clients": COHORT, "local_steps": LOCAL_STEPS}
+    yield {**axes, "max_length": settings.max_length, **summarize(pairs)}
 
 
-def describe(pairs: list[Pair]) -> str:
-    """The figures in one line."""
+def summarize(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """The keys of the row that say how long both sides took."""
     ratios = [pair.suite / pair.bare for pair in pairs]
-    metering = statistics.median(pair.meter / pair.suite for pair in pairs)
+    return {
+        **quantiles(np.array([pair.suite for pair in pairs])),
+        "bare_loop_median_seconds": statistics.median(pair.bare for pair in pairs),
+        "ratio_to_bare_loop": statistics.median(ratios),
+        "pair_ratios": [float(f"{ratio:.6g}") for ratio in ratios],
+        "meter_share": statistics.median(pair.meter / pair.suite for pair in pairs),
+    }
+
+
+def describe(row: dict[str, Any]) -> str:
+    """The row in one line."""
+    ratios = row["pair_ratios"]
     return (
-        f"suite {statistics.median(pair.suite for pair in pairs):.3f} s "
-        f"(metering {100 * metering:.2f} % of it), "
-        f"bare loop {statistics.median(pair.bare for pair in pairs):.3f} s a round "
-        f"({COHORT} clients x {LOCAL_STEPS} steps); ratio: median {statistics.median(ratios):.3f}, "
-        f"{min(ratios):.3f} to {max(ratios):.3f} over {len(pairs)} pairs"
+        f"suite {row['median_seconds']:.3f} s (metering {100 * row['meter_share']:.2f} % of it), "
+        f"bare loop {row['bare_loop_median_seconds']:.3f} s a round "
+        f"({row['num_clients']} clients x {row['local_steps']} steps); "
+        f"ratio: median {row['ratio_to_bare_loop']:.3f}, "
+        f"{min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} pairs"
     )
 
 
-def _config(model: str, max_length: int) -> RunConfig:
+def _config(settings: Settings) -> RunConfig:
     return parse_run(
         {
-            "method": {"name": "lora"},
-            "model": {"name": model, "max_length": max_length},
+            "method": {"name": METHOD},
+            "model": {"name": settings.model, "max_length": settings.max_length},
             "dataset": {"name": "docstrings", "validation_fraction": 0.01},
             "partition": {"scheme": "iid"},
             "federation": {"num_clients": NUM_CLIENTS, "cohort": COHORT, "num_rounds": 1},
@@ -106,38 +125,13 @@ def _suite_round(job: Job, communicator: Communicator) -> tuple[float, float]:
     return seconds - rows[0]["seconds"]["evaluate"], rows[0]["seconds"]["meter"]
 
 
-def _batches(job: Job) -> list[list[Batch]]:
-    """Every client's batches of round 0, as the suite draws them."""
-    return [list(client_batches(job, 0, client_id)) for client_id in draw_cohort(job, 0)]
-
-
 def _bare_round(config: RunConfig, job: Job, cohort: list[list[Batch]]) -> float:
-    """Seconds to train each client from the same start and to average what they trained."""
+    """Seconds of the bare loop on a model of its own."""
     num_classes = job.label_counts.shape[1]
     model = build_model(config.model, num_classes=num_classes, seed=config.seed).model
-    model.requires_grad_(False)
-    model.classifier.requires_grad_(True)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "classifier":
-            parent, _, child = name.rpartition(".")
-            lora = _BareLora(module, config.adapter.lora_rank, 1.0)
-            setattr(model.get_submodule(parent), child, lora)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = add_lora(model, config.adapter.lora_rank)
     start_values = [parameter.detach().clone() for parameter in trained]
     model.train()
     start = time.perf_counter()
-    totals = [torch.zeros_like(value) for value in start_values]
-    for own_batches in cohort:
-        with torch.no_grad():
-            for parameter, value in zip(trained, start_values, strict=True):
-                parameter.copy_(value)
-        optimizer = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=0.0)
-        for batch in own_batches:
-            logits = model(batch["input_ids"], batch["attention_mask"])
-            functional.cross_entropy(logits, batch["labels"]).backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        for total, parameter in zip(totals, trained, strict=True):
-            total += parameter.detach() / len(cohort)
+    train_round(model, trained, start_values, cohort, config.train.lr)
     return time.perf_counter() - start

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from bench.run.checkpoint import write_atomically
 from bench.run.record import (
@@ -22,10 +23,11 @@ from bench.run.record import (
     utc_now,
     write_json,
 )
-from fedara_core.comm.comm import Communicator, together
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
 
-# What chooses the transport, and with it the time: kept with the record.
+# Variables that choose the transport, and with it the time: part of the record.
 _TRANSPORT_KEYS = (
     *("MPIR_CVAR_", "UCX_", "FI_", "GLOO_", "NCCL_", "I_MPI_"),
     *("OMPI_MCA_pml", "OMPI_MCA_mtl", "OMPI_MCA_btl", "OMPI_MCA_coll"),
@@ -33,7 +35,10 @@ _TRANSPORT_KEYS = (
 
 
 class MicroRecord:
-    """All processes make it and call it; world_rank 0 writes. Raises InputError on all of them."""
+    """Every process makes it and calls it; world_rank 0 writes.
+
+    Raises InputError on every process where the folder can not be made.
+    """
 
     def __init__(
         self,
@@ -85,6 +90,29 @@ class MicroRecord:
             end = {"end_time": utc_now(), "total_seconds": time.perf_counter() - self._start}
             write_json(self.run_dir / "run.json", {**run, **end})
             write_atomically(self.run_dir / "DONE", b"")
+
+
+def record_rows(
+    benchmark: str,
+    settings: Any,
+    results: Path,
+    communicator: Communicator,
+    rows: Iterable[dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+) -> Path:
+    """Record rows as they are measured, each with a line of progress from world_rank 0.
+
+    rows: measures the next row when it is asked for, the same on every process. Returns the
+    record's folder (of world_rank 0).
+    """
+    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+    record = MicroRecord(benchmark, settings, results, communicator, {})
+    for row in rows:
+        console.print(describe(row), soft_wrap=True)
+        record.add(row)
+    record.finish()
+    console.print(f"done, records in {record.run_dir}", soft_wrap=True)
+    return record.run_dir
 
 
 def _shared_facts(communicator: Communicator) -> dict[str, Any]:

@@ -16,20 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from bench.config.schema import parse_run
 from bench.metering.meter import PHASES, Measured, Meter
-from bench.micro.collectives import bare_allgather
-from bench.micro.record import MicroRecord, names, numbers, quantiles, slowest
+from bench.micro.bare import average, average_messages, bare_allgather
+from bench.micro.record import names, numbers, quantiles, record_rows, slowest
 from bench.run.clients import place
 from bench.run.job import Job
 from bench.run.rounds import advance
 from bench.run.runner import give_back_freed_memory, keep_freed_memory, set_threads
 from bench.tools.estimate import null_job
 from fedara_core.codec import CODECS
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.merge.cost import PATHS
 from fedara_core.method import load_method, method_names
@@ -39,7 +38,9 @@ NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats
 _WARM_UP = 3
 _BARE = ("bare_loop_", "bare_messages_", "bare_allgather_")
 _BESIDE = "beside_messages_"  # the suite's rounds that take turns with the bare loop with messages
-_KEPT_ROUNDS = 1000  # a schedule this long leaves all ranks alive in the rounds that are measured
+_LONG_SCHEDULE = 1000  # rounds; no schedule prunes within the first twentieth that is measured
+
+BareLoop = Callable[[list[Tensor], list[Tensor], Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,8 @@ def parse_settings(
     rounds: int,
 ) -> Settings:
     """The options as settings. Raises InputError with the option, its value and what is allowed."""
-    if not 1 <= rounds <= _KEPT_ROUNDS // 20:
-        raise InputError(f"--rounds {rounds}: allowed: 1 to {_KEPT_ROUNDS // 20}")
+    if not 1 <= rounds <= _LONG_SCHEDULE // 20:
+        raise InputError(f"--rounds {rounds}: allowed: 1 to {_LONG_SCHEDULE // 20}")
     return Settings(
         clients=tuple(int(number) for number in numbers("--clients", clients, 1, 1e6)),
         methods=names("--methods", methods, tuple(method_names())),
@@ -83,14 +84,8 @@ def run_roundtrip(settings: Settings, results: Path, communicator: Communicator)
     """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
     set_threads(1, communicator)
     keep_freed_memory()
-    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
-    record = MicroRecord(BENCHMARK, settings, results, communicator, {})
-    for row in _rows(settings, communicator):
-        console.print(_describe(row), soft_wrap=True)
-        record.add(row)
-    record.finish()
-    console.print(f"done, records in {record.run_dir}", soft_wrap=True)
-    return record.run_dir
+    rows = _rows(settings, communicator)
+    return record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
 
 
 def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
@@ -126,7 +121,7 @@ def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Se
             "federation": {
                 "num_clients": num_clients,
                 "cohort": num_clients,
-                "num_rounds": _KEPT_ROUNDS,
+                "num_rounds": _LONG_SCHEDULE,
                 "merge_path": path,
             },
             "codec": {"up": codec},
@@ -144,10 +139,10 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
     parameters = _parameters(job)
     own: dict[str, list[float]] = {}
     own[""], own["bare_loop_"], measured, row = _turn_about(
-        _bare_loop, parameters, job, rounds, meter, communicator
+        average, parameters, job, rounds, meter, communicator
     )
     own[_BESIDE], own["bare_messages_"], _, _ = _turn_about(
-        _bare_messages, parameters, job, rounds, meter, communicator
+        average_messages, parameters, job, rounds, meter, communicator
     )
     packed = torch.zeros(_packed_bytes(job, row, communicator), dtype=torch.uint8)
     bare_call = bare_allgather(packed, communicator)
@@ -158,7 +153,7 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
 
 
 def _turn_about(
-    loop: Callable[[list[Tensor], list[Tensor], Job], None],
+    loop: BareLoop,
     parameters: list[Tensor],
     job: Job,
     rounds: int,
@@ -248,46 +243,8 @@ def _parameters(job: Job) -> list[Tensor]:
     return [p.detach().clone() for p in job.model.module.parameters() if p.requires_grad]
 
 
-def _bare_loop(parameters: list[Tensor], mean: list[Tensor], job: Job) -> None:
-    """The same without a suite: for every client copy the mean's tensors into a model's, add these
-    to a sum by the client's weight; divide."""
-    total = [torch.zeros_like(tensor) for tensor in mean]
-    for shard in job.shards:
-        _copy(mean, parameters)
-        _add(parameters, len(shard), total)
-    _divide(total, job)
-
-
-def _bare_messages(parameters: list[Tensor], mean: list[Tensor], job: Job) -> None:
-    """The same where every client leaves a message, a copy of its tensors; the sum comes then."""
-    messages = []
-    for shard in job.shards:
-        _copy(mean, parameters)
-        messages.append(([parameter.clone() for parameter in parameters], len(shard)))
-    total = [torch.zeros_like(tensor) for tensor in mean]
-    for message, num_examples in messages:
-        _add(message, num_examples, total)
-    _divide(total, job)
-
-
-def _copy(mean: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    for parameter, tensor in zip(parameters, mean, strict=True):
-        parameter.copy_(tensor)
-
-
-def _add(tensors: Sequence[Tensor], weight: int, total: Sequence[Tensor]) -> None:
-    for summed, tensor in zip(total, tensors, strict=True):
-        summed.add_(tensor, alpha=weight)
-
-
-def _divide(total: Sequence[Tensor], job: Job) -> None:
-    num_examples = sum(map(len, job.shards))
-    for summed in total:
-        summed.div_(num_examples)
-
-
 def _timed_first(
-    loop: Callable[[list[Tensor], list[Tensor], Job], None],
+    loop: BareLoop,
     parameters: list[Tensor],
     job: Job,
     communicator: Communicator,
@@ -297,8 +254,9 @@ def _timed_first(
     if communicator.world_rank != 0:
         return 0.0
     mean = [parameter.clone() for parameter in parameters]
+    weights = [len(shard) for shard in job.shards]
     start = time.perf_counter()
-    loop(parameters, mean, job)
+    loop(parameters, mean, weights)
     return time.perf_counter() - start
 
 

@@ -9,17 +9,17 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bench.config.schema import RunConfig, parse_run
 from bench.metering.meter import PHASES, Measured, Meter
-from bench.micro.record import MicroRecord, quantiles, slowest
+from bench.micro.record import quantiles, record_rows, slowest
 from bench.run.rounds import advance, prepare
 from bench.run.runner import set_threads
-from fedara_core.comm.comm import Communicator, together
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
 
 BENCHMARK = "micro-scaling"
@@ -55,18 +55,17 @@ def check(settings: Settings) -> Settings:
 def run_scaling(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure both kinds and record them; returns the record's folder (of world_rank 0)."""
     set_threads(1, communicator)
-    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
-    record = MicroRecord(BENCHMARK, settings, results, communicator, {})
-    for row in _rows(settings, communicator):
-        console.print(
-            f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients on "
-            f"{communicator.world_size} processes: {row['median_seconds']:.3f} s a round",
-            soft_wrap=True,
-        )
-        record.add(row)
-    record.finish()
-    console.print(f"done, records in {record.run_dir}", soft_wrap=True)
-    return record.run_dir
+    rows = _rows(settings, communicator)
+    describe = partial(_describe, world_size=communicator.world_size)
+    return record_rows(BENCHMARK, settings, results, communicator, rows, describe)
+
+
+def _describe(row: dict[str, Any], *, world_size: int) -> str:
+    """One line of progress."""
+    return (
+        f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients on "
+        f"{world_size} processes: {row['median_seconds']:.3f} s a round"
+    )
 
 
 def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Bytes that really left this process: the kernel's socket counters, or Open MPI's monitoring.
 
-A counter is only used if it sees all of a probe's bytes. The processes of one host often talk
-through shared memory, past every counter; then nothing is counted, and the reason is told.
+A counter is used only if it sees all bytes of a probe. The processes of one host often talk through
+shared memory, which no counter sees. Then nothing is counted, and the record says why.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 
 _PROBE_BYTES = 1 << 18
 _HINT = (
@@ -22,7 +22,7 @@ _HINT = (
 )
 
 
-class Counter:
+class WireCounter:
     """The null counter, and the interface of the others. reason: why nothing is counted."""
 
     source: str | None = None  # the record's measured_bytes_source
@@ -37,8 +37,8 @@ class Counter:
     def count(self, action: Callable[[], object], communicator: Communicator) -> int | None:
         """Bytes that action() sends from this process; None if they can not be counted.
 
-        Every process calls it, and action() runs in any case. What is still on its way when it
-        returns has left by the end of a barrier, whose own bytes are taken off again.
+        Every process calls it, and action() runs in any case. Bytes that are still on their way
+        when it returns have left by the end of a barrier. The barrier's own bytes are subtracted.
         """
         if self.source is None:
             action()
@@ -52,11 +52,11 @@ class Counter:
         return self.sent() - start
 
 
-class TcpCounter(Counter):
+class TcpCounter(WireCounter):
     """The kernel's counters of all TCP sockets that this process has open (Linux 4.19 and later).
 
-    Counted is the stream: every byte once, those that wait in the kernel too, without headers of
-    TCP and below, and without what was sent again.
+    They count each byte of the stream once, bytes that wait in the kernel included. Headers of TCP
+    and below, and bytes that were sent again, do not count.
     """
 
     source = "tcp_info"
@@ -85,7 +85,7 @@ def _written(descriptor: str) -> int:
     return 0
 
 
-class PmlMonitoringCounter(Counter):
+class PmlMonitoringCounter(WireCounter):
     """Open MPI's pml_monitoring through MPI_T: bytes of all messages, those of collectives too.
 
     Raises OSError where the component is missing or off.
@@ -125,10 +125,10 @@ class PmlMonitoringCounter(Counter):
             raise OSError(f"MPI_T_{name} failed with code {code}")
 
 
-def open_counter(communicator: Communicator) -> Counter:
+def open_counter(communicator: Communicator) -> WireCounter:
     """The first counter that sees all bytes of a probe, the same on every process."""
     if communicator.world_size == 1:
-        return Counter("one process moves no bytes")
+        return WireCounter("one process moves no bytes")
     seen = []
     for kind in (PmlMonitoringCounter, TcpCounter):
         counter = _try(kind, communicator)
@@ -139,22 +139,22 @@ def open_counter(communicator: Communicator) -> Counter:
         if sent >= needed:
             return counter
         seen.append(f"{counter.source} saw {sent} of {needed} bytes")
-    return Counter("; ".join([*(seen or ["no counter here"]), _HINT]))
+    return WireCounter("; ".join([*(seen or ["no counter here"]), _HINT]))
 
 
-def _try(kind: Callable[[], Counter], communicator: Communicator) -> Counter:
+def _try(kind: Callable[[], WireCounter], communicator: Communicator) -> WireCounter:
     """A counter of this kind, or the null counter where there is none."""
     if kind is PmlMonitoringCounter and communicator.kind != "mpi":
-        return Counter()
+        return WireCounter()
     if kind is TcpCounter and not (hasattr(socket, "TCP_INFO") and os.path.isdir("/proc/self/fd")):
-        return Counter()
+        return WireCounter()
     try:
         return kind()
     except (OSError, AttributeError):  # no such variable; an MPI library without MPI_T
-        return Counter()
+        return WireCounter()
 
 
-def _probe(counter: Counter, communicator: Communicator) -> int:
+def _probe(counter: WireCounter, communicator: Communicator) -> int:
     """Bytes seen of an allgather, over all processes."""
     probe = torch.zeros(_PROBE_BYTES, dtype=torch.uint8)
     sent = counter.count(lambda: communicator.allgather(probe), communicator)
@@ -162,4 +162,4 @@ def _probe(counter: Counter, communicator: Communicator) -> int:
 
 
 def _nothing() -> None:
-    """What a barrier alone is counted with."""
+    """Do nothing: what moves then is the barrier's own."""

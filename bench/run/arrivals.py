@@ -24,7 +24,7 @@ import numpy as np
 from bench.config.schema import ClientsConfig, RunConfig
 from bench.metering.client_cost import ClientCost
 from bench.metering.devices import Device, Precision
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.seeds import derive
 
 SPEEDS_TAG = 0x59EED  # keeps this use of the seed apart from others

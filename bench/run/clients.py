@@ -10,7 +10,7 @@ from bench.metering.client_cost import ClientCost
 from bench.metering.meter import Meter
 from bench.run.arrivals import Arrivals
 from bench.run.job import ClientState, Job
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.compression import RESIDUAL
 from fedara_core.merge.mean import Exchange
 from fedara_core.method import Batch, Client, Size

@@ -12,7 +12,7 @@ from torch.nn import functional
 from bench.run.clients import home, load_client
 from bench.run.job import Job
 from fedara_core.adapters import AdaptedModel
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.seeds import generator
 from fedara_core.state import ServerState
 from fedara_core.train import Encoded

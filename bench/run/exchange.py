@@ -5,7 +5,7 @@ from functools import partial
 from bench.run.clients import reference_of
 from bench.run.job import Job
 from fedara_core.codec import ROW_VALUES, payload_bytes
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import cheapest
 from fedara_core.merge.gathered import Gathering
 from fedara_core.merge.masked import MaskedAveraging

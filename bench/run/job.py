@@ -20,7 +20,7 @@ from bench.metering.devices import Device, check_names, deal, load_devices
 from bench.models.encoders import build_model, encode
 from bench.run.arrivals import Fleet, make_fleet
 from fedara_core.adapters import AdaptedModel, AdapterSpec, inject
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.compression import Compression
 from fedara_core.errors import InputError
 from fedara_core.method import Method

@@ -12,7 +12,8 @@ from bench.run import checkpoint
 from bench.run.clients import home
 from bench.run.job import ClientState, Job
 from bench.run.record import Recorder, library_fact, process_facts, provenance
-from fedara_core.comm.comm import Communicator, together
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.errors import JobError
 from fedara_core.state import ServerState
 

@@ -7,7 +7,7 @@ from typing import Any
 from bench.metering.client_cost import model_devices, reduce_clients
 from bench.metering.meter import Measured, reduce_energy, reduce_memory, reduce_seconds
 from bench.run.job import Job
-from fedara_core.comm.comm import Communicator, Traffic
+from fedara_core.comm.base import Communicator, Traffic
 
 Row = dict[str, Any]
 

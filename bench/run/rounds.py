@@ -21,7 +21,7 @@ from bench.run.record import Recorder
 from bench.run.resume import Notice, gather_client_state, identity, resume_or_start, storing
 from bench.run.round_record import Row, reduce_row, traffic_since
 from bench.run.stop import Asked
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.compression import RESIDUAL
 from fedara_core.errors import Diverged, Interrupted
 from fedara_core.merge.received import Received

@@ -21,7 +21,8 @@ from bench.run.lock import locked
 from bench.run.record import Recorder
 from bench.run.rounds import run
 from bench.run.stop import Asked, listening
-from fedara_core.comm.comm import Communicator, together
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.errors import Diverged, InputError, Interrupted
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h

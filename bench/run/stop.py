@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bench.metering.codecarbon import SourceCheck, check_sources
 from bench.models.encoders import minilm_folder
-from fedara_core.comm.comm import detect
+from fedara_core.comm.launch import detect
 from fedara_core.errors import InputError
 
 _MARKS = {"ok": "[green]ok[/]", "none": "[yellow]-[/]", "bad": "[red]no[/]"}

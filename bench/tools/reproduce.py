@@ -15,7 +15,8 @@ from bench.jobs.plan import load_points
 from bench.run.job import load_texts
 from bench.run.record import Recorder
 from bench.run.runner import run_all
-from fedara_core.comm.comm import Communicator, together
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
 
 _MACHINE = ("cpu", "gpu", "python", "package_versions")  # of run.json: what bits may depend on

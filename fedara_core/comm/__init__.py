@@ -1,1 +1,1 @@
-"""Communicators: serial, MPI, torch.distributed."""
+"""Communicators: one file for each back end; launch.py opens the right one."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.received import Received
 from fedara_core.wire import Upload, pack, unpack
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedara_core.codec import encode_rows
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.mean import gather_headers
 from fedara_core.merge.received import Received
 from fedara_core.merge.sums import Contribution, Rows, byte_starts, running_sum

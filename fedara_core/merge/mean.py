@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedara_core.codec import message_widths
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.received import Received
 from fedara_core.merge.sums import Contribution, Rows, RunningSum, byte_starts, running_sum
 from fedara_core.wire import Header, Upload, add_reference, pack_header, unpack_headers

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedara_core.codec import decode_rows, row_bytes
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS, SAME_BITS
 
 BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time

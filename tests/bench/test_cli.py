@@ -1,4 +1,4 @@
-"""The command line: what there is to choose from, the doctor, and the overhead benchmark."""
+"""The command line: what there is to choose from, and the doctor."""
 
 import dataclasses
 import re
@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.config.schema import load_runs
-from bench.micro.overhead import measure
 from bench.tools import doctor
 from bench.tools.catalog import CATALOGS, CONFIGS
 from fedara_core.method import load_method, method_names
@@ -73,9 +72,3 @@ def test_help_shows_the_launchers() -> None:
     output = invoke("run", "--help")
     assert re.search(r"mpiexec -n 4 fedara run", output)
     assert "torchrun" in output
-
-
-def test_overhead_times_both_sides_of_each_pair() -> None:
-    pairs = measure(2, "tiny", 16)
-    assert len(pairs) == 2
-    assert all(pair.bare > 0 and 0 < pair.meter < pair.suite < 60 for pair in pairs)

@@ -5,8 +5,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fedara_core.comm import comm
-from fedara_core.comm.comm import Communicator, detect, open_communicator
+from fedara_core.comm import launch as comm_launch
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import detect, open_communicator
 from fedara_core.errors import InputError
 from support.comm_check import CASES
 from support.launch import COMM_CHECK, checked, launch
@@ -22,7 +23,7 @@ def test_every_process_passes_the_check(launcher: str, world_size: int) -> None:
     arrive, with --comm mpi and mpi-node, and the network's bytes are known."""
     job = checked(launcher, world_size)
     assert job.code == 0, job.err
-    for name, _, _ in CASES["serial" if launcher == "plain" else launcher]:
+    for name in CASES["serial" if launcher == "plain" else launcher]:
         assert job.out.splitlines().count(f"OK {name}") == world_size, job.out
 
 
@@ -57,6 +58,17 @@ def test_the_launcher_is_recognised(environ: dict[str, str], kind: str) -> None:
     assert detect(environ) == kind
 
 
+def test_no_back_end_is_loaded_before_it_is_asked_for() -> None:
+    """Without MPI's library, and on a login node where it can not start, serial runs work."""
+    code = (
+        "import sys; from fedara_core.comm.launch import open_communicator\n"
+        "open_communicator('serial', {})\n"
+        "assert 'mpi4py' not in sys.modules"
+    )
+    job = launch("plain", 1, "-c", code)
+    assert job.code == 0, job.err
+
+
 def test_one_process_without_a_launcher_is_serial() -> None:
     for kind in ("auto", "serial"):
         communicator = open_communicator(kind, {})
@@ -75,7 +87,7 @@ def test_auto_opens_what_was_detected(
     environ: dict[str, str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("Mpi", "Torch"):
-        monkeypatch.setattr(comm, f"{name}Communicator", fake(name, world_size=3))
+        monkeypatch.setitem(comm_launch.BACK_ENDS, name.lower(), fake(name, world_size=3))
     assert open_communicator("auto", environ).kind == chosen
 
 
@@ -95,7 +107,7 @@ def test_auto_opens_what_was_detected(
 def test_refusals_say_what_is_allowed(
     kind: str, environ: dict[str, str], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comm, "MpiCommunicator", fake("Mpi", world_size=1))
+    monkeypatch.setitem(comm_launch.BACK_ENDS, "mpi", fake("Mpi", world_size=1))
     for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(key, raising=False)
     with pytest.raises(InputError) as caught:

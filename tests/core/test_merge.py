@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fedara_core.merge.collectives import Part, RunningMean, weighted_sum
 
 from bench.run.rounds import merge_path
-from fedara_core.comm.comm import Communicator
-from fedara_core.merge.collectives import Part, RunningMean, weighted_sum
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS, SAME_BITS, cheapest, moved_values
 from fedara_core.wire import Upload
 from support.collectives_check import make_parts

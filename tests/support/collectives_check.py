@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fedara_core.merge.collectives import Part, weighted_sum
 
 from fedara_core.codec import CODECS, decode_rows, encode_rows
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.merge import collectives
-from fedara_core.merge.collectives import Part, weighted_sum
 from fedara_core.merge.cost import PATHS, SAME_BITS
 from fedara_core.seeds import generator
 

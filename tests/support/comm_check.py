@@ -5,7 +5,6 @@ comm_check.py large: messages beyond 2^31 bytes, then "OK large".
 """
 
 import importlib
-import os
 import shutil
 import sys
 import time
@@ -19,32 +18,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedara_core.comm import comm
-from fedara_core.comm.comm import Communicator, open_communicator
+from fedara_core.comm import mpi, node
+from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import open_communicator
+from fedara_core.comm.mpi import MpiCommunicator
+from fedara_core.comm.node import NodeCommunicator
 from fedara_core.errors import InputError
 from support import collectives_check
 
 T = TypeVar("T")
 
-# Launcher's kind -> name, --comm, processes of a host that one machine plays.
-CASES = {
-    "serial": [("serial", "auto", None)],
-    "torch": [("torch", "auto", None)],
-    "mpi": [
-        ("mpi", "auto", None),
-        ("mpi-node", "mpi-node", None),
-        ("mpi, hosts", "mpi", "2"),
-        ("mpi-node, hosts", "mpi-node", "2"),
-    ],
+HOST_PROCESSES = 2  # of each host that one machine plays
+
+# What each launcher's job checks: name -> how to open it.
+CASES: dict[str, dict[str, Callable[[], Communicator]]] = {
+    "serial": {"serial": partial(open_communicator, "auto")},
+    "torch": {"torch": partial(open_communicator, "auto")},
+    "mpi": {
+        "mpi": partial(open_communicator, "auto"),
+        "mpi-node": partial(open_communicator, "mpi-node"),
+        "mpi, hosts": partial(MpiCommunicator, host_processes=HOST_PROCESSES),
+        "mpi-node, hosts": partial(NodeCommunicator, host_processes=HOST_PROCESSES),
+    },
 }
 
 # Bytes of each world_rank, taken modulo the length for more processes.
 SIZES = ((3, 0, 5, 1), (0, 0, 0, 0), (0, 9, 0, 0), (100_000, 1, 0, 7), (4, 4, 4, 4))
-
-
-def host_processes() -> int:
-    """Processes of a host: all of the test, or as many as the environment pretends."""
-    return int(os.environ.get("FEDARA_HOST_PROCESSES", 64))
 
 
 def contents(world_rank: int, num_bytes: int) -> Tensor:
@@ -58,7 +57,9 @@ def moved(communicator: Communicator, action: Callable[[], T]) -> tuple[T, tuple
     return result, (communicator.traffic.sent - sent, communicator.traffic.received - received)
 
 
-def expected_traffic(kind: str, sizes: list[int], world_rank: int) -> tuple[int, int]:
+def expected_traffic(
+    kind: str, sizes: list[int], world_rank: int, per_host: int
+) -> tuple[int, int]:
     """By hand: an 8-byte count and the bytes to and from each other process; torch pads.
 
     mpi-node: the first process of each host gets every message, and sends its host's to the first
@@ -66,7 +67,6 @@ def expected_traffic(kind: str, sizes: list[int], world_rank: int) -> tuple[int,
     """
     others = len(sizes) - 1
     if kind == "mpi-node":
-        per_host = host_processes()
         lead = world_rank - world_rank % per_host
         if world_rank != lead:
             return sizes[world_rank] + 8 * others, 8 * others
@@ -79,7 +79,7 @@ def expected_traffic(kind: str, sizes: list[int], world_rank: int) -> tuple[int,
     return (mine + 8) * others, sum(sizes) - mine + 8 * others
 
 
-def check_allgather(communicator: Communicator) -> None:
+def check_allgather(communicator: Communicator, per_host: int) -> None:
     for case in SIZES:
         sizes = [case[rank % len(case)] for rank in range(communicator.world_size)]
         mine = contents(communicator.world_rank, sizes[communicator.world_rank])
@@ -88,10 +88,10 @@ def check_allgather(communicator: Communicator) -> None:
         for rank, part in enumerate(gathered):
             assert part.dtype == torch.uint8
             assert torch.equal(part, contents(rank, sizes[rank])), (case, rank)
-        wanted = expected_traffic(communicator.kind, sizes, communicator.world_rank)
+        wanted = expected_traffic(communicator.kind, sizes, communicator.world_rank, per_host)
         assert traffic == wanted, (case, traffic, wanted)
-        told, traffic = moved(communicator, partial(communicator.allgather, mine, sizes))
-        for rank, part in enumerate(told):
+        gathered, traffic = moved(communicator, partial(communicator.allgather, mine, sizes))
+        for rank, part in enumerate(gathered):
             assert torch.equal(part, contents(rank, sizes[rank])), (case, rank)
         size_bytes = 8 * (communicator.world_size - 1)
         assert traffic == tuple(moved - size_bytes for moved in wanted), (case, traffic, wanted)
@@ -157,7 +157,7 @@ def check_shared_memory(communicator: Communicator) -> None:
     counts = [2_000_000 // world_size] * world_size
     with pytest.MonkeyPatch.context() as patch:
         usage = SimpleNamespace(free=1000 if communicator.host_of[world_rank] == 0 else 10**9)
-        patch.setattr(comm.shutil, "disk_usage", lambda path: usage)
+        patch.setattr(node.shutil, "disk_usage", lambda path: usage)
         if communicator.host_of.count(0) > 1:
             with pytest.raises(InputError, match=r"take 2 MB.*has 0 MB free; allowed: a larger"):
                 communicator.room("allgather", counts)
@@ -165,10 +165,10 @@ def check_shared_memory(communicator: Communicator) -> None:
             communicator.allgather(communicator.room("allgather", counts), counts)
     assert communicator.gather_bytes(b"still here") == [b"still here"] * world_size
     # A window that grows needs room for the new one alone.
-    before = comm.shutil.disk_usage("/dev/shm").free
+    before = node.shutil.disk_usage("/dev/shm").free
     for size in (10_000_000, 20_000_000):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(comm.shutil, "disk_usage", lambda path: left(before, 25_000_000))
+            patch.setattr(node.shutil, "disk_usage", lambda path: left(before, 25_000_000))
             counts = [size // world_size] * world_size
             communicator.allgather(communicator.room("allgather", counts), counts)
 
@@ -208,19 +208,19 @@ def check_allreduce(communicator: Communicator) -> None:
 def check_bytes(communicator: Communicator) -> None:
     world_rank, world_size = communicator.world_rank, communicator.world_size
     for data in (b"from 0", b""):
-        told = communicator.broadcast(data if world_rank == 0 else b"not mine to tell")
-        assert told == data, told
+        received = communicator.broadcast(data if world_rank == 0 else b"not mine to tell")
+        assert received == data, received
     parts = communicator.gather_bytes(b"x" * world_rank)
     assert parts == [b"x" * rank for rank in range(world_size)], parts
 
 
-def check_host(communicator: Communicator) -> None:
-    """All processes of the test are on one host, or two by two as the environment pretends."""
-    world_size, together = communicator.world_size, host_processes()
-    own = communicator.world_rank // together
-    assert communicator.host_of == tuple(p - p % together for p in range(world_size))
-    assert communicator.host_size == min(together, world_size - own * together)
-    if together < world_size:
+def check_host(communicator: Communicator, per_host: int) -> None:
+    """All processes of the test are on one host, or on hosts of per_host that it plays."""
+    world_size = communicator.world_size
+    own = communicator.world_rank // per_host
+    assert communicator.host_of == tuple(p - p % per_host for p in range(world_size))
+    assert communicator.host_size == min(per_host, world_size - own * per_host)
+    if per_host < world_size:
         return
     ranks = communicator.gather_bytes(str(communicator.host_rank).encode())
     assert sorted(map(int, ranks)) == list(range(communicator.world_size)), ranks
@@ -248,8 +248,6 @@ def gloo_threads() -> list[str]:
 
 def check_network(communicator: Communicator) -> None:
     """1000 bytes of each process: what crosses between hosts of two processes, by hand."""
-    if "FEDARA_HOST_PROCESSES" not in os.environ:
-        return
     world_size, world_rank = communicator.world_size, communicator.world_rank
     before = communicator.traffic.network_sent, communicator.traffic.network_received
     communicator.allgather(contents(world_rank, 1000))
@@ -276,19 +274,20 @@ def check_large(communicator: Communicator) -> None:
         assert int(part.min()) == int(part.max()) == rank + 1
 
 
-def check(communicator: Communicator) -> None:
-    for max_count in (comm.MAX_COUNT, 1000):  # the second sends most messages in pieces
+def check(communicator: Communicator, per_host: int) -> None:
+    for max_count in (mpi.MAX_COUNT, 1000):  # the second sends most messages in pieces
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(comm, "MAX_COUNT", max_count)
-            check_allgather(communicator)
+            patch.setattr(mpi, "MAX_COUNT", max_count)
+            check_allgather(communicator, per_host)
             check_alltoall(communicator)
             check_room(communicator)
             check_allreduce(communicator)
     check_known_counts(communicator)
     check_shared_memory(communicator)
-    check_network(communicator)
+    if per_host < communicator.world_size:
+        check_network(communicator)
     check_bytes(communicator)
-    check_host(communicator)
+    check_host(communicator, per_host)
     communicator.barrier()
 
 
@@ -303,14 +302,12 @@ def main() -> None:
         passed("large")
         return
     launcher, world_size = sys.argv[1], int(sys.argv[2])
-    for name, wanted, per_host in CASES[launcher]:
-        if per_host:
-            os.environ["FEDARA_HOST_PROCESSES"] = per_host
-        communicator = open_communicator(wanted)
-        kind = launcher if wanted == "auto" else wanted
-        assert (communicator.kind, communicator.world_size) == (kind, world_size)
-        assert (communicator.library is None) == (kind == "serial")
-        check(communicator)
+    for name, open_case in CASES[launcher].items():
+        communicator = open_case()
+        assert communicator.kind == name.removesuffix(", hosts")
+        assert communicator.world_size == world_size
+        assert (communicator.library is None) == (name == "serial")
+        check(communicator, HOST_PROCESSES if name.endswith(", hosts") else world_size)
         collectives_check.check_all(communicator)
         passed("merge paths")
         check_close(communicator)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 
 
 def in_turn(world_size: int, run: Callable[[Communicator], Any]) -> list[Any]:

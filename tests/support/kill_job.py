@@ -27,7 +27,7 @@ from bench import cli
 from bench.config.schema import load_runs
 from bench.metering.meter import PHASES, Meter
 from bench.run.rounds import prepare
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 
 WORLD_SIZE = 2
 END_SECONDS = 20  # for the process that is left

@@ -7,7 +7,7 @@ from bench.config.schema import load_runs
 from bench.metering.meter import Meter
 from bench.run import rounds
 from bench.run.rounds import Job, one_round, prepare
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.method import ServerState
 from fedara_core.wire import Upload
 from support.launch import TINY

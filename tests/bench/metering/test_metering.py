@@ -27,7 +27,7 @@ from bench.metering.meter import (
 from bench.run import rounds
 from bench.run.record import Recorder, library_fact, surroundings
 from bench.run.rounds import prepare, run
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from support.documented import documented
 from support.energy_job import WATTS
 from support.launch import ROOT, TINY, Finished, fedara_here, launch, rounds_of

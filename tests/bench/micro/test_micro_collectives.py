@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from fedara_core.merge.collectives import Sum, weighted_sum
 from torch import Tensor
 
 from bench.micro import collectives as micro_collectives
 from bench.micro.collectives import MIN_ITERATIONS, measure, parse_settings
 from bench.micro.masks import WrongResult, check_buffers, check_sum, make_layout
-from bench.micro.wire_counter import Counter, open_counter
+from bench.micro.wire_counter import WireCounter, open_counter
 from fedara_core.codec import CODECS, row_bytes
-from fedara_core.comm.comm import Communicator
-from fedara_core.merge.collectives import Sum, weighted_sum
+from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS
 from support.documented import check_documented
 from support.launch import fedara_here, launch
@@ -278,7 +278,7 @@ def test_only_the_last_of_many_calls_may_be_wrong_and_is_found() -> None:
     settings = parse_settings(**SMALL | {"iterations": 4})
     calls = {"": lambda: call("ours"), "bare_": lambda: call("bare")}
     with pytest.raises(WrongResult, match="the twelfth"):
-        measure(calls, dict.fromkeys(calls, check), settings, Communicator(), Counter())
+        measure(calls, dict.fromkeys(calls, check), settings, Communicator(), WireCounter())
     warm = ["ours", "ours", "bare", "bare"]
     assert order == [*warm, *["bare", "ours", "ours", "bare"] * 2]
 
@@ -286,7 +286,7 @@ def test_only_the_last_of_many_calls_may_be_wrong_and_is_found() -> None:
 def test_long_calls_are_timed_less_often() -> None:
     settings = parse_settings(**SMALL | {"iterations": 50, "limit_seconds": 1e-9})
     calls, checks = {"": lambda: None}, {"": lambda found: None}
-    row = measure(calls, checks, settings, Communicator(), Counter())
+    row = measure(calls, checks, settings, Communicator(), WireCounter())
     assert len(row["iteration_seconds"]) == MIN_ITERATIONS
 
 

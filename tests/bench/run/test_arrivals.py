@@ -16,7 +16,7 @@ from bench.run import rounds
 from bench.run.arrivals import Fleet, draw_speeds, first
 from bench.run.checkpoint import dump, find_checkpoint, restore, save_checkpoint
 from bench.run.rounds import Job, draw_cohort, identity
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.method import ServerState, method_names
 from support.in_turn import in_turn

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.run.evaluate import Evaluation, Judge
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.train import Encoded
 from support.rounds import make_tiny_job
 

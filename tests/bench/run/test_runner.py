@@ -8,7 +8,7 @@ from bench.config.schema import load_runs
 from bench.run.record import Recorder
 from bench.run.rounds import load_texts, prepare, run
 from bench.run.runner import _num_threads, keep_freed_memory, run_all, set_threads
-from fedara_core.comm.comm import Communicator
+from fedara_core.comm.base import Communicator
 from fedara_core.errors import Diverged, InputError
 
 TINY = Path(__file__).parents[2] / "tiny.toml"

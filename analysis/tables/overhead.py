@@ -1,0 +1,67 @@
+"""Table: a round of the suite against a bare PyTorch loop of the same steps."""
+
+import pandas as pd
+
+from analysis.records.campaign import NotDrawn
+from analysis.records.launches import Launches
+from analysis.tables.over_launches import median_and_quartiles, over_launches, three_digits
+from analysis.tables.render import Table
+
+NAME = "overhead"
+BENCHMARK = "micro-overhead"
+REQUIRED = [
+    *("method", "num_clients", "local_steps", "max_length", "median_seconds"),
+    *("bare_loop_median_seconds", "ratio_to_bare_loop", "meter_share"),
+]
+
+_GROUP = [
+    *("model", "cpu", "num_cores"),
+    *("method", "num_clients", "local_steps", "max_length"),
+]
+_SPREAD = ["median_seconds", "ratio_to_bare_loop"]
+
+
+def data(overhead: Launches) -> pd.DataFrame:
+    """One row per setting on one machine: medians over launches.
+
+    Columns: _GROUP, num_launches, bare_loop_median_seconds, meter_share, _SPREAD with quartiles,
+    run_ids.
+    """
+    if overhead.rows.empty:
+        return overhead.rows
+    medians = ["bare_loop_median_seconds", "meter_share"]
+    frame = over_launches(overhead.rows, _GROUP, medians, _SPREAD)
+    return frame.sort_values(_GROUP, ignore_index=True)
+
+
+def table(overhead: Launches) -> Table:
+    """The table. Raises NotDrawn where no launch has finished its pairs."""
+    frame = data(overhead)
+    if frame.empty:
+        raise NotDrawn("no launch of fedara micro overhead finished its pairs of rounds")
+    rows = [row for _, row in frame.iterrows()]
+    cells = pd.DataFrame(
+        {
+            "method": frame["method"],
+            "model": frame["model"],
+            "tokens": frame["max_length"].astype(str),
+            "clients x steps": [f"{row['num_clients']} x {row['local_steps']}" for row in rows],
+            "CPU": frame["cpu"],
+            "launches": frame["num_launches"].astype(str),
+            "s a round": [
+                median_and_quartiles(row, "median_seconds", three_digits) for row in rows
+            ],
+            "bare loop s": frame["bare_loop_median_seconds"].map(three_digits),
+            "ratio": [
+                median_and_quartiles(row, "ratio_to_bare_loop", "{:.3f}".format) for row in rows
+            ],
+            "metering %": (100 * frame["meter_share"]).map("{:.2f}".format),
+        }
+    )
+    notes = [
+        "One process, one thread: medians over launches (quartiles) of each one's median over",
+        "rounds. The suite's round includes packing, record and checkpoint, without evaluation.",
+        "ratio: median over pairs of rounds, which took turns. metering: of the suite's round.",
+    ]
+    title = "A round of the suite against a bare loop"
+    return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)

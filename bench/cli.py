@@ -207,8 +207,10 @@ def list_command(
     if verbose and what == "methods":
         typer.echo("\n".join(describe_methods()))
         return
-    for name, text in CATALOGS[what]():
-        typer.echo(f"{name:<14} {text}")
+    found = list(CATALOGS[what]())
+    width = max(len(name) for name, _ in found)
+    for name, text in found:
+        typer.echo(f"{name:<{width}}  {text}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.metering.meter import Meter
 from bench.run import rounds
 from bench.run.rounds import Job, one_round, prepare

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench.config.schema import RunConfig, load_runs
+from bench.config.load import load_runs
+from bench.config.schema import RunConfig
 from bench.run.rounds import prepare
 from bench.tools.catalog import CONFIGS
 from fedara_core.comm.comm import Communicator

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.config.schema import AdapterSection, PartitionConfig
+from bench.config.schema import AdapterConfig, PartitionConfig
 from fedara_core.errors import InputError
 
 # Keeps the partition apart from other streams that start from the same seed.
@@ -69,7 +69,7 @@ def label_counts(labels: np.ndarray, shards: Sequence[np.ndarray], num_classes: 
     return np.array(counts, dtype=np.int64).reshape(len(shards), num_classes)
 
 
-def draw_client_lora_ranks(config: AdapterSection, *, num_clients: int, seed: int) -> list[int]:
+def draw_client_lora_ranks(config: AdapterConfig, *, num_clients: int, seed: int) -> list[int]:
     """The lora_rank of each client: shares rounded to whole clients, dealt by the seed.
 
     Without `client_lora_ranks` every client has the full lora_rank.

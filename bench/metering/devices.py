@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bench.config.toml_file import read_toml
+from bench.config.load import read_toml
 from fedara_core.errors import InputError
 
 BUILT_IN = Path(__file__).with_name("devices.toml")

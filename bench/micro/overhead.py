@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.config.schema import RunConfig, parse_run
+from bench.config.load import parse_run
+from bench.config.schema import RunConfig
 from bench.models.encoders import build_model
 from bench.run.record import Recorder
 from bench.run.rounds import Job, client_batches, draw_cohort, prepare, run

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.config.schema import parse_run
+from bench.config.load import parse_run
 from bench.metering.meter import PHASES, Measured, Meter
 from bench.micro.collectives import bare_allgather
 from bench.micro.record import MicroRecord, names, numbers, quantiles, slowest

@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.config.schema import RunConfig, parse_run
+from bench.config.load import parse_run
+from bench.config.schema import RunConfig
 from bench.metering.meter import PHASES, Measured, Meter
 from bench.micro.record import MicroRecord, quantiles, slowest
 from bench.run.rounds import advance, prepare

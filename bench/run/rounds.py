@@ -278,7 +278,7 @@ def identity(
     config: RunConfig, dataset_digest: str, device_profiles: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint belongs to: another one's would change the result."""
-    found = {"config": config.deciding(), "dataset_digest": dataset_digest}
+    found = {"config": config.result_settings(), "dataset_digest": dataset_digest}
     if config.clients.timed:
         found |= {f"device {name}": device_profiles[name] for name in config.devices.shares}
     return found

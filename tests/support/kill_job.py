@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 
 from bench import cli
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.metering.meter import PHASES, Meter
 from bench.run.rounds import prepare
 from fedara_core.comm.comm import Communicator

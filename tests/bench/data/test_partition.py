@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.config.schema import AdapterSection, PartitionConfig
+from bench.config.schema import AdapterConfig, PartitionConfig
 from bench.data import partition as partition_module
 from bench.data.partition import draw_client_lora_ranks, label_counts, partition, summary
 from fedara_core.errors import InputError
@@ -155,13 +155,13 @@ def test_label_counts_and_summary() -> None:
 
 def test_client_ranks_are_dealt_by_their_shares() -> None:
     entries = [{"lora_rank": 2, "share": 0.3}, {"lora_rank": 8, "share": 0.7}]
-    config = AdapterSection.model_validate({"lora_rank": 8, "client_lora_ranks": entries})
+    config = AdapterConfig.model_validate({"lora_rank": 8, "client_lora_ranks": entries})
     drawn = draw_client_lora_ranks(config, num_clients=10, seed=0)
     assert sorted(drawn) == [2] * 3 + [8] * 7
     assert drawn == draw_client_lora_ranks(config, num_clients=10, seed=0)
     assert drawn != draw_client_lora_ranks(config, num_clients=10, seed=1)
     assert len(draw_client_lora_ranks(config, num_clients=7, seed=0)) == 7
-    assert draw_client_lora_ranks(AdapterSection(lora_rank=5), num_clients=2, seed=0) == [5, 5]
+    assert draw_client_lora_ranks(AdapterConfig(lora_rank=5), num_clients=2, seed=0) == [5, 5]
 
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet", "shards", "quantity"])

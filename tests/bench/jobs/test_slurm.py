@@ -71,7 +71,10 @@ def test_a_script_without_a_config_says_how_to_use_it(script: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('time = "1:00"\nmpi = "pmix"\ngpus = 2', "unknown key gpus; allowed: time, mpi, account"),
+        (
+            'time = "1:00"\nmpi = "pmix"\ngpus = 2',
+            "unknown key gpus; allowed here: time, mpi, account",
+        ),
         ('mpi = "pmix"', "time is missing"),
         ('time = "soon"\nmpi = "pmix"', "time = 'soon' is not allowed"),
         ('time = "60"\nmpi = "pmix"\nnodes = 0', "nodes = 0 is not allowed"),

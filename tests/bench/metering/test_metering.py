@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.metering.client_cost import MIX, ClientCost, model_devices, reduce_clients
 from bench.metering.codecarbon import HostEnergy, NullEnergy, add_hosts
 from bench.metering.devices import load_devices

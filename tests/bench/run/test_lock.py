@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.jobs.slurm_job import requeue
 from bench.run import lock
 from bench.run.lock import FILE, locked

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.run.record import Recorder
 from bench.run.rounds import load_texts, prepare, run
 from bench.run.runner import _num_threads, keep_freed_memory, run_all, set_threads

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.models.encoders import build_model
 from bench.run.checkpoint import save_checkpoint
 from bench.run.rounds import Job, identity

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from bench.config.schema import AdapterConfig, PartitionConfig
-from bench.data import partition as partition_module
-from bench.data.partition import draw_client_lora_ranks, label_counts, partition, summary
+from bench.data.partition import (
+    _fill_up,
+    draw_client_lora_ranks,
+    label_counts,
+    partition,
+    summary,
+)
 from fedara_core.errors import InputError
 
 NUM_CLASSES = 10
@@ -89,7 +94,7 @@ def test_dirichlet_meets_min_examples_at_tiny_alpha(min_examples: int) -> None:
 
 def test_dirichlet_is_redrawn_before_it_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     redrawn = sizes(deal(20, alpha=0.3, min_examples=30))
-    monkeypatch.setattr(partition_module, "MAX_DRAWS", 1)
+    monkeypatch.setattr("bench.data.partition.MAX_DRAWS", 1)
     mended = sizes(deal(20, alpha=0.3, min_examples=30))
     assert redrawn.min() >= 30
     assert mended.min() == 30
@@ -98,7 +103,7 @@ def test_dirichlet_is_redrawn_before_it_is_mended(monkeypatch: pytest.MonkeyPatc
 
 def test_mending_takes_from_the_largest_client() -> None:
     shards = [np.arange(0, 6), np.arange(6, 6), np.arange(6, 11), np.arange(11, 12)]
-    filled = partition_module._fill_up(shards, 2)
+    filled = _fill_up(shards, 2)
     # Client 1 takes 5 of client 0 (6 examples), then, at 5 and 5, the lower one's next: 4. Then
     # client 3 takes 10 of client 2, which is the largest by then.
     assert [shard.tolist() for shard in filled] == [[0, 1, 2, 3], [5, 4], [6, 7, 8, 9], [11, 10]]

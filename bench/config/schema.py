@@ -116,7 +116,7 @@ class ModelConfig(_Section):
     """The encoder and its classification head."""
 
     name: str = "minilm"
-    """A built-in model (`fedara list models`), a folder with a transformers model, or a hub name."""
+    """A built-in model (`fedara list models`), a transformers model's folder, or a hub name."""
 
     attention: Literal["sdpa", "eager"] = "sdpa"
     """transformers' attn_implementation. In bf16 on CPUs "eager" is faster, since the backward pass

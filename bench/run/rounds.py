@@ -26,19 +26,15 @@ from bench.metering.client_cost import (
 )
 from bench.metering.codecarbon import HostEnergy, add_hosts, no_energy
 from bench.metering.devices import Device, check_names, deal, load_devices
-from bench.metering.meter import (
-    Measured,
-    Meter,
-    proportional_bytes,
-    reduce_energy,
-    reduce_memory,
-    reduce_seconds,
-)
+from bench.metering.memory import proportional_bytes
+from bench.metering.meter import Measured, Meter
+from bench.metering.reduce import reduce_energy, reduce_memory, reduce_seconds
 from bench.models.encoders import build_model, encode
 from bench.run import checkpoint
 from bench.run.arrivals import Arrivals, Fleet, make_fleet
 from bench.run.evaluate import Judge
-from bench.run.record import Recorder, library_fact, process_facts, provenance
+from bench.run.provenance import library_fact, process_facts, provenance
+from bench.run.record import Recorder
 from bench.run.stop import Asked
 from fedara_core.adapters import AdapterConfig, inject
 from fedara_core.codec import (

@@ -121,7 +121,7 @@ class RunEnergy:
 
 
 def _offline_tracker(country_iso_code: str, indices: list[int]) -> Any:
-    """A tracker that writes no file, sends nothing and scales nothing, whatever the user's settings."""
+    """A tracker that writes and sends nothing, whatever codecarbon's own settings say."""
     from codecarbon import OfflineEmissionsTracker  # its import starts NVML
 
     # Failures give one warning here. log_level alone comes after the tracker's first lines.

@@ -21,14 +21,14 @@ _SIGNAL_SECONDS = 120  # before the time limit: a round and a checkpoint must fi
 
 _NEW_STEP = """\
 # MPICH names its shared memory by job and step, and a killed step leaves it behind: a requeued job
-# goes on under a number that no step had.
+# continues under a number that no step had.
 for _ in $(seq "${SLURM_RESTART_COUNT:-0}"); do srun --nodes=1 --ntasks=1 --mpi=none true; done
 """
 _WAIT = f"""\
 step=$!
 
-# Slurm sends USR1 to this shell {_SIGNAL_SECONDS} s before the time limit; the processes need it.
-# srun hands it on to them; at TERM it would kill them.
+# Slurm sends USR1 to this shell {_SIGNAL_SECONDS} s before the time limit. srun passes it on to the
+# processes; at TERM it would kill them.
 trap 'kill -USR1 "$step"' USR1 TERM
 code=0
 wait "$step" || code=$?
@@ -159,7 +159,7 @@ def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: 
         + 'export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"\n\n'
         + _NEW_STEP
         + "\n# srun does not take --cpus-per-task from sbatch (since Slurm 22.05). The processes\n"
-        "# end together; should one die alone, srun ends those that wait for it.\n"
+        "# end together; if one dies alone, srun ends those that wait for it.\n"
         f'srun -c "$SLURM_CPUS_PER_TASK" --wait=10 --mpi={site.mpi} \\\n'
         f"  {command} \\\n"
         '  --index "$SLURM_ARRAY_TASK_ID" &\n'

@@ -24,7 +24,7 @@ from bench.metering.meter import PHASES, Measured, Meter
 from bench.micro.collectives import bare_allgather
 from bench.micro.record import MicroRecord, names, numbers, quantiles, slowest
 from bench.run.rounds import Job, advance, place
-from bench.run.runner import give_back_freed_memory, keep_freed_memory, set_threads
+from bench.run.runner import set_threads
 from bench.tools.estimate import null_job
 from fedara_core.codec import CODECS
 from fedara_core.comm.comm import Communicator
@@ -80,7 +80,6 @@ def parse_settings(
 def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
     set_threads(1, communicator)
-    keep_freed_memory()
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     record = MicroRecord(BENCHMARK, settings, results, communicator, {})
     for row in _rows(settings, communicator):
@@ -99,19 +98,13 @@ def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, 
                 if load_method(method).needs_factors and path != "allgather":
                     continue  # no sum will do
                 for codec in settings.codecs:
-                    _forget()
+                    gc.collect()  # or the last combination would count in this one's peak
                     job = _make_job(method, num_clients, path, codec, settings)
                     measured = _measure(job, settings.rounds, communicator)
                     del job
                     axes = {"method": method, "num_clients": num_clients}
                     axes |= {"path": path, "codec": codec}
                     yield {**axes, **measured}
-
-
-def _forget() -> None:
-    """Give back what the last combination took, or it would count in the next one's peak."""
-    gc.collect()
-    give_back_freed_memory()
 
 
 def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Settings) -> Job:

@@ -53,7 +53,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
     if not found:
         pytest.skip("no shellcheck here")
     scripts = [*(ROOT / "slurm").glob("*.sbatch"), *GOLDEN.glob("*.sbatch")]
-    assert len(scripts) >= 9
+    assert len(scripts) >= 8
     done = subprocess.run([found, *scripts], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -111,7 +111,7 @@ def test_of_a_job_on_another_host_slurm_knows(
 
 def test_another_host_without_slurm_is_never_taken_over(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({"host": "node7", "pid": 1}))
-    with pytest.raises(InputError, match=rf"delete .*{FILE} if it has"), locked(tmp_path):
+    with pytest.raises(InputError, match=rf"if it has, delete .*{FILE}"), locked(tmp_path):
         pass
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 import bench
 from bench.run import rounds
 from bench.run.checkpoint import find_checkpoint, restore, save_checkpoint
-from bench.run.rounds import Job, draw_cohort, place, train_client
+from bench.run.clients import draw_cohort, place, train_client
+from bench.run.job import Job
 from bench.tools.estimate import round_bytes
 from fedara_core import methods
 from fedara_core.adapters import named_adapters

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.config.schema import RunConfig, load_runs
-from bench.run.rounds import prepare
+from bench.config.load import load_runs
+from bench.config.schema import RunConfig
+from bench.run.job import prepare
 from bench.tools.catalog import CONFIGS
 from fedara_core.comm.base import Communicator
 from fedara_core.method import load_method, method_names

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, client_batches, draw_cohort
+from bench.run.clients import client_batches, draw_cohort
+from bench.run.job import Job
 from fedara_core.adapters import (
     Adapter,
     LowRank,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.config.schema import ClientsConfig, RunConfig, load_runs
+from bench.config.load import load_runs
+from bench.config.schema import ClientsConfig, RunConfig
 from fedara_core.method import load_method, method_names
 from support.launch import (
     CLI,

@@ -1,11 +1,13 @@
-"""RunConfig: one run, read from TOML, validated and hashed; and the points of a [sweep] table."""
+"""The keys of a config, one class per section: types, limits, defaults and what each key means.
+
+The string under a key is its reference; `fedara list keys` prints them. bench/config/load.py reads
+TOML files into these classes.
+"""
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
-import tomllib
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -20,66 +22,75 @@ from pydantic import (
     model_validator,
 )
 
-from bench.config.toml_file import read_toml
 from fedara_core.errors import InputError
 from fedara_core.method import Method, load_method, method_names
 
 
+def _none(value: Any) -> Any:
+    return None if value == "none" else value  # TOML has no null
+
+
+Codec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+_PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)]
+_CountryOrNone = Annotated[
+    Annotated[str, Field(pattern="^[A-Z]{3}$")] | None, BeforeValidator(_none)
+]
+# Sections that change no result, and so are no part of run_id.
+_NO_RESULT = ("system", "energy", "devices")
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class MethodConfig(BaseModel):
-    """`name` is a file of fedara_core/methods; other keys are hyperparameters of that method."""
+    """The method and its hyperparameters."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
     name: str
+    """A file of fedara_core/methods. Other keys of this section are that method's hyperparameters;
+    `fedara list methods -v` lists them."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
 
-def make_method(config: MethodConfig) -> Method:
-    """The method with its hyperparameters. Raises InputError for an unknown key or a wrong type."""
-    cls = load_method(config.name)
-    hints = get_type_hints(cls)
-    allowed = [item.name for item in dataclasses.fields(cls)]
-    strict = ConfigDict(strict=True, allow_inf_nan=False)
-    values = {}
-    for key, value in config.hyperparameters.items():
-        if key not in allowed:
-            has = ", ".join(allowed) or "no hyperparameters of its own"
-            raise InputError(f"unknown key method.{key}; {config.name} has {has}")
-        try:
-            values[key] = TypeAdapter(hints[key], config=strict).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise InputError(f"method.{key} = {value!r} is not allowed: {reason}") from None
-    return cls(**values)
-
-
 class ClientLoraRank(_Section):
-    """A lora_rank, and the share of the clients that can afford no more."""
+    """A group of clients that can afford the same lora_rank."""
 
     lora_rank: int = Field(ge=1)
+    """The largest lora_rank that these clients can train."""
+
     share: float = Field(gt=0, le=1)
+    """The group's share of all clients."""
 
 
-class AdapterSection(_Section):
-    """Settings that all methods share, so that no method is flattered by defaults of its own.
+class AdapterConfig(_Section):
+    """The adapters. All methods share these settings, so that no method has better defaults."""
 
-    client_lora_ranks: which clients can afford how much; empty means lora_rank for all. Only for
-    methods that have a use for it.
-    """
+    lora_rank: int = Field(default=12, ge=1)
+    """Triplets (LoRA's rank) of each adapter."""
 
-    lora_rank: int = Field(12, ge=1)
-    lora_alpha: float = Field(12.0, gt=0)
+    lora_alpha: float = Field(default=12.0, gt=0)
+    """LoRA's alpha: an adapter's output is scaled by lora_alpha / lora_rank."""
+
     targets: str | list[str] = "all-linear"
+    """Layers that get an adapter: "all-linear", or endings of layer names, such as ["query"]."""
+
     client_lora_ranks: list[ClientLoraRank] = []
+    """Groups of clients with unequal capacities, such as [{ lora_rank = 4, share = 1.0 }]. Empty:
+    every client trains lora_rank. Only for methods that use it."""
 
     @model_validator(mode="after")
-    def _targets_some(self) -> "AdapterSection":
+    def _targets_some(self) -> "AdapterConfig":
         if not self.targets:
             raise ValueError(
                 f"targets = {self.targets!r} adapts nothing, which is method.name = 'head_only'; "
@@ -88,7 +99,7 @@ class AdapterSection(_Section):
         return self
 
     @model_validator(mode="after")
-    def _client_lora_ranks_fit(self) -> "AdapterSection":
+    def _client_lora_ranks_fit(self) -> "AdapterConfig":
         for entry in self.client_lora_ranks:
             if entry.lora_rank > self.lora_rank:
                 raise ValueError(
@@ -102,21 +113,41 @@ class AdapterSection(_Section):
 
 
 class ModelConfig(_Section):
-    """The encoder. attention: transformers' attn_implementation; in bf16 on CPUs "eager" is faster
-    than torch's own "sdpa", whose backward pass is slow there."""
+    """The encoder and its classification head."""
 
     name: str = "minilm"
+    """A built-in model (`fedara list models`), a transformers model's folder, or a hub name."""
+
     attention: Literal["sdpa", "eager"] = "sdpa"
+    """transformers' attn_implementation. In bf16 on CPUs "eager" is faster, since the backward pass
+    of torch's own "sdpa" is slow there."""
+
     pooling: Literal["model", "mean"] = "mean"
-    max_length: int = Field(64, ge=4)
-    dropout: float | None = Field(None, ge=0, lt=1)
+    """The head. "mean": a linear layer on the mean of the last hidden states; "model": the head
+    that the architecture comes with."""
+
+    max_length: int = Field(default=64, ge=4)
+    """Tokens; longer texts are cut."""
+
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout of the encoder in training. If it is not set, the model's own."""
 
 
 class DatasetConfig(_Section):
+    """The texts and their labels."""
+
     name: str = "docstrings"
+    """A built-in set (`fedara list datasets`), file:DIR, or a hub name, with its configuration
+    after a colon: "glue:sst2"."""
+
     text_column: str = "text"
+    """Column of the texts, in file:DIR and hub sets."""
+
     label_column: str = "label"
-    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    """Column of the labels, in file:DIR and hub sets."""
+
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Part of the training examples that no client gets; evaluate.split = "validation" uses it."""
 
     @property
     def short_name(self) -> str:
@@ -125,23 +156,37 @@ class DatasetConfig(_Section):
 
 
 class PartitionConfig(_Section):
+    """How the training examples are split among the clients; see bench/data/partition.py."""
+
     scheme: Literal["iid", "dirichlet", "shards", "quantity"] = "dirichlet"
-    alpha: float = Field(0.1, gt=0, le=1e6)
-    labels_per_client: int = Field(2, ge=1)
-    min_examples: int = Field(1, ge=1)
+    """ "iid": equal random parts. "dirichlet": skewed labels. "shards": few labels per client.
+    "quantity": skewed sizes."""
+
+    alpha: float = Field(default=0.1, gt=0, le=1e6)
+    """Concentration of "dirichlet" and "quantity"; the smaller, the more skew."""
+
+    labels_per_client: int = Field(default=2, ge=1)
+    """Shards that each client gets, for "shards"."""
+
+    min_examples: int = Field(default=1, ge=1)
+    """Every client has at least so many examples."""
 
 
 class FederationConfig(_Section):
-    """Who takes part, and how uploads meet: see fedara_core/merge for the merge paths.
+    """Clients, rounds, and how uploads are combined."""
 
-    allgather and split give the same bits for any number of processes. auto takes the cheapest path
-    for the job at hand.
-    """
+    num_clients: int = Field(default=20, ge=1)
+    """Clients in all."""
 
-    num_clients: int = Field(20, ge=1)
-    cohort: int = Field(10, ge=1)
-    num_rounds: int = Field(10, ge=1)
+    cohort: int = Field(default=10, ge=1)
+    """Clients whose uploads make a round."""
+
+    num_rounds: int = Field(default=10, ge=1)
+    """Communication rounds."""
+
     merge_path: Literal["allgather", "split", "allreduce", "auto"] = "allgather"
+    """How uploads are combined; see fedara_core/merge. "allgather" and "split" give the same bits
+    for any number of processes, "allreduce" does not. "auto": the cheaper of the first two."""
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> "FederationConfig":
@@ -153,28 +198,20 @@ class FederationConfig(_Section):
         return self
 
 
-def _none(value: Any) -> Any:
-    return None if value == "none" else value  # TOML has no null
-
-
-_Positive = Annotated[float, Field(gt=0)]
-_CountryCode = Annotated[str, Field(pattern="^[A-Z]{3}$")]
-# What changes no result, and so is no part of run_id.
-_OBSERVING = ("system", "energy", "devices")
-
-
 class ClientsConfig(_Section):
-    """Clients that fail a round: see bench/run/arrivals.py. By default none does.
+    """Clients that fail a round; see bench/run/arrivals.py. By default none does."""
 
-    dropout: probability that a client vanishes in a round; speed_spread: standard deviation of the
-    logarithm of clients' speeds; over_selection: clients drawn, as a multiple of the cohort;
-    deadline_seconds: of a round, in modelled time; "none": no deadline.
-    """
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a drawn client vanishes after its download."""
 
-    dropout: float = Field(0.0, ge=0, lt=1)
-    speed_spread: float = Field(0.0, ge=0, le=3)
-    over_selection: float = Field(1.0, ge=1)
-    deadline_seconds: Annotated[_Positive | None, BeforeValidator(_none)] = None
+    speed_spread: float = Field(default=0.0, ge=0, le=3)
+    """Standard deviation of the logarithm of clients' speeds."""
+
+    over_selection: float = Field(default=1.0, ge=1)
+    """Clients drawn per round, as a multiple of federation.cohort; the first uploads count."""
+
+    deadline_seconds: _PositiveOrNone = None
+    """Longest round, in modelled time; later uploads are dropped. "none": no deadline."""
 
     @property
     def timed(self) -> bool:
@@ -182,42 +219,17 @@ class ClientsConfig(_Section):
         return self.over_selection > 1 or self.deadline_seconds is not None
 
 
-class TrainConfig(_Section):
-    """One client's local training. Set local_steps or local_epochs, not both.
-
-    max_grad_norm: gradients are clipped to this norm; "none" leaves them as they are.
-    """
-
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_rounds: int = Field(0, ge=0)
-    max_grad_norm: Annotated[_Positive | None, BeforeValidator(_none)] = 1.0
-    local_steps: int | None = Field(None, ge=1)
-    local_epochs: int | None = Field(None, ge=1)
-    batch_size: int = Field(16, ge=1, le=1 << 20)
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "TrainConfig":
-        if (self.local_steps is None) == (self.local_epochs is None):
-            raise ValueError("set exactly one of local_steps and local_epochs")
-        return self
-
-
-Codec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
-
-
 class CodecConfig(_Section):
-    """How values travel between clients and server: see fedara_core/codec.py.
-
-    error_feedback: what a codec's rounding leaves out of one message is added to the next one; kept
-    by each client for its uploads, and by the server for what it sends.
-    """
+    """How values travel between clients and server; see fedara_core/codec.py."""
 
     up: Codec = "fp32"
+    """Codec of the uploads."""
+
     down: Codec = "fp32"
+    """Codec of the downloads."""
+
     error_feedback: bool = False
+    """Whether a sender adds to each message what rounding left out of its last one."""
 
     @model_validator(mode="after")
     def _feedback_has_errors(self) -> "CodecConfig":
@@ -229,23 +241,71 @@ class CodecConfig(_Section):
         return self
 
 
+class TrainConfig(_Section):
+    """Local training of one client. Set either local_steps or local_epochs."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The clients' optimiser; it starts afresh in each round."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of what trains."""
+
+    warmup_rounds: int = Field(default=0, ge=0)
+    """Rounds in which the learning rate grows linearly to lr."""
+
+    max_grad_norm: _PositiveOrNone = 1.0
+    """Gradients are clipped to this norm. "none": they are not clipped."""
+
+    local_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps of a client in a round."""
+
+    local_epochs: int | None = Field(default=None, ge=1)
+    """Passes of a client over its examples in a round."""
+
+    batch_size: int = Field(default=16, ge=1, le=1 << 20)
+    """Examples of an optimiser step."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the forward and backward pass; parameters stay in fp32."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("set exactly one of local_steps and local_epochs")
+        return self
+
+
 class EvaluateConfig(_Section):
-    every: int = Field(1, ge=1)
+    """When and on what the model is evaluated."""
+
+    every: int = Field(default=1, ge=1)
+    """Rounds between two evaluations; the last round is always evaluated."""
+
     split: Literal["test", "validation"] = "test"
-    eval_examples: int | None = Field(None, ge=1)
-    batch_size: int = Field(64, ge=1, le=1 << 20)
+    """ "validation" to tune, "test" to report."""
+
+    eval_examples: int | None = Field(default=None, ge=1)
+    """Examples to evaluate on in all rounds but the last. If it is not set, all."""
+
+    batch_size: int = Field(default=64, ge=1, le=1 << 20)
+    """Examples of a forward pass."""
 
 
 class SystemConfig(_Section):
-    """Where it runs; no part of run_id.
-
-    threads: intra-op threads of each process. checkpoint_every: rounds between two checkpoints; a
-    job that is killed goes on after the last one, and runs the rounds after it again.
-    """
+    """Where the run executes; no part of run_id."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """ "auto": a GPU if torch sees one, else the CPU."""
+
     threads: int | Literal["auto"] = "auto"
-    checkpoint_every: int = Field(1, ge=1)
+    """Threads of each process. "auto": OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or an equal share of
+    the host's cores. Other numbers of threads give other bits."""
+
+    checkpoint_every: int = Field(default=1, ge=1)
+    """Rounds between two checkpoints. A job that was killed repeats the rounds after the last."""
 
     @model_validator(mode="after")
     def _threads_positive(self) -> "SystemConfig":
@@ -257,35 +317,40 @@ class SystemConfig(_Section):
 
 
 class EnergyConfig(_Section):
-    """How energy is measured; no part of run_id.
-
-    country_iso_code: three letters, whose electricity makes the CO2; "none" records no CO2.
-    idle_seconds: length of the idle window, once a job, where there are counters; 0: none.
-    """
+    """How energy is measured; no part of run_id."""
 
     enabled: bool = True
-    country_iso_code: Annotated[_CountryCode | None, BeforeValidator(_none)] = None
-    idle_seconds: float = Field(3.0, ge=0)
+    """Whether energy is measured."""
+
+    country_iso_code: _CountryOrNone = None
+    """Three letters, such as "DEU": whose electricity mix gives the CO2. "none": no CO2."""
+
+    idle_seconds: float = Field(default=3.0, ge=0)
+    """Length of the idle window before the first run, on hosts with counters; 0: none."""
 
 
 class DevicesConfig(_Section):
-    """Edge devices to model each round on; no part of run_id. See bench/metering/devices.py.
-
-    names: each as if all clients had it. shares: a mixed federation, the share of the clients by
-    device. file: TOML with profiles of one's own, as in bench/devices.toml.
-    """
+    """Edge devices to model each round on; see bench/metering/devices.py. No part of run_id, unless
+    modelled time decides whose upload counts."""
 
     names: list[str] = ["agx_orin", "orin_nano", "raspberry_pi_5"]
+    """Devices to model one by one, as if all clients had that device."""
+
     shares: dict[str, float] = {}
+    """A mixed federation: device -> share of the clients."""
+
     file: str | None = None
+    """TOML file with more devices, in the format of bench/metering/devices.toml."""
 
 
 class RunConfig(_Section):
     """One run: one method, one data set, one seed."""
 
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of every random draw: partition, head, cohorts, batches, codecs."""
+
     method: MethodConfig
-    adapter: AdapterSection = AdapterSection()
+    adapter: AdapterConfig = AdapterConfig()
     model: ModelConfig = ModelConfig()
     dataset: DatasetConfig = DatasetConfig()
     partition: PartitionConfig = PartitionConfig()
@@ -345,8 +410,8 @@ class RunConfig(_Section):
 
     @property
     def num_drawn(self) -> int:
-        """Clients that a round draws: the cohort, and more where some may fail."""
-        # Of the decimal as written: 10 x 1.1 is 11, and a little more in binary.
+        """Clients that a round draws: the cohort, or more if clients.over_selection says so."""
+        # The decimal as written: 10 x 1.1 is 11, and in binary floating point a little more.
         return math.ceil(self.federation.cohort * Fraction(str(self.clients.over_selection)))
 
     def settings(self) -> dict[str, Any]:
@@ -357,35 +422,38 @@ class RunConfig(_Section):
         return settings
 
     def canonical(self) -> dict[str, Any]:
-        """The settings without where files lie on this machine."""
+        """The settings without the place of files on this machine, only with their names.
+
+        The record holds the data's digest and the devices' numbers.
+        """
         settings = self.settings()
-        # Where a folder lies is no setting (the record holds the data's digest); its name is.
         if self.dataset.name.startswith("file:"):
             settings["dataset"]["name"] = f"file:{self.dataset.short_name}"
-        if self.devices.file is not None:  # as above; the record holds the numbers
+        if self.devices.file is not None:
             settings["devices"]["file"] = Path(self.devices.file).name
         return settings
 
-    def deciding(self) -> dict[str, Any]:
-        """The canonical config without what changes no result."""
+    def result_settings(self) -> dict[str, Any]:
+        """The canonical settings that the result depends on."""
         canonical = self.canonical()
-        deciding = {k: value for k, value in canonical.items() if k not in _OBSERVING}
-        if self.clients == ClientsConfig():  # as in runs from before there was this section
-            del deciding["clients"]
-        if self.model.attention == ModelConfig().attention:  # as above
-            del deciding["model"]["attention"]
-        if self.clients.timed:  # the devices' order decides who has which
+        settings = {k: value for k, value in canonical.items() if k not in _NO_RESULT}
+        if self.clients == ClientsConfig():  # as in runs from before this section existed
+            del settings["clients"]
+        if self.model.attention == ModelConfig().attention:  # likewise
+            del settings["model"]["attention"]
+        if self.clients.timed:  # the order of the devices decides who has which
             devices = canonical["devices"]
-            deciding["devices"] = [
+            settings["devices"] = [
                 [list(pair) for pair in devices["shares"].items()],
                 devices["file"],
             ]
-        return deciding
+        return settings
 
     @property
     def config_hash(self) -> str:
-        """SHA-256 of what decides the result, in hex."""
-        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the result's settings, in hex."""
+        text = json.dumps(self.result_settings(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def run_id(self) -> str:
@@ -393,129 +461,20 @@ class RunConfig(_Section):
         return f"{dataset}-{self.method.name}-seed{self.seed}-{self.config_hash[:10]}"
 
 
-def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
-    """Read a TOML file, apply `section.key=value` overrides, and expand its [sweep] table.
-
-    A [sweep] table holds `points` (a list of tables, each with the keys that differ) and any number
-    of dotted config keys with a list of values; the runs are points x grid, in the order written.
-    """
-    table = read_toml(path, "config")
-    sweep = table.pop("sweep", {})
-    if not isinstance(sweep, dict):
-        raise InputError("sweep must be a table of lists: [sweep]")
-    points = sweep.pop("points", [{}])
-    if not isinstance(points, list) or not points or not all(isinstance(p, dict) for p in points):
-        raise InputError(f"sweep.points must be a non-empty list of tables, not {points!r}")
-    chosen = [_parse_override(text) for text in overrides]
-    # A --set of a key that the sweep also varies fixes it.
-    grid = dict(sweep)
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise InputError(f"sweep.{key} must be a non-empty list of values, not {values!r}")
-    for key, value in chosen:
-        grid.pop(key, None)
-        points = _fixed(points, key, value)
-    runs = []
-    for point in points:
-        for values in itertools.product(*grid.values()):
-            merged = _merge(table, point)
-            for key, value in [*zip(grid, values, strict=True), *chosen]:
-                merged = _merge(merged, _nested(key, value))
-            runs.append(parse_run(merged))
-    chosen_runs: dict[str, RunConfig] = {}
-    for run in runs:
-        first = chosen_runs.setdefault(run.run_id, run)
-        if first.settings() != run.settings():
-            raise InputError(
-                f"sweep: two points differ only in {_unlike(first, run)}, which names no run of "
-                "its own; allowed: one of its values, and another --results for each further one"
-            )
-    return list(chosen_runs.values())
-
-
-def _unlike(first: RunConfig, second: RunConfig) -> str:
-    """The keys in which two configs of one run_id differ."""
-    one, other = first.settings(), second.settings()
-    keys = [
-        f"{section}.{key}"
-        for section in one.keys() - {"seed"}
-        for key in one[section]
-        if one[section][key] != other[section][key]
-    ]
-    return ", ".join(sorted(keys))
-
-
-def load_record(path: Path, overrides: list[str]) -> RunConfig:
-    """The config of a record's run.json, with overrides: where data lie is not in it."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no record that can be read ({error!r})") from None
-    for key, value in map(_parse_override, overrides):
-        table = _merge(table, _nested(key, value))
-    return parse_run(table)
-
-
-def _fixed(points: list[dict[str, Any]], key: str, value: Any) -> list[dict[str, Any]]:
-    """The points that agree with key = value, if the points vary the key; else all of them.
-
-    So that --set method.name=lora picks the sweep's lora, with the settings written beside it.
-    """
-    own = [_lookup(point, key) for point in points]
-    return [point for point, found in zip(points, own, strict=True) if found == value] or points
-
-
-def _lookup(table: Any, key: str) -> Any:
-    for part in key.split("."):
-        table = table.get(part) if isinstance(table, dict) else None
-    return table
-
-
-def parse_run(table: dict[str, Any]) -> RunConfig:
-    """Validate one run's table; raises InputError with one line that names key, value and rule."""
-    try:
-        return RunConfig.model_validate(table)
-    except ValidationError as error:
-        raise InputError("; ".join(_explain(item) for item in error.errors())) from None
-
-
-def _explain(item: Any) -> str:
-    # Of a union pydantic names the member too, such as "targets.list[str]"; keys have no brackets.
-    parts = [str(part) for part in item["loc"]]
-    key = ".".join(part for part in parts if "[" not in part and part not in ("str", "int"))
-    if item["type"] == "extra_forbidden":
-        section = RunConfig.model_fields.get(str(item["loc"][0])) if len(item["loc"]) > 1 else None
-        fields = section.annotation.model_fields if section else RunConfig.model_fields  # type: ignore[union-attr]
-        return f"unknown key {key}; allowed here: {', '.join(fields)}"
-    if item["type"] == "missing":
-        return f"{key} is missing; it has no default"
-    if item["type"] == "value_error":
-        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
-    return f"{key} = {item['input']!r} is not allowed: {item['msg']}"
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"--set {text!r} is not of the form section.key=value")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()  # a bare word is a string: --set method.name=lora
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for one, other in (("local_steps", "local_epochs"), ("local_epochs", "local_steps")):
-        if one in over and other not in over:
-            merged.pop(other, None)  # the two exclude each other: the later setting counts
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def make_method(config: MethodConfig) -> Method:
+    """The method with its hyperparameters. Raises InputError for an unknown key or a wrong type."""
+    cls = load_method(config.name)
+    hints = get_type_hints(cls)
+    allowed = [item.name for item in dataclasses.fields(cls)]
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    values = {}
+    for key, value in config.hyperparameters.items():
+        if key not in allowed:
+            has = ", ".join(allowed) or "no hyperparameters of its own"
+            raise InputError(f"unknown key method.{key}; {config.name} has {has}")
+        try:
+            values[key] = TypeAdapter(hints[key], config=strict).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise InputError(f"method.{key} = {value!r} is not allowed: {reason}") from None
+    return cls(**values)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.config.schema import AdapterSection, PartitionConfig
+from bench.config.schema import AdapterConfig, PartitionConfig
 from fedara_core.errors import InputError
 
 # Keeps the partition apart from other streams that start from the same seed.
@@ -69,18 +69,25 @@ def label_counts(labels: np.ndarray, shards: Sequence[np.ndarray], num_classes: 
     return np.array(counts, dtype=np.int64).reshape(len(shards), num_classes)
 
 
-def draw_client_lora_ranks(config: AdapterSection, *, num_clients: int, seed: int) -> list[int]:
-    """The lora_rank of each client: shares rounded to whole clients, dealt by the seed.
-
-    Without `client_lora_ranks` every client has the full lora_rank.
-    """
+def draw_client_lora_ranks(config: AdapterConfig, *, num_clients: int, seed: int) -> list[int]:
+    """The lora_rank of each client, drawn from the seed; without client_lora_ranks the full one."""
     if not config.client_lora_ranks:
         return [config.lora_rank] * num_clients
-    ends = np.cumsum([entry.share for entry in config.client_lora_ranks]) * num_clients
-    counts = np.diff(np.rint(ends).astype(int), prepend=0)
-    ranks = np.repeat([entry.lora_rank for entry in config.client_lora_ranks], counts)
-    generator = np.random.default_rng([CLIENT_LORA_RANKS_TAG, seed])
-    return [int(lora_rank) for lora_rank in generator.permutation(ranks)]
+    shares = [entry.share for entry in config.client_lora_ranks]
+    groups = deal_shares(shares, num_clients, np.random.default_rng([CLIENT_LORA_RANKS_TAG, seed]))
+    return [config.client_lora_ranks[group].lora_rank for group in groups]
+
+
+def deal_shares(
+    shares: Sequence[float], num_clients: int, generator: np.random.Generator
+) -> list[int]:
+    """The group of each client, where group i has shares[i] of the clients; the shares add up to 1.
+
+    Shares are rounded to whole clients, and the groups are shuffled.
+    """
+    ends = np.rint(np.cumsum(shares) * num_clients).astype(int)
+    groups = np.repeat(np.arange(len(shares)), np.diff(ends, prepend=0))
+    return [int(group) for group in generator.permutation(groups)]
 
 
 def summary(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.config.schema import RunConfig, load_record, load_runs, parse_run
+from bench.config.load import load_record, load_runs, parse_run
+from bench.config.schema import RunConfig
 from bench.jobs.status import log_file
 from bench.run.checkpoint import write_atomically
 from fedara_core.errors import InputError

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bench.config.toml_file import read_toml
+from bench.config.load import explain, read_toml
 from bench.jobs.plan import Plan
 from bench.run.checkpoint import write_atomically
 from fedara_core.errors import InputError
@@ -21,14 +21,14 @@ _SIGNAL_SECONDS = 120  # before the time limit: a round and a checkpoint must fi
 
 _NEW_STEP = """\
 # MPICH names its shared memory by job and step, and a killed step leaves it behind: a requeued job
-# goes on under a number that no step had.
+# continues under a number that no step had.
 for _ in $(seq "${SLURM_RESTART_COUNT:-0}"); do srun --nodes=1 --ntasks=1 --mpi=none true; done
 """
 _WAIT = f"""\
 step=$!
 
-# Slurm sends USR1 to this shell {_SIGNAL_SECONDS} s before the time limit; the processes need it.
-# srun hands it on to them; at TERM it would kill them.
+# Slurm sends USR1 to this shell {_SIGNAL_SECONDS} s before the time limit. srun passes it on to the
+# processes; at TERM it would kill them.
 trap 'kill -USR1 "$step"' USR1 TERM
 code=0
 wait "$step" || code=$?
@@ -40,30 +40,54 @@ done
 
 
 class Site(BaseModel):
-    """How runs are submitted at one place; the keys are named after the options of sbatch.
-
-    nodes, ntasks_per_node: of one run; their product is its number of processes. mpi: srun's
-    plug-in. exclusive: no other job on the nodes, which measured energy needs. array_limit: runs at
-    the same time. modules: loaded in this order; setup: shell lines after that.
-    """
+    """How runs are submitted at one place. The keys are named after the options of sbatch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     time: _Time
+    """Time limit of a run."""
+
     mpi: _Word
+    """srun's plug-in, which has to fit the MPI; `srun --mpi=list` shows them."""
+
     account: _Word | None = None
+    """Whom to bill."""
+
     partition: _Word | None = None
+    """Where to run."""
+
     qos: _Word | None = None
+    """Quality of service."""
+
     constraint: _Word | None = None
-    nodes: int = Field(1, ge=1)
-    ntasks_per_node: int = Field(1, ge=1)
-    cpus_per_task: int = Field(1, ge=1)
-    gpus_per_task: int = Field(0, ge=0)
+    """Features that nodes must have."""
+
+    nodes: int = Field(default=1, ge=1)
+    """Nodes of a run."""
+
+    ntasks_per_node: int = Field(default=1, ge=1)
+    """Processes on each node."""
+
+    cpus_per_task: int = Field(default=1, ge=1)
+    """Cores, and so threads, of each process."""
+
+    gpus_per_task: int = Field(default=0, ge=0)
+    """GPUs of each process."""
+
     mem_per_cpu: _Word | None = None
+    """Memory per core, such as "4G"."""
+
     exclusive: bool = False
-    array_limit: int | None = Field(None, ge=1)
+    """Whether to keep other jobs off the nodes; measured energy counts whole nodes."""
+
+    array_limit: int | None = Field(default=None, ge=1)
+    """Most runs at a time."""
+
     modules: list[_Word] = []
+    """Modules to load, in this order."""
+
     setup: list[str] = []
+    """Shell lines after the modules."""
 
 
 def read_site(path: Path) -> Site:
@@ -71,8 +95,7 @@ def read_site(path: Path) -> Site:
     try:
         return Site.model_validate(read_toml(path, "site", "a file like slurm/sites/*.toml"))
     except ValidationError as error:
-        reason = "; ".join(_explain(item) for item in error.errors())
-    raise InputError(f"site {path}: {reason}")
+        raise InputError(f"site {path}: {explain(error, Site)}") from None
 
 
 def submit_plan(plan: Plan, site: Site, *, dry_run: bool) -> list[str]:
@@ -136,7 +159,7 @@ def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: 
         + 'export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"\n\n'
         + _NEW_STEP
         + "\n# srun does not take --cpus-per-task from sbatch (since Slurm 22.05). The processes\n"
-        "# end together; should one die alone, srun ends those that wait for it.\n"
+        "# end together; if one dies alone, srun ends those that wait for it.\n"
         f'srun -c "$SLURM_CPUS_PER_TASK" --wait=10 --mpi={site.mpi} \\\n'
         f"  {command} \\\n"
         '  --index "$SLURM_ARRAY_TASK_ID" &\n'
@@ -213,13 +236,3 @@ def _sbatch(script: Path, *options: str) -> str:
         said = " ".join(done.stderr.split())
         raise InputError(f"sbatch refused {script}: {said}; allowed: what your site file says")
     return done.stdout.strip().partition(";")[0]  # jobid;cluster
-
-
-def _explain(item: object) -> str:
-    assert isinstance(item, dict)
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {key}; allowed: {', '.join(Site.model_fields)}"
-    if item["type"] == "missing":
-        return f"{key} is missing; it has no default"
-    return f"{key} = {item['input']!r} is not allowed: {item['msg']}"

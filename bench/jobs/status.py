@@ -1,7 +1,8 @@
 """How far the runs of a results folder are, from files alone: imports no torch.
 
-A results folder holds plan-*.jsonl (bench/jobs/plan.py), a folder for each run (bench/run/record.py) and
-logs/, where each line of a plan has one log. A log's last line says whether its run failed.
+A results folder holds plan-*.jsonl (bench/jobs/plan.py), a folder for each run
+(bench/run/record.py), and logs/ with one log for each line of a plan. A log's last line says
+whether its run failed.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Energy of a whole run by codecarbon, who samples on a host, and what works here."""
+"""Energy of a whole run by codecarbon, the choice of each host's sampler, and a self-check."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ _CPU_SOURCES = {"intel_rapl": "rapl", "cpu_load": "load-model", "constant": "tdp
 
 
 def host_identity() -> str:
-    """What processes of one physical host share, also as several emulated Slurm nodes."""
+    """The same for all processes of one physical host, also of several emulated Slurm nodes."""
     boot_id = ""
     with suppress(OSError):
         boot_id = _BOOT_ID.read_text(encoding="ascii").strip()
@@ -40,12 +40,12 @@ def host_identity() -> str:
 
 
 def samplers(identities: Sequence[str]) -> list[int]:
-    """The world_rank that samples for each host, its lowest, from all processes' identities."""
+    """Each host's sampler: its lowest world_rank, from the identities of all processes."""
     return [identities.index(identity) for identity in dict.fromkeys(identities)]
 
 
 class NullEnergy:
-    """In place of EnergyCounters and of RunEnergy on a process that does not sample: no answers."""
+    """Stands in for EnergyCounters and RunEnergy on a process that does not sample."""
 
     samples = False
 
@@ -56,7 +56,7 @@ class NullEnergy:
         return {}
 
     def idle_watts(self, seconds: float) -> dict[str, float]:
-        """Sleep all the same: a process that waits in MPI spins, and the host would not idle."""
+        """Sleep like the sampler: a process that waits in MPI keeps a core busy."""
         time.sleep(seconds)
         return {}
 
@@ -73,9 +73,9 @@ class NullEnergy:
 class RunEnergy:
     """codecarbon in machine mode, without network and files, from `start` to `stop`.
 
-    country_iso_code: three letters, or None for no CO2; gpus: NVML indices or UUIDs of the GPUs
-    that the job uses. missing: why there was nothing. codecarbon starts short child processes
-    (lscpu, cpuinfo, nvidia-smi, under Slurm scontrol) and two timer threads; the first start takes
+    country_iso_code: three letters, or None for no CO2. gpus: NVML indices or UUIDs of the GPUs
+    that the job uses. missing: why `stop` gave nothing. codecarbon starts short child processes
+    (lscpu, cpuinfo, nvidia-smi, under Slurm scontrol) and two timer threads. The first start takes
     about 2 seconds.
     """
 
@@ -89,25 +89,25 @@ class RunEnergy:
         self._tracker: Any = None
 
     def start(self) -> None:
-        """Start to measure. Where that fails: one warning, and `stop` gives nothing."""
+        """Start to measure. If that fails, there is one warning, and `stop` gives nothing."""
         with suppress(NoCounter):
             self._indices = nvml_indices(self._gpus) if self._gpus else []
         try:
-            # It wants a country even where nobody asks for CO2.
+            # It needs a country even if no CO2 is wanted.
             tracker = _offline_tracker(self._country_iso_code or "USA", self._indices)
-            tracker.get_detected_hardware()  # raises what start() would swallow
+            tracker.get_detected_hardware()  # start() would hide its errors
             tracker.start()
-        except Exception as error:  # whatever ails codecarbon, the run goes on
+        except Exception as error:  # the run continues without codecarbon
             self.missing = _warn_no_energy(error)
         else:
             self._tracker = tracker
 
     def stop(self) -> dict[str, Any]:
-        """What the run took, or nothing.
+        """The run's energy; empty if it is unknown.
 
         energy_joules and energy_part_sources by part (cpu, ram, gpu), energy_source, energy_scope,
-        and co2_grams if codecarbon knows the country's electricity. A source that ends in -model is
-        modelled; any other is a counter's or a sensor's. codecarbon always models ram.
+        and co2_grams if codecarbon knows the country's electricity mix. A source that ends in
+        -model is modelled; any other is a counter or a sensor. codecarbon always models ram.
         """
         tracker, self._tracker = self._tracker, None
         if tracker is None:
@@ -121,14 +121,14 @@ class RunEnergy:
 
 
 def _offline_tracker(country_iso_code: str, indices: list[int]) -> Any:
-    """A tracker that no setting outside this file makes write, send or scale."""
-    from codecarbon import OfflineEmissionsTracker  # starts NVML, so only where it is wanted
+    """A tracker that writes and sends nothing, whatever codecarbon's own settings say."""
+    from codecarbon import OfflineEmissionsTracker  # its import starts NVML
 
-    # Silent: a failure gets one warning here. Set by hand, for log_level comes after first lines.
+    # Failures give one warning here. log_level alone comes after the tracker's first lines.
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     return OfflineEmissionsTracker(
         country_iso_code=country_iso_code,
-        gpu_ids=indices,  # not UUIDs: it takes the G off GPU-... and then finds none
+        gpu_ids=indices,  # it does not find UUIDs
         tracking_mode="machine",
         output_methods=[],
         output_dir=os.curdir,
@@ -141,12 +141,13 @@ def _offline_tracker(country_iso_code: str, indices: list[int]) -> Any:
 
 
 def _result(tracker: Any, num_gpus: int, *, co2: bool) -> dict[str, Any]:
-    """`RunEnergy.stop`'s mapping. Raises where codecarbon gave no data."""
+    """What `RunEnergy.stop` gives. Raises RuntimeError if codecarbon has no data."""
     data = getattr(tracker, "final_emissions_data", None)
     if data is None:
         raise RuntimeError("it gave no data")
+    # No public function of codecarbon 3.3 says how it measured a part.
     sources = dict(_part_source(hardware) for hardware in tracker._hardware)
-    if not num_gpus:  # told of no GPU, it counts all of them from the second run of a process on
+    if not num_gpus:  # without a list it counts all GPUs from the second run of a process on
         sources.pop("gpu", None)
     joules = {part: getattr(data, f"{part}_energy") * _JOULES_PER_KWH for part in sources}
     joules = {part: joules[part] for part in ("cpu", "ram", "gpu") if joules.get(part)}
@@ -164,21 +165,21 @@ def _result(tracker: Any, num_gpus: int, *, co2: bool) -> dict[str, Any]:
         return result
     if data.country_name:
         counted = sum(joules.values()) / (data.energy_consumed * _JOULES_PER_KWH)
-        result["co2_grams"] = data.emissions * 1000 * counted  # of the parts above alone
-    else:  # codecarbon would take the world's average
+        result["co2_grams"] = data.emissions * 1000 * counted  # of the parts above only
+    else:  # codecarbon would use the world's average
         text = f"no CO2: codecarbon knows no electricity mix of {data.country_iso_code!r}"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
     return result
 
 
 def _part_source(hardware: Any) -> tuple[str, str]:
-    """Which part (cpu, ram, gpu) this piece of codecarbon's hardware is, and how it is measured."""
+    """The part (cpu, ram, gpu) of one of codecarbon's hardware objects, and its source."""
     kind = type(hardware).__name__
     if kind == "CPU":
         return "cpu", _CPU_SOURCES.get(hardware._mode, hardware._mode)
     if kind == "RAM":
         return "ram", "ram-model"
-    if kind == "GPU":  # without a counter it adds up readings of power, one a second
+    if kind == "GPU":  # without a counter codecarbon adds up power, read once a second
         powers = [device._use_power_fallback for device in hardware.devices.devices]
         return "gpu", "nvml-power" if any(powers) else "nvml"
     return hardware.chip_part.lower(), kind.lower()  # a board's own sensors
@@ -192,9 +193,9 @@ def _warn_no_energy(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class HostEnergy:
-    """What measures energy on this process: its host's counters and codecarbon, or nothing.
+    """The energy meters of this process: its host's counters and codecarbon, or stand-ins.
 
-    idle_watts: by source of the counters, of this host. num_hosts: with a sampler each.
+    idle_watts: of this host, by source of the counters. num_hosts: hosts of the job.
     """
 
     counters: EnergyCounters | NullEnergy = field(default_factory=NullEnergy)
@@ -204,7 +205,7 @@ class HostEnergy:
 
 
 def no_energy(missing: str) -> HostEnergy:
-    """Of a job that measures no energy, and why."""
+    """For a job that measures no energy. missing: the reason, for the record."""
     return HostEnergy(run=NullEnergy(missing))
 
 
@@ -215,9 +216,9 @@ def open_energy(
     gpu: str | None,
     communicator: Communicator,
 ) -> HostEnergy:
-    """Choose each host's sampler, open its counters and watch the idle host; all call it together.
+    """Choose each host's sampler, open its counters, and measure the idle host.
 
-    gpu: UUID of the GPU that this process uses.
+    All processes call it together. gpu: UUID of the GPU that this process uses.
     """
     identity = host_identity()
     facts = json.dumps([identity, gpu]).encode()
@@ -236,14 +237,14 @@ def open_energy(
 
 
 def add_hosts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`RunEnergy.stop`'s mapping for several hosts; nothing unless all of one kind."""
+    """The sum of what `RunEnergy.stop` gave on each host; empty if their sources differ."""
     scopes = Tally(str(result.get("energy_scope")) for result in results)
     text = ", ".join(s if n == 1 else f"{n} x ({s})" for s, n in scopes.items())
     return _add(results, text)
 
 
 def add_parts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`RunEnergy.stop`'s mapping for a run in several parts; nothing unless all of one kind."""
+    """The same sum over the parts of a run that was resumed."""
     scopes = dict.fromkeys(str(result.get("energy_scope")) for result in results)
     return _add(results, "; ".join(scopes))
 
@@ -266,7 +267,7 @@ def _add(results: Sequence[Mapping[str, Any]], energy_scope: str) -> dict[str, A
 
 @dataclass(frozen=True, kw_only=True)
 class SourceCheck:
-    """One line of `fedara doctor`: does this source work here; if not, advice says what to do."""
+    """Whether an energy source works here; if not, advice says what to do."""
 
     source: str
     works: bool
@@ -275,7 +276,7 @@ class SourceCheck:
 
 
 def check_sources(powercap: Path = POWERCAP) -> list[SourceCheck]:
-    """What each energy source gives here, or why nothing. Takes about 2 seconds."""
+    """Try each energy source. Takes about 2 seconds."""
     return [
         _check_counter("rapl", partial(open_rapl, powercap)),
         _check_counter("nvml", open_nvml),
@@ -295,7 +296,7 @@ def _check_codecarbon() -> SourceCheck:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.start()
-        time.sleep(0.1)  # less than 0.05 seconds is no energy to codecarbon
+        time.sleep(0.1)  # codecarbon ignores less than 0.05 seconds
         result = run.stop()
     if not result:
         text = str(caught[-1].message) if caught else "no energy"

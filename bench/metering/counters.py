@@ -1,7 +1,8 @@
-"""Energy counters that the hardware keeps: RAPL through powercap, and NVML's total energy.
+"""Hardware counters of energy: RAPL through powercap, and NVML's total energy.
 
-A read costs a few small files, so phases can be told apart. RAPL moves every millisecond, NVML's
-counter about ten times a second: short phases on a GPU are coarse, their sum is not.
+A reading costs a few small files, so that phases can be measured one by one. RAPL advances every
+millisecond, NVML's counter about ten times a second: on a GPU short phases are coarse, their sum
+is not.
 """
 
 import importlib
@@ -23,7 +24,7 @@ _MIRROR_MICROJOULES = 1_000_000  # what a package may use between two reads of t
 
 
 class NoCounter(Exception):
-    """A source can not be read here: the reason, and the advice on what to do (may be empty)."""
+    """A source can not be read here. advice: what to do about it, or empty."""
 
     def __init__(self, reason: str, advice: str = "") -> None:
         super().__init__(f"{reason}; {advice}" if advice else reason)
@@ -32,16 +33,17 @@ class NoCounter(Exception):
 
 @dataclass
 class Counter:
-    """One hardware counter that only grows, and that begins again at 0 past its range.
+    """One hardware counter. It grows, and starts again at 0 past its range.
 
-    More than one turn between two reads goes unseen: a package at 300 W turns in about 15 minutes.
+    Two such starts between two readings go unnoticed; a package at 300 W takes about 15 minutes to
+    its range.
     """
 
     part: str  # package, dram or gpu
     name: str  # RAPL domain or GPU UUID
     read: Callable[[], int]  # raises OSError or ValueError
     joules_per_count: float
-    range: int = 0  # 0: it never begins again
+    range: int = 0  # 0: it never starts again
     last: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class EnergyCounters:
     """The counters of this host's processors and memory, and of the GPUs that the job uses.
 
     gpus: NVML indices or UUIDs; a GPU that is named twice counts once. A source that can not be
-    read gives one warning and is absent, at the start or from when it is lost.
+    read, from the start or later, gives one warning and is absent from then on.
     """
 
     samples = True
@@ -84,14 +86,14 @@ class EnergyCounters:
             try:
                 joules[source] = sum(counter.joules() for counter in counters)
             except (OSError, ValueError) as error:
-                # All or nothing: what is left of a source would be energy of another scope.
+                # The rest of the source's counters would measure another scope.
                 del self._counters[source]
                 text = f"{source} energy is lost from here on: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
         return joules
 
     def idle_watts(self, seconds: float) -> dict[str, float]:
-        """Watts by source while nothing works: sleep, and count. Consumes `joules`."""
+        """Watts of the idle host by source: sleep, and read before and after. Resets `joules`."""
         self.joules()
         start = time.perf_counter()
         time.sleep(seconds)
@@ -100,7 +102,7 @@ class EnergyCounters:
         return {source: value / elapsed for source, value in joules.items()}
 
     def labels(self) -> dict[str, str]:
-        """energy_source and energy_scope of what `joules` gives; nothing where it gives nothing."""
+        """energy_source and energy_scope of what `joules` gives; empty without counters."""
         if not self._counters:
             return {}
         scopes = [scope(counters) for counters in self._counters.values()]
@@ -110,12 +112,12 @@ class EnergyCounters:
 def net_joules(
     gross: Mapping[str, float], idle_watts: Mapping[str, float], seconds: float
 ) -> dict[str, float]:
-    """Gross less what the idle host takes in that time; may be slightly negative, never cut."""
+    """Gross joules less those of the idle host in that time; noise may make it negative."""
     return {key: gross[key] - idle_watts[key] * seconds for key in gross if key in idle_watts}
 
 
 def scope(counters: Sequence[Counter]) -> str:
-    """What one source's counters cover: `host:package+dram` or `gpu:1`."""
+    """The energy_scope of one source's counters: `host:package+dram` or `gpu:1`."""
     parts = list(dict.fromkeys(counter.part for counter in counters))
     return f"gpu:{len(counters)}" if parts == ["gpu"] else f"host:{'+'.join(parts)}"
 
@@ -123,8 +125,8 @@ def scope(counters: Sequence[Counter]) -> str:
 def open_rapl(powercap: Path = POWERCAP) -> list[Counter]:
     """The package and dram domains. Raises NoCounter.
 
-    Left out are core and uncore, which package contains, and psys, which contains package. AMD
-    hosts show the same names.
+    core and uncore are parts of package, and psys contains package; they are left out. AMD hosts
+    use the same names.
     """
     try:
         domains = {
@@ -142,7 +144,7 @@ def open_rapl(powercap: Path = POWERCAP) -> list[Counter]:
         raise NoCounter(f"powercap can not be read: {error}") from error
     if not counters:
         raise NoCounter(f"no counters in {powercap}", "usual in virtual machines and containers")
-    # Some virtual machines and boards show domains that nothing counts in.
+    # Some virtual machines and boards show domains that never count.
     counters = [counter for counter in counters if counter.last]
     if not counters:
         raise NoCounter(f"the counters in {powercap} stand at 0")
@@ -161,20 +163,20 @@ def _rapl_counter(folder: Path, domain: str) -> Counter:
 
 
 def _without_mirrors(counters: Sequence[Counter]) -> list[Counter]:
-    """Some kernels show a package's one counter once for each of its dies: count it once."""
-    kept: list[Counter] = []
+    """Without the copies of one counter that some kernels show for each die of a package."""
+    distinct: list[Counter] = []
     for counter in counters:
         package, is_die, _ = counter.name.partition("-die-")
         mirrors = [
             other
-            for other in kept
+            for other in distinct
             if is_die
             and other.name.startswith(f"{package}-die-")
             and abs(counter.last - other.last) < _MIRROR_MICROJOULES
         ]
         if not mirrors:
-            kept.append(counter)
-    return kept
+            distinct.append(counter)
+    return distinct
 
 
 def open_nvml(gpus: Sequence[int | str] | None = None) -> list[Counter]:

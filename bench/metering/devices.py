@@ -4,9 +4,8 @@ A client downloads, trains and uploads, one after the other: bits / bandwidth, F
 rate. Joules are active_watts x compute seconds + idle_watts x transfer seconds; the wait for slower
 clients and the server are left out. A round lasts as long as its slowest client.
 
-The profiles are in devices.toml, each number with its source; a file of one's own has the same
-keys. Nothing here is measured: every key starts with modelled_. No torch, so that analysis can use
-it on finished records.
+The profiles are in devices.toml, each number with its source; a user's own file has the same keys.
+Nothing here is measured: every key starts with modelled_.
 """
 
 import math
@@ -17,7 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bench.config.toml_file import read_toml
+from bench.config.load import read_toml
+from bench.data.partition import deal_shares
 from fedara_core.errors import InputError
 
 BUILT_IN = Path(__file__).with_name("devices.toml")
@@ -90,7 +90,7 @@ def model_round(clients: Mapping[int, Modelled]) -> Modelled:
 
 
 def load_devices(own: Path | None = None) -> dict[str, Device]:
-    """The devices there are, by name: the built-in ones and those of a file, which come first.
+    """All devices by name: the built-in ones, and those of a user's own file, which win.
 
     Raises InputError for a file that can not be read, a key that is unknown or missing, and a
     number that is not above 0.
@@ -102,17 +102,18 @@ def load_devices(own: Path | None = None) -> dict[str, Device]:
 def deal(
     devices: Mapping[str, Device], shares: Mapping[str, float], *, num_clients: int, seed: int
 ) -> list[str]:
-    """The name of each client's device, by client_id: shares rounded to whole clients, dealt by the
-    seed. Raises InputError for a device that is unknown and for shares that do not add up to 1."""
+    """The name of each client's device, by client_id, drawn from the seed; shares: by device.
+
+    Raises InputError for a device that is unknown and for shares that do not add up to 1.
+    """
     check_names(shares, devices)
     for name, share in shares.items():
         _check_positive(f"the share of device {name}", share)
     total = sum(shares.values())
     if abs(total - 1) > 1e-6:
         raise InputError(f"the shares of devices add up to {total:g}; allowed: 1")
-    ends = np.rint(np.cumsum(list(shares.values())) * num_clients).astype(int)
-    names = np.repeat(list(shares), np.diff(ends, prepend=0))
-    return [str(name) for name in np.random.default_rng([DEVICES_TAG, seed]).permutation(names)]
+    generator, names = np.random.default_rng([DEVICES_TAG, seed]), list(shares)
+    return [names[i] for i in deal_shares(list(shares.values()), num_clients, generator)]
 
 
 def check_names(names: Iterable[str], devices: Mapping[str, Device]) -> None:

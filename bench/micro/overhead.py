@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.config.schema import RunConfig, parse_run
+from bench.config.load import parse_run
+from bench.config.schema import RunConfig
 from bench.micro.bare import add_lora, train_round
 from bench.micro.record import quantiles, record_rows
 from bench.models.encoders import build_model

@@ -14,15 +14,8 @@ import torch
 from rich.console import Console
 
 from bench.run.checkpoint import write_atomically
-from bench.run.record import (
-    SCHEMA_VERSION,
-    append_row,
-    library_fact,
-    process_facts,
-    surroundings,
-    utc_now,
-    write_json,
-)
+from bench.run.provenance import SCHEMA_VERSION, library_fact, process_facts, surroundings, utc_now
+from bench.run.record import append_row, write_json
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import InputError

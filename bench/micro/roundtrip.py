@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.config.schema import parse_run
+from bench.config.load import parse_run
 from bench.metering.meter import PHASES, Measured, Meter
 from bench.micro.bare import average, average_messages, bare_allgather
 from bench.micro.record import names, numbers, quantiles, record_rows, slowest
 from bench.run.clients import place
 from bench.run.job import Job
 from bench.run.rounds import advance
-from bench.run.runner import give_back_freed_memory, keep_freed_memory, set_threads
+from bench.run.runner import set_threads
 from bench.tools.estimate import null_job
 from fedara_core.codec import CODECS
 from fedara_core.comm.base import Communicator
@@ -83,7 +83,6 @@ def parse_settings(
 def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
     set_threads(1, communicator)
-    keep_freed_memory()
     rows = _rows(settings, communicator)
     return record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
 
@@ -96,19 +95,13 @@ def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, 
                 if load_method(method).combine == "gather" and path != "allgather":
                     continue  # no sum will do
                 for codec in settings.codecs:
-                    _forget()
+                    gc.collect()  # or the last combination would count in this one's peak
                     job = _make_job(method, num_clients, path, codec, settings)
                     measured = _measure(job, settings.rounds, communicator)
                     del job
                     axes = {"method": method, "num_clients": num_clients}
                     axes |= {"path": path, "codec": codec}
                     yield {**axes, **measured}
-
-
-def _forget() -> None:
-    """Give back what the last combination took, or it would count in the next one's peak."""
-    gc.collect()
-    give_back_freed_memory()
 
 
 def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Settings) -> Job:

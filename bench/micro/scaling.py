@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.config.schema import RunConfig, parse_run
+from bench.config.load import parse_run
+from bench.config.schema import RunConfig
 from bench.metering.meter import PHASES, Measured, Meter
 from bench.micro.record import quantiles, record_rows, slowest
-from bench.run.rounds import advance, prepare
+from bench.run.job import prepare
+from bench.run.rounds import advance
 from bench.run.runner import set_threads
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together

@@ -1,8 +1,8 @@
-"""One job at a time on a run's folder: the file LOCK says who is at it, and is gone afterwards.
+"""One job at a time works on a run's folder: it writes its name into the file LOCK.
 
-The kernel ends a lock with its process, so on one host a LOCK that can be locked is stale. Some
-cluster file systems have no such locks, or none between hosts; there the process id and Slurm tell
-whether the job that wrote the file still runs.
+The kernel releases a lock when its process ends, so on one host a LOCK file that can be locked is
+stale. Some cluster file systems have no locks, or none between hosts; there the process id or Slurm
+tells whether the job that wrote the file still runs.
 """
 
 import errno
@@ -21,15 +21,15 @@ from bench.jobs.slurm_job import JobId, own_job, queue_state
 from fedara_core.errors import InputError
 
 FILE = "LOCK"
-PATIENCE_SECONDS = 5.0  # processes of a job that was killed may take a moment to go
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # a file system's answer
+PATIENCE_SECONDS = 5.0  # the processes of a killed job may take a moment to end
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # the file system has none
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[str]:
-    """Hold the folder's lock; gives a line that says what stale lock was taken over, or "".
+    """Hold the folder's lock; yields a line about the stale lock that was taken over, or "".
 
-    InputError if another job holds it, with its host and job id.
+    Raises InputError with host and job id if another job holds it.
     """
     path = run_dir / FILE
     descriptor, sure = _open_locked(path)
@@ -45,15 +45,15 @@ def locked(run_dir: Path) -> Iterator[str]:
     try:
         yield f"{path}: the job of {_describe(holder)} is gone; taken over" if holder else ""
     finally:
-        path.unlink(missing_ok=True)  # still locked: nobody takes it for a stale one meanwhile
-        with suppress(OSError):  # not empty: the record
-            run_dir.rmdir()  # of a refused run nothing stays
+        path.unlink(missing_ok=True)  # while it is locked: so nobody takes it for stale
+        with suppress(OSError):  # not empty: it holds the record
+            run_dir.rmdir()  # a refused run leaves nothing behind
         os.close(descriptor)
 
 
 def _open_locked(path: Path) -> tuple[int, bool]:
-    """A descriptor of the file at `path` that no process of this host holds, and whether the
-    kernel is sure of that."""
+    """A descriptor of the file at `path`, and whether the kernel guarantees that no other process
+    of this host holds it."""
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
         sure = True
@@ -76,7 +76,7 @@ def _open_locked(path: Path) -> tuple[int, bool]:
         try:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor, sure
-        except FileNotFoundError:  # its holder has ended between our two steps
+        except FileNotFoundError:  # its holder ended between the two steps
             pass
         os.close(descriptor)
 
@@ -88,7 +88,7 @@ def _own() -> dict[str, Any]:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """What the holder wrote; nothing if it has not yet."""
+    """What the holder wrote; empty if it has not written yet."""
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
@@ -97,31 +97,31 @@ def _read(descriptor: int) -> dict[str, Any]:
 
 
 def _is_gone(holder: dict[str, Any], sure: bool) -> bool:
-    """Whether the job that wrote the file has ended. sure: no process of this host holds it."""
+    """Whether the job that wrote the file has ended; sure: see `_open_locked`."""
     if holder.get("host") == socket.gethostname():
         return sure or not Path(f"/proc/{holder.get('pid')}").exists()
     if "job_id" not in holder:
         return False
     theirs, own = JobId(holder["job_id"], holder.get("restarts", 0)), own_job()
     if own and own.number == theirs.number:
-        return own.restarts != theirs.restarts  # Slurm has started us anew since
+        return own.restarts != theirs.restarts  # Slurm has restarted this job since
     return not _in_queue(theirs.number)
 
 
 def _in_queue(job_number: str) -> bool:
-    """Whether Slurm still runs the job; yes where it can not be asked."""
+    """Whether Slurm still has the job; true if Slurm can not be asked."""
     if shutil.which("squeue") is None:
         return True
     done = queue_state(job_number)
-    if done.returncode:  # of a number that it has forgotten it says so
+    if done.returncode:  # also for a job that Slurm has forgotten
         return "Invalid job id" not in done.stderr
     return bool(done.stdout.strip())
 
 
 def _held(path: Path, holder: dict[str, Any]) -> InputError:
     return InputError(
-        f"{path.parent}: in use by {_describe(holder)}; allowed: when that has ended (delete "
-        f"{path} if it has, and left it behind)"
+        f"{path.parent}: in use by {_describe(holder)}; allowed: when that has ended (if it has, "
+        f"delete {path})"
     )
 
 

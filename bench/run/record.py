@@ -1,29 +1,23 @@
-"""Records: run.json, rounds.jsonl, partition.json and, written last, DONE. world_rank 0 writes."""
+"""A run's record: run.json, rounds.jsonl, partition.json and, written last, DONE.
 
-import importlib.metadata
+Only world_rank 0 writes.
+"""
+
 import json
 import os
-import platform
-import socket
-import subprocess
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench.config.schema import RunConfig
 from bench.metering.codecarbon import add_parts
 from bench.run.checkpoint import write_atomically
+from bench.run.provenance import utc_now
 
-SCHEMA_VERSION = 1
-_PACKAGES = ("torch", "mpi4py", "mpich", "transformers", "tokenizers", "datasets", "numpy", "peft")
 _PART_KEYS = (
     *("start_time", "git_commit", "git_dirty", "package_versions"),
     *("comm", "world_size", "processes", "prepare_seconds", "slurm"),
 )
-_SLURM_KEYS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_NODELIST")
 
 
 class Recorder:
@@ -37,7 +31,7 @@ class Recorder:
         return (self.run_dir / "DONE").exists()
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The rounds recorded so far; a last line that was cut off is left out."""
+        """The rounds recorded so far, without a last line that was cut off."""
         path = self.run_dir / "rounds.jsonl"
         if not path.exists():
             return []
@@ -48,21 +42,21 @@ class Recorder:
         self,
         run: Mapping[str, Any],
         partition: list[dict[str, Any]],
-        kept_rounds: list[dict[str, Any]],
+        earlier_rounds: list[dict[str, Any]],
     ) -> None:
-        """Write run.json and partition.json, and rounds.jsonl with the rounds that are kept.
+        """Write run.json, partition.json, and rounds.jsonl with the rounds of earlier parts.
 
-        A run that goes on keeps the run.json of its first part; later parts are listed in `parts`.
+        A run that is resumed keeps the run.json of its first part and lists later ones in `parts`.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        if kept_rounds:
+        if earlier_rounds:
             first = self._run()
             part = {key: run[key] for key in _PART_KEYS if key in run}
-            part["first_round_index"] = len(kept_rounds)
+            part["first_round_index"] = len(earlier_rounds)
             run = {**first, "parts": [*first.get("parts", []), part]}
         write_json(self.run_dir / "run.json", run)
         write_json(self.run_dir / "partition.json", partition)
-        text = "".join(_line(row) for row in kept_rounds)
+        text = "".join(_line(row) for row in earlier_rounds)
         write_atomically(self.run_dir / "rounds.jsonl", text.encode())
 
     def add_round(self, row: Mapping[str, Any]) -> None:
@@ -70,7 +64,7 @@ class Recorder:
         append_row(self.run_dir / "rounds.jsonl", row)
 
     def end_part(self, first_round_index: int, energy: Mapping[str, Any]) -> None:
-        """Note what a part of the run took, if that is known."""
+        """Record the energy of a part of the run, if it is known."""
         if not energy:
             return
         run = self._run()
@@ -81,7 +75,7 @@ class Recorder:
         )
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> None:
-        """Complete run.json, write DONE last. The checkpoint stays: it holds what was trained.
+        """Complete run.json, then write DONE. The checkpoint stays: it holds the trained model.
 
         facts: more keys, energy_missing among them if the last part's energy is not known.
         """
@@ -112,104 +106,10 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _energy(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The sum of the parts' energy; nothing if a part's is not known."""
+    """The sum of the parts' energy; empty if one of them is unknown."""
     parts = run.get("energy_parts", [])
     return add_parts(parts) if len(parts) == 1 + len(run.get("parts", [])) else {}
 
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n"
-
-
-def utc_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def provenance(config: RunConfig, **facts: Any) -> dict[str, Any]:
-    """The keys of run.json that say what ran and on what; unknown ones are absent."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run_id": config.run_id,
-        "config": config.canonical(),
-        "config_hash": config.config_hash,
-        **_known({**surroundings(), **facts}),
-    }
-
-
-def surroundings() -> dict[str, Any]:
-    """The keys of run.json that every benchmark shares: code, versions, machine, start."""
-    facts = {
-        **_git(),
-        "python": platform.python_version(),
-        "package_versions": package_versions(),
-        "cpu": cpu_name(),
-        "num_cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "slurm": {key: os.environ[key] for key in _SLURM_KEYS if key in os.environ} or None,
-        "start_time": utc_now(),
-    }
-    return _known(facts)
-
-
-def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if value is not None}
-
-
-def library_fact(comm: str, library: str | None) -> dict[str, str]:
-    """The key of run.json that says what moves the bytes of this back end, if anything does."""
-    return {f"{comm.removesuffix('-node')}_library": library} if library else {}
-
-
-def process_facts(world_rank: int, device: torch.device) -> dict[str, Any]:
-    """One entry of run.json's process map."""
-    return {
-        "world_rank": world_rank,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def cpu_name() -> str | None:
-    """The processor's name as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or None
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _git() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout this code runs from; nothing for an installed copy."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return {}
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"git_commit": commit, "git_dirty": bool(changed)}

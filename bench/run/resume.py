@@ -11,7 +11,8 @@ from bench.metering.codecarbon import HostEnergy
 from bench.run import checkpoint
 from bench.run.clients import home
 from bench.run.job import ClientState, Job
-from bench.run.record import Recorder, library_fact, process_facts, provenance
+from bench.run.provenance import library_fact, process_facts, provenance
+from bench.run.record import Recorder
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import JobError
@@ -24,7 +25,7 @@ def identity(
     config: RunConfig, dataset_digest: str, device_profiles: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint belongs to: another one's would change the result."""
-    found = {"config": config.deciding(), "dataset_digest": dataset_digest}
+    found = {"config": config.result_settings(), "dataset_digest": dataset_digest}
     if config.clients.timed:
         found |= {f"device {name}": device_profiles[name] for name in config.devices.shares}
     return found

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.metering.client_cost import model_devices, reduce_clients
-from bench.metering.meter import Measured, reduce_energy, reduce_memory, reduce_seconds
+from bench.metering.meter import Measured
+from bench.metering.reduce import reduce_energy, reduce_memory, reduce_seconds
 from bench.run.job import Job
 from fedara_core.comm.base import Communicator, Traffic
 

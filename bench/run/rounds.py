@@ -10,7 +10,8 @@ import numpy as np
 
 from bench.metering.client_cost import profiles
 from bench.metering.codecarbon import HostEnergy, add_hosts, no_energy
-from bench.metering.meter import Meter, proportional_bytes
+from bench.metering.memory import proportional_bytes
+from bench.metering.meter import Meter
 from bench.run import checkpoint
 from bench.run.arrivals import Arrivals
 from bench.run.clients import chunks, draw_cohort, drop_client, place, train_chunk

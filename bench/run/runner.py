@@ -1,6 +1,5 @@
-"""Runs the points of a config one after another in one job, with progress on world_rank 0."""
+"""Runs the points of a config one after another in one job; world_rank 0 shows the progress."""
 
-import ctypes
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +24,6 @@ from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import Diverged, InputError, Interrupted
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
-
 
 def run_all(
     path: Path,
@@ -35,32 +32,32 @@ def run_all(
     communicator: Communicator,
     index: int | None = None,
 ) -> None:
-    """Run every point of the config or plan at `path` that has no DONE yet, or only point `index`.
+    """Run every unfinished point of the config or plan at `path`, or only point `index`.
 
-    world_rank 0 reads the config and says what is left. An InputError is raised on all processes,
-    and so is Interrupted, after a whole round, where one of them gets SIGUSR1 or SIGTERM.
+    world_rank 0 reads the config. All processes raise the same InputError, and all raise
+    Interrupted after the round in which one of them gets SIGUSR1 or SIGTERM. A point that diverges
+    does not stop the others; its Diverged is raised at the end.
     """
-    keep_freed_memory()
-    pending = _pending(path, results, overrides, communicator, index)
+    points = _points(path, results, overrides, communicator, index)
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     diverged: list[Diverged] = []
     finished: list[Path] = []
     energies = _Energies(communicator)
     with listening() as asked:
-        for title, config, done in pending:
+        for title, config, done in points:
             if done:
                 console.print(f"{title}: finished earlier, skipped")
                 continue
             if signal_name := asked.agree(communicator):
-                raise Interrupted(f"interrupted by {signal_name}; start again to go on")
+                raise Interrupted(f"interrupted by {signal_name}; start again to continue")
             recorder = Recorder(results, config)
             try:
-                with _alone(recorder, communicator, console) as done:
-                    if done:  # by the job that had the folder until now
+                with _locked(recorder, communicator, console) as done:
+                    if done:  # by the job that held the lock until now
                         console.print(f"{title}: finished meanwhile, skipped")
                         continue
                     _run_point(title, config, communicator, recorder, console, energies, asked)
-            except Diverged as error:  # the same on every process; the other points still run
+            except Diverged as error:  # the same on every process
                 console.print(f"{title}: {error}", soft_wrap=True)
                 diverged.append(error)
             else:
@@ -87,8 +84,8 @@ def _run_point(
     job = together(communicator, lambda: prepare(config, communicator))
     if communicator.world_size > config.num_drawn:
         console.print(
-            f"{communicator.world_size} processes share a cohort of {config.num_drawn}: "
-            "some train nobody"
+            f"{communicator.world_size} processes share a cohort of {config.num_drawn} clients: "
+            "some processes have no client to train"
         )
     energy = energies.of(config.energy, job.device)
 
@@ -100,9 +97,11 @@ def _run_point(
 
 
 @contextmanager
-def _alone(recorder: Recorder, communicator: Communicator, console: Console) -> Iterator[bool]:
-    """Hold the run's folder: world_rank 0 for all; gives whether the run is done by now. InputError
-    where another job holds it."""
+def _locked(recorder: Recorder, communicator: Communicator, console: Console) -> Iterator[bool]:
+    """Lock the run's folder, world_rank 0 for all processes; yields whether the run is finished.
+
+    Raises InputError if another job holds the lock.
+    """
     with ExitStack() as stack:
 
         def lock() -> None:
@@ -122,14 +121,14 @@ def _alone(recorder: Recorder, communicator: Communicator, console: Console) -> 
 
 
 class _Energies:
-    """Energy meters of a job, opened once for the runs that share their settings."""
+    """The energy meters of a job; runs with equal settings share them."""
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self._opened: dict[tuple[EnergyConfig, str], HostEnergy] = {}
 
     def of(self, config: EnergyConfig, device: torch.device) -> HostEnergy:
-        """Every process calls it together."""
+        """The meters for these settings; all processes call it together."""
         if not config.enabled:
             return no_energy("energy.enabled = false")
         key = config, device.type
@@ -151,9 +150,9 @@ def gpu_uuid(device: torch.device) -> str | None:
 
 
 def set_threads(wanted: int | str, communicator: Communicator) -> None:
-    """Fix the intra-op threads, the same number on every process, since bits depend on it.
+    """Use the same number of threads on every process, since the bits depend on it.
 
-    auto shares out each host's cores; the smallest share counts.
+    "auto" divides each host's cores among its processes; the smallest share counts.
     """
     mine = _num_threads(wanted, communicator.host_size, os.environ)
     everyone = communicator.gather_bytes(str(mine).encode())
@@ -169,36 +168,14 @@ def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) 
     return max(1, len(os.sched_getaffinity(0)) // host_size)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 512 MB of freed memory for the next allocation (mallopt(3)).
-
-    So much, since a round's uploads take up to 256 MB (rounds.HELD_VALUES). By itself it hands
-    larger blocks back, and touching their pages anew took up to a third of a round without
-    training. Settings in the environment stand, and other C libraries stay as they are.
-    """
-    if any(key.startswith(("MALLOC_MMAP", "MALLOC_TRIM", "GLIBC_TUNABLES")) for key in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc hand all freed memory back to the system (malloc_trim(3))."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
-def _pending(
+def _points(
     path: Path,
     results: Path,
     overrides: list[str],
     communicator: Communicator,
     index: int | None,
 ) -> list[tuple[str, RunConfig, bool]]:
-    """Title, config and whether it is done, for each point: read by world_rank 0, told to all."""
+    """Title, config and whether it is finished, for each point. world_rank 0 reads for all."""
 
     def read() -> bytes:
         if communicator.world_rank != 0:
@@ -225,7 +202,7 @@ def _make_folder(results: Path) -> None:
 
 
 class _Progress:
-    """Reports rounds: a bar on a terminal, plain lines elsewhere, nothing off world_rank 0."""
+    """Shows rounds on world_rank 0: as a bar on a terminal, else as lines."""
 
     def __init__(self, console: Console, config: RunConfig) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""SIGUSR1 and SIGTERM ask a job to end after the round that it is in."""
+"""SIGUSR1 and SIGTERM ask a job to end after its current round."""
 
 import signal
 import threading
@@ -12,8 +12,8 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Asked:
-    """Whether this process was asked to end. A launcher may pass on the same signal more than
-    once, so that a second one says nothing new; SIGINT and SIGKILL end a job at once."""
+    """Whether this process was asked to end. Further signals change nothing, since a launcher may
+    pass on the same one more than once; SIGINT and SIGKILL end a job at once."""
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -23,14 +23,14 @@ class Asked:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
     def agree(self, communicator: Communicator) -> str:
-        """The name of a signal that any process got, the same on all of them; "" if none did."""
-        told = communicator.gather_bytes(self.signal_name.encode())
-        return next((name.decode() for name in told if name), "")
+        """The name of a signal that any process got, the same on all processes; "" if none."""
+        names = communicator.gather_bytes(self.signal_name.encode())
+        return next((name.decode() for name in names if name), "")
 
 
 @contextmanager
 def listening() -> Iterator[Asked]:
-    """Note the signals instead of ending at once. Only a main thread can; others hear nothing."""
+    """Note the signals instead of ending at once. Python allows that in the main thread only."""
     asked = Asked()
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -1,10 +1,10 @@
-"""What `fedara list` prints: methods, data sets, models, configs."""
+"""What `fedara list` prints: methods, data sets, models, configs, and the keys of a config."""
 
 import dataclasses
+import json
 import re
 import sys
 import textwrap
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def _methods() -> Iterator[tuple[str, str]]:
-    from fedara_core.method import load_method, method_names  # torch: only for those who need it
+    from fedara_core.method import load_method, method_names  # imports torch
 
     for name in method_names():
         module = sys.modules[load_method(name).__module__]
@@ -20,10 +20,10 @@ def _methods() -> Iterator[tuple[str, str]]:
 
 
 def _datasets() -> Iterator[tuple[str, str]]:
-    yield "docstrings", "the standard library's own docstrings; label = topic; built at run time"
+    yield "docstrings", "the docstrings of Python's standard library; the label is the topic"
     yield "toy", "520 synthetic texts of 4 classes, for tests"
     yield "file:DIR", "train.* and test.* in DIR (.parquet, .csv or .jsonl), text and label columns"
-    yield "NAME", "a hub name for datasets.load_dataset, such as fancyzhx/ag_news"
+    yield "NAME", "a name on the Hugging Face hub, such as fancyzhx/ag_news"
 
 
 def _models() -> Iterator[tuple[str, str]]:
@@ -31,14 +31,25 @@ def _models() -> Iterator[tuple[str, str]]:
 
     yield from BUILT_IN.items()
     yield "DIR", "a folder with a transformers model"
-    yield "NAME", "a hub name for transformers' AutoModel, such as FacebookAI/roberta-base"
+    yield "NAME", "a model on the Hugging Face hub, such as FacebookAI/roberta-base"
 
 
 def _configs() -> Iterator[tuple[str, str]]:
     for path in sorted(CONFIGS.rglob("*.toml")):
-        tomllib.loads(path.read_text(encoding="utf-8"))  # a listed config can at least be read
-        comment = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        yield str(path.relative_to(CONFIGS)), comment
+        first_line, *_ = path.read_text(encoding="utf-8").splitlines()
+        yield str(path.relative_to(CONFIGS)), first_line.lstrip("# ")
+
+
+def _keys() -> Iterator[tuple[str, str]]:
+    from bench.config.schema import RunConfig  # imports torch
+
+    for section, outer in RunConfig.model_fields.items():
+        fields = getattr(outer.annotation, "model_fields", None)
+        named = {f"{section}.{key}": field for key, field in fields.items()} if fields else {}
+        for key, field in (named or {section: outer}).items():
+            text = " ".join((field.description or "").split())
+            given = not field.is_required() and field.default is not None
+            yield key, f"{text} Default: {json.dumps(field.default)}." if given else text
 
 
 def describe_methods() -> Iterator[str]:
@@ -81,4 +92,5 @@ CATALOGS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "datasets": _datasets,
     "models": _models,
     "configs": _configs,
+    "keys": _keys,
 }

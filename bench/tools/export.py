@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.config.schema import RunConfig, parse_run
+from bench.config.load import parse_run
+from bench.config.schema import RunConfig
 from bench.models.encoders import MeanPooled, save_tokenizer
 from bench.run import checkpoint
 from bench.run.clients import without_residual

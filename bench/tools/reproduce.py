@@ -54,7 +54,7 @@ def reproduce(
         if not (run_dir / "DONE").exists():
             raise InputError(f"{run_dir}: no finished record (run.json and DONE)")
         (config,), (own,) = load_points(record, overrides), load_points(record, [])
-        if config.deciding() != own.deciding():
+        if config.result_settings() != own.result_settings():
             raise InputError(
                 f"--set {' '.join(overrides)}: another run than the record's; allowed: what "
                 "changes no result, such as dataset.name=file:DIR for where its data lie"

@@ -7,10 +7,11 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.tools import doctor
 from bench.tools.catalog import CATALOGS, CONFIGS
 from fedara_core.method import load_method, method_names
+from support.launch import TINY
 
 
 def invoke(*arguments: str) -> str:
@@ -41,7 +42,16 @@ def test_verbose_tells_bytes_and_hyperparameters_of_every_method() -> None:
 def test_list_refuses_what_it_does_not_know() -> None:
     result = CliRunner().invoke(app, ["list", "colours"])
     assert result.exit_code == 2
-    assert "'colours': allowed: methods, datasets, models, configs" in result.stderr
+    assert "'colours': allowed: methods, datasets, models, configs, keys" in result.stderr
+
+
+def test_every_key_of_a_config_is_explained() -> None:
+    lines = dict(line.split(maxsplit=1) for line in invoke("list", "keys").splitlines())
+    config = load_runs(TINY, [])[0].model_dump(exclude={"method"})
+    sections = {key: value for key, value in config.items() if isinstance(value, dict)}
+    keys = {f"{section}.{key}" for section, table in sections.items() for key in table}
+    assert lines.keys() == keys | {"seed", "method.name"}
+    assert lines["train.lr"] == "Learning rate. Default: 0.001."
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: path.stem)

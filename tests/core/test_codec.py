@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.config.schema import parse_run
+from bench.config.load import parse_run
 from bench.run.checkpoint import dump_kept, load_kept
 from fedara_core.codec import (
     CODECS,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fedara_core.merge.collectives import Part, RunningMean, weighted_sum
 
-from bench.run.rounds import merge_path
+from bench.run.exchange import merge_path
 from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS, SAME_BITS, cheapest, moved_values
 from fedara_core.wire import Upload

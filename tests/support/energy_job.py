@@ -9,7 +9,7 @@ import sys
 import time
 
 from bench import cli
-from bench.metering import counters as energy_counters
+from bench.metering import counters
 from bench.metering.counters import Counter
 
 WATTS = 10
@@ -22,7 +22,7 @@ def open_clock(*_: object) -> list[Counter]:
 
 
 def main() -> None:
-    energy_counters.open_rapl = open_clock
+    counters.open_rapl = open_clock
     if sys.argv[1] == "apart":
         os.environ["SLURMD_NODENAME"] = f"n{os.environ['PMI_RANK']}"
     if sys.argv[1] == "no-scontrol":

@@ -24,9 +24,9 @@ from typing import NoReturn
 import torch
 
 from bench import cli
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.metering.meter import PHASES, Meter
-from bench.run.rounds import prepare
+from bench.run.job import prepare
 from fedara_core.comm.base import Communicator
 
 WORLD_SIZE = 2

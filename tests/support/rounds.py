@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.metering.meter import Meter
-from bench.run import rounds
-from bench.run.rounds import Job, one_round, prepare
+from bench.run import clients
+from bench.run.job import Job, prepare
+from bench.run.rounds import one_round
 from fedara_core.comm.base import Communicator
-from fedara_core.method import ServerState
+from fedara_core.state import ServerState
 from fedara_core.wire import Upload
 from support.launch import TINY
 
@@ -49,5 +50,5 @@ def play_rounds(
 def train_one_client(job: Job, state: ServerState, client_id: int) -> Upload:
     """What one client uploads in the state's round, before it is packed."""
     sent: list[Upload] = []
-    rounds.train_client(job, state, client_id, Meter(job.device), sent.append)
+    clients.train_client(job, state, client_id, Meter(job.device), sent.append)
     return sent[0]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.config.schema import RunConfig, load_runs, parse_run
+from bench.config.load import load_runs, parse_run
+from bench.config.schema import RunConfig
 from bench.run.checkpoint import FILE, write_atomically
 from bench.run.record import Recorder
 from fedara_core.errors import InputError

@@ -5,9 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.config.schema import AdapterSection, PartitionConfig
-from bench.data import partition as partition_module
-from bench.data.partition import draw_client_lora_ranks, label_counts, partition, summary
+from bench.config.schema import AdapterConfig, PartitionConfig
+from bench.data.partition import (
+    _fill_up,
+    draw_client_lora_ranks,
+    label_counts,
+    partition,
+    summary,
+)
 from fedara_core.errors import InputError
 
 NUM_CLASSES = 10
@@ -89,7 +94,7 @@ def test_dirichlet_meets_min_examples_at_tiny_alpha(min_examples: int) -> None:
 
 def test_dirichlet_is_redrawn_before_it_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     redrawn = sizes(deal(20, alpha=0.3, min_examples=30))
-    monkeypatch.setattr(partition_module, "MAX_DRAWS", 1)
+    monkeypatch.setattr("bench.data.partition.MAX_DRAWS", 1)
     mended = sizes(deal(20, alpha=0.3, min_examples=30))
     assert redrawn.min() >= 30
     assert mended.min() == 30
@@ -98,7 +103,7 @@ def test_dirichlet_is_redrawn_before_it_is_mended(monkeypatch: pytest.MonkeyPatc
 
 def test_mending_takes_from_the_largest_client() -> None:
     shards = [np.arange(0, 6), np.arange(6, 6), np.arange(6, 11), np.arange(11, 12)]
-    filled = partition_module._fill_up(shards, 2)
+    filled = _fill_up(shards, 2)
     # Client 1 takes 5 of client 0 (6 examples), then, at 5 and 5, the lower one's next: 4. Then
     # client 3 takes 10 of client 2, which is the largest by then.
     assert [shard.tolist() for shard in filled] == [[0, 1, 2, 3], [5, 4], [6, 7, 8, 9], [11, 10]]
@@ -155,13 +160,13 @@ def test_label_counts_and_summary() -> None:
 
 def test_client_ranks_are_dealt_by_their_shares() -> None:
     entries = [{"lora_rank": 2, "share": 0.3}, {"lora_rank": 8, "share": 0.7}]
-    config = AdapterSection.model_validate({"lora_rank": 8, "client_lora_ranks": entries})
+    config = AdapterConfig.model_validate({"lora_rank": 8, "client_lora_ranks": entries})
     drawn = draw_client_lora_ranks(config, num_clients=10, seed=0)
     assert sorted(drawn) == [2] * 3 + [8] * 7
     assert drawn == draw_client_lora_ranks(config, num_clients=10, seed=0)
     assert drawn != draw_client_lora_ranks(config, num_clients=10, seed=1)
     assert len(draw_client_lora_ranks(config, num_clients=7, seed=0)) == 7
-    assert draw_client_lora_ranks(AdapterSection(lora_rank=5), num_clients=2, seed=0) == [5, 5]
+    assert draw_client_lora_ranks(AdapterConfig(lora_rank=5), num_clients=2, seed=0) == [5, 5]
 
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet", "shards", "quantity"])

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.jobs import local as sweep
 from bench.jobs.plan import Plan, describe, load_points, make_plan
 from bench.jobs.status import last_lines, read_status

@@ -20,7 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.jobs.plan import Plan, make_plan
 from bench.jobs.slurm import array_script, read_site
 from support.launch import ROOT, TINY, environment, fedara_here, rounds_of

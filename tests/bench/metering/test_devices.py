@@ -1,7 +1,5 @@
 """Modelled devices: arithmetic by hand, stragglers, dealing, sources, and wrong files."""
 
-import subprocess
-import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -161,8 +159,3 @@ def test_a_wrong_file_is_refused_in_one_line(
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.toml cannot be read .*; allowed: a readable TOML"):
         load_devices(tmp_path / "none.toml")
-
-
-def test_devices_need_no_torch() -> None:
-    code = "import sys, bench.metering.devices; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from bench.metering import counters as energy_counters
 from bench.metering.codecarbon import NullEnergy, RunEnergy, check_sources, host_identity, samplers
 from bench.metering.counters import EnergyCounters, net_joules, nvml_indices
 
@@ -297,7 +296,7 @@ def test_idle_and_net(powercap: Powercap, monkeypatch: pytest.MonkeyPatch) -> No
     fake_time = SimpleNamespace(sleep=sleep, perf_counter=lambda: now[0])
     counters = EnergyCounters(powercap=powercap.root)
     powercap.set("intel-rapl:0", 6_000_000)  # before the window
-    monkeypatch.setattr(energy_counters, "time", fake_time)
+    monkeypatch.setattr("bench.metering.counters.time", fake_time)
     watts = counters.idle_watts(4.0)
     assert watts == pytest.approx({"rapl": 0.25})
     gross = {"rapl": 10.0, "nvml": 3.0}  # a GPU without a baseline has no net
@@ -368,7 +367,7 @@ def test_codecarbon_fails_to_start(
     def broken(tracker: Any) -> None:
         raise OSError("no hardware")
 
-    monkeypatch.setattr("codecarbon.OfflineEmissionsTracker._ensure_hardware_ready", broken)
+    monkeypatch.setattr("codecarbon.OfflineEmissionsTracker.get_detected_hardware", broken)
     run = RunEnergy("DEU")
     run.start()
     assert run.stop() == {}

@@ -12,21 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.metering.client_cost import MIX, ClientCost, model_devices, reduce_clients
 from bench.metering.codecarbon import HostEnergy, NullEnergy, add_hosts
 from bench.metering.devices import load_devices
-from bench.metering.meter import (
-    PHASES,
-    Measured,
-    Meter,
-    reduce_energy,
-    reduce_memory,
-    reduce_seconds,
-)
+from bench.metering.meter import PHASES, Measured, Meter
+from bench.metering.reduce import reduce_energy, reduce_memory, reduce_seconds
 from bench.run import rounds
-from bench.run.record import Recorder, library_fact, surroundings
-from bench.run.rounds import prepare, run
+from bench.run.job import prepare
+from bench.run.provenance import library_fact, surroundings
+from bench.run.record import Recorder
+from bench.run.rounds import run
 from fedara_core.comm.base import Communicator
 from support.documented import documented
 from support.energy_job import WATTS
@@ -181,7 +177,7 @@ def test_codecarbon_does_not_start_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     monkeypatch.setattr("bench.metering.codecarbon.EnergyCounters", lambda gpus: NullEnergy())
-    failing = "codecarbon.OfflineEmissionsTracker._ensure_hardware_ready"
+    failing = "codecarbon.OfflineEmissionsTracker.get_detected_hardware"
     monkeypatch.setattr(failing, lambda tracker: 1 / 0)
     job = fedara_here("run", TINY, *SHORT, *ENERGY, "--results", tmp_path)
     assert job.code == 0

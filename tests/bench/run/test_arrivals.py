@@ -15,7 +15,9 @@ from bench.metering.client_cost import ClientCost, profiles, reduce_clients
 from bench.run import rounds
 from bench.run.arrivals import Fleet, draw_speeds, first
 from bench.run.checkpoint import dump, find_checkpoint, restore, save_checkpoint
-from bench.run.rounds import Job, draw_cohort, identity
+from bench.run.clients import draw_cohort
+from bench.run.job import Job
+from bench.run.resume import identity
 from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.method import ServerState, method_names

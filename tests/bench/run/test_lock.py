@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.jobs.slurm_job import requeue
 from bench.run import lock
 from bench.run.lock import FILE, locked
@@ -111,7 +111,7 @@ def test_of_a_job_on_another_host_slurm_knows(
 
 def test_another_host_without_slurm_is_never_taken_over(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({"host": "node7", "pid": 1}))
-    with pytest.raises(InputError, match=rf"delete .*{FILE} if it has"), locked(tmp_path):
+    with pytest.raises(InputError, match=rf"if it has, delete .*{FILE}"), locked(tmp_path):
         pass
 
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
+from bench.run.job import load_texts, prepare
 from bench.run.record import Recorder
-from bench.run.rounds import load_texts, prepare, run
-from bench.run.runner import _num_threads, keep_freed_memory, run_all, set_threads
+from bench.run.rounds import run
+from bench.run.runner import _num_threads, run_all, set_threads
 from fedara_core.comm.base import Communicator
 from fedara_core.errors import Diverged, InputError
 
@@ -69,20 +70,3 @@ def test_every_process_takes_the_smallest_share(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.set_num_threads", chosen.append)
     set_threads(5, Uneven())
     assert chosen == [2]
-
-
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Library:
-        mallopt = staticmethod(lambda which, num_bytes: told.append((which, num_bytes)))
-
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr("ctypes.CDLL", lambda name: Library)
-    for key in ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.setenv(key, "1")
-        keep_freed_memory()
-        monkeypatch.delenv(key)
-    assert not told
-    keep_freed_memory()
-    assert told == [(-3, 33554432), (-1, 536870912)]

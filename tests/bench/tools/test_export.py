@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.config.schema import load_runs
+from bench.config.load import load_runs
 from bench.models.encoders import build_model
 from bench.run.checkpoint import save_checkpoint
-from bench.run.rounds import identity
+from bench.run.resume import identity
 from bench.tools.export import export, load_trained, lora_pairs
 from fedara_core.adapters import Adapter, named_adapters
 from fedara_core.errors import InputError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.encoders import build_model
-from bench.run.rounds import client_batches, draw_cohort
+from bench.run.clients import client_batches, draw_cohort
 from fedara_core.adapters import (
     Adapter,
     AdapterConfig,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.models.encoders import build_model
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import LowRank, named_adapters
 from fedara_core.factors import join_pair, split_pair
 from fedara_core.method import Client, ServerState, load_method

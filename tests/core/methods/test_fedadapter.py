@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.encoders import build_model
-from bench.run.rounds import client_batches
+from bench.run.clients import client_batches
 from fedara_core.adapters import AdapterConfig, inject, named_adapters
 from fedara_core.errors import InputError
 from fedara_core.methods.fedadapter import Bottleneck, FedAdapter

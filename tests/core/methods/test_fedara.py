@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import Adapter, AdapterConfig, LowRank, adapter_shapes, named_adapters
 from fedara_core.errors import InputError
 from fedara_core.factors import orthogonality_penalty

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job
+from bench.run.job import Job
 from fedara_core.adapters import adapter_shapes, named_adapters
 from support.rounds import make_tiny_job, play_rounds
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bench.models.encoders import build_model
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import AdapterConfig, adapter_shapes, inject
 from fedara_core.method import ServerState, load_method
 from fedara_core.methods.fedex_lora import FedExLora

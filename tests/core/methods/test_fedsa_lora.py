@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import Rows, read_rows
 from fedara_core.method import Client
 from fedara_core.wire import Upload

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import read_rows
 from fedara_core.methods.fedsvd import refactor
 from support.rounds import make_tiny_job, play_rounds, train_one_client

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import named_adapters, read_rows
 from fedara_core.errors import InputError
 from fedara_core.factors import lora_rows

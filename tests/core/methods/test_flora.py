@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.models.encoders import build_model
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import (
     AdapterConfig,
     LowRank,

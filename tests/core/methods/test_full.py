@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from bench.config.schema import ModelConfig
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, client_batches
+from bench.run.clients import client_batches
+from bench.run.job import Job
 from fedara_core.adapters import AdapterConfig, inject
 from fedara_core.method import whole_parameters
 from fedara_core.methods.full import Full

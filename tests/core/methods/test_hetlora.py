@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import (
     AdapterConfig,
     LowRank,

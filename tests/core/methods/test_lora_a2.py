@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.run.rounds import Job, client_batches
+from bench.run.clients import client_batches
+from bench.run.job import Job
 from fedara_core.adapters import (
     AdapterConfig,
     LowRank,

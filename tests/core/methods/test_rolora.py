@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.run.rounds import draw_cohort
+from bench.run.clients import draw_cohort
 from fedara_core.adapters import named_adapters, read_rows
 from fedara_core.method import Method, load_method
 from support.rounds import make_tiny_job, play_rounds, train_one_client

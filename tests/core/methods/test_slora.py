@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.models.encoders import build_model
-from bench.run.rounds import Job, client_batches
+from bench.run.clients import client_batches
+from bench.run.job import Job
 from fedara_core.adapters import named_adapters
 from fedara_core.errors import InputError
 from fedara_core.method import ServerState

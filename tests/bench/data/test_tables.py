@@ -1,10 +1,6 @@
-"""The data sets: what docstrings and toy hold, and each way in which a set can be wrong."""
+"""Sets in files and on the hub, and each way in which one can be wrong."""
 
 import json
-import re
-import sysconfig
-import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +10,10 @@ import pandas as pd
 import pytest
 
 from bench.config.schema import DatasetConfig
-from bench.data.texts import TOPICS, TextDataset, holdout, load_dataset
+from bench.data.texts import load_dataset
 from fedara_core.errors import InputError
 
 SHARED_DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def docstrings() -> tuple[TextDataset, float]:
-    start = time.process_time()
-    dataset = load_dataset(DatasetConfig(name="docstrings"))
-    return dataset, time.process_time() - start
 
 
 def write_set(folder: Path, train: Any, test: Any, labels: Any = None) -> DatasetConfig:
@@ -44,151 +33,6 @@ def refused(config: DatasetConfig) -> str:
     assert "\n" not in message
     assert "allowed" in message
     return message
-
-
-# ---- docstrings ----
-
-
-def test_docstrings_has_enough_texts_in_each_class(docstrings: tuple[TextDataset, float]) -> None:
-    dataset, seconds = docstrings
-    counts = np.bincount(dataset.train_labels, minlength=len(dataset.labels))
-    counts += np.bincount(dataset.test_labels, minlength=len(dataset.labels))
-    assert dataset.labels == tuple(TOPICS)
-    assert len(dataset.labels) == 22
-    assert counts.sum() > 4000
-    assert counts.min() >= 60
-    assert 0.17 < len(dataset.test_texts) / counts.sum() < 0.25
-    assert set(dataset.test_labels) == set(range(22))
-    assert seconds < 8  # of this process; about 2.5
-
-
-def test_docstrings_texts_do_not_name_their_topic(docstrings: tuple[TextDataset, float]) -> None:
-    dataset, _ = docstrings
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    for label_id, modules in enumerate(TOPICS.values()):
-        names = {module.strip("_") for module in modules}
-        for module in modules:
-            names |= {path.stem.strip("_") for path in (stdlib / module).glob("[!_]*.py")}
-        pattern = re.compile(rf"(?<![^\W_])({'|'.join(map(re.escape, names))})(?![^\W_])", re.I)
-        for texts, label_ids in (
-            (dataset.train_texts, dataset.train_labels),
-            (dataset.test_texts, dataset.test_labels),
-        ):
-            for text, text_label in zip(texts, label_ids, strict=True):
-                found = pattern.search(text) if text_label == label_id else None
-                assert found is None, f"{found} in {text!r}"
-
-
-def test_docstrings_texts_are_clean_and_unique(docstrings: tuple[TextDataset, float]) -> None:
-    dataset, _ = docstrings
-    texts = dataset.train_texts + dataset.test_texts
-    assert all(text == " ".join(text.split()) and len(text.split()) >= 4 for text in texts)
-    assert max(Counter(text.lower() for text in texts).values()) == 1
-
-
-def test_docstrings_are_the_same_twice(docstrings: tuple[TextDataset, float]) -> None:
-    dataset, _ = docstrings
-    assert load_dataset(DatasetConfig(name="docstrings")).digest == dataset.digest
-
-
-def test_docstrings_rules_on_a_small_library(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for label in TOPICS:
-        body = f'"""Only {label[::-1]} is written about here."""\n'
-        (tmp_path / f"{label}.py").write_text(body, encoding="utf-8")
-    (tmp_path / "asyncio" / "tests").mkdir(parents=True)
-    (tmp_path / "asyncio" / "base_loop.py").write_text(
-        """
-class First:
-    '''The same words   at both places.'''
-    if True:
-        async def method(self):
-            '''Ask asyncio.Task, my_asyncio_loop, xml or
-            _ASYNCIO about base_loop and asyncioTask.'''
-def short():
-    '''Three words asyncio remain.'''
-""",
-        encoding="utf-8",
-    )
-    hidden = tmp_path / "asyncio" / "tests" / "hidden.py"
-    hidden.write_text("'''Nobody reads this text here.'''", encoding="utf-8")
-    with (tmp_path / "xml.py").open("a", encoding="utf-8") as file:
-        file.write("def same(): '''the same words at both PLACES.'''\n")
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    dataset = load_dataset(DatasetConfig(name="docstrings"))
-    expected = {f"Only {label[::-1]} is written about here." for label in TOPICS}
-    expected.add("Ask Task, , or about and asyncioTask.")
-    assert {*dataset.train_texts, *dataset.test_texts} == expected
-    assert len(dataset.train_texts) + len(dataset.test_texts) == len(expected)
-
-
-def test_docstrings_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert "no docstrings of argparse, asyncio" in refused(DatasetConfig(name="docstrings"))
-
-
-# ---- toy, digest, holdout ----
-
-
-def test_toy_is_small_balanced_and_deterministic() -> None:
-    dataset = load_dataset(DatasetConfig(name="toy"))
-    assert (len(dataset.train_texts), len(dataset.test_texts)) == (400, 120)
-    assert np.bincount(dataset.train_labels).tolist() == [100] * 4
-    assert np.bincount(dataset.test_labels).tolist() == [30] * 4
-    assert dataset.train_labels.dtype == np.int64
-    assert {len(text.split()) for text in dataset.train_texts} == {8}
-    assert dataset.digest == load_dataset(DatasetConfig(name="toy")).digest
-
-
-def test_toy_is_learnable_from_word_counts() -> None:
-    dataset = load_dataset(DatasetConfig(name="toy"))
-    counts: dict[str, np.ndarray] = {}
-    for text, label_id in zip(dataset.train_texts, dataset.train_labels, strict=True):
-        for word in text.split():
-            counts.setdefault(word, np.zeros(4))[label_id] += 1
-    votes = [sum(counts[w] / counts[w].sum() for w in text.split()) for text in dataset.test_texts]
-    assert (np.argmax(votes, axis=1) == dataset.test_labels).mean() > 0.9
-
-
-def test_digest_sees_every_part_and_no_two_framings_agree() -> None:
-    def digest(labels: str, train: list[str], test: list[str], ids: list[int]) -> str:
-        return TextDataset(
-            name="x",
-            labels=tuple(labels),
-            train_texts=train,
-            train_labels=np.array(ids[: len(train)]),
-            test_texts=test,
-            test_labels=np.array(ids[len(train) :]),
-        ).digest
-
-    variants = [
-        digest("ab", ["one", "two"], ["three"], [0, 1, 0]),
-        digest("ac", ["one", "two"], ["three"], [0, 1, 0]),
-        digest("ab", ["onet", "wo"], ["three"], [0, 1, 0]),
-        digest("ab", ["one"], ["two", "three"], [0, 1, 0]),
-        digest("ab", ["one", "two"], ["three"], [0, 1, 1]),
-        digest("ab", ["one", "two"], ["threE"], [0, 1, 0]),
-    ]
-    assert len(set(variants)) == len(variants)
-
-
-def test_holdout_is_seeded_sorted_and_disjoint() -> None:
-    dataset = load_dataset(DatasetConfig(name="toy"))
-    train, validation = holdout(dataset, 0.1, seed=3)
-    again = holdout(dataset, 0.1, seed=3)
-    assert (len(train), len(validation)) == (360, 40)
-    assert sorted([*train, *validation]) == list(range(400))
-    assert (np.diff(train) > 0).all()
-    assert (np.diff(validation) > 0).all()
-    assert np.array_equal(validation, again[1])
-    assert not np.array_equal(validation, holdout(dataset, 0.1, seed=4)[1])
-
-
-def test_holdout_of_nothing_keeps_all() -> None:
-    train, validation = holdout(load_dataset(DatasetConfig(name="toy")), 0.0, seed=0)
-    assert np.array_equal(train, np.arange(400))
-    assert validation.size == 0
 
 
 # ---- file:DIR ----

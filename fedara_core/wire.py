@@ -139,8 +139,7 @@ def unpack(buffer: Tensor, reference: Tensor | None = None) -> list[Upload]:
             raise ValueError(
                 f"upload of client {header.client_id} needs {end} of {data.size} bytes"
             )
-        coded = torch.from_numpy(data[start:end].copy())
-        uploads.append(_decoded(header, coded, reference))
+        uploads.append(_decoded(header, data[start:end].copy(), reference))
         start = end
     return uploads
 
@@ -182,13 +181,14 @@ def add_reference(values: Tensor, reference: Tensor) -> Tensor:
     return result
 
 
-def _decoded(header: Header, coded: Tensor, reference: Tensor | None) -> Upload:
+def _decoded(header: Header, coded: np.ndarray, reference: Tensor | None) -> Upload:
     if header.codec == "fp32":
-        return Upload(header=header, values=coded.view(torch.float32))
-    values = decode_rows(header.codec, coded, message_widths(header.num_values))
+        return Upload(header=header, values=torch.from_numpy(coded.view(np.float32)))
+    payload = torch.from_numpy(coded)
+    values = decode_rows(header.codec, payload, message_widths(header.num_values))
     if reference is not None:
         values = add_reference(values, reference)
-    return Upload(header=header, values=values, payload=coded)
+    return Upload(header=header, values=values, payload=payload)
 
 
 def _read_header(data: np.ndarray, start: int) -> tuple[Header, int]:

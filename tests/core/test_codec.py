@@ -1,5 +1,6 @@
 """Codecs: lengths, error bounds, unbiased rounding, odd values; and their effect on a run."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.config.load import parse_run
-from bench.run.checkpoint import dump_kept, load_kept
+from bench.run.checkpoint import dump_client_state, load_client_state
+from bench.run.clients import reference_of
 from fedara_core.codec import (
     CODECS,
     ROW_VALUES,
@@ -17,11 +19,12 @@ from fedara_core.codec import (
     payload_bytes,
     row_bytes,
 )
+from fedara_core.compression import Compression
 from fedara_core.errors import InputError
-from fedara_core.method import join_values, load_method, method_names
+from fedara_core.method import load_method, method_names
 from fedara_core.seeds import generator
-from fedara_core.wire import Upload, code, message_bytes, pack, unpack
-from support.rounds import make_tiny_job, play_rounds
+from fedara_core.wire import Upload, make_upload, message_bytes, pack, unpack
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 LOSSY = [codec for codec in CODECS if codec != "fp32"]
 WIDTHS = torch.tensor([5, 5, 1, 128, 128, 128, 7, 2, 300])
@@ -38,7 +41,17 @@ def through(codec: str, values: Tensor, widths: Tensor, seed: int = 0) -> Tensor
 
 def make(values: Tensor, client_id: int = 3) -> Upload:
     bits = torch.tensor([True, False, True])
-    return Upload(client_id=client_id, num_examples=9, train_loss=0.5, values=values, bits=bits)
+    return make_upload(
+        client_id=client_id, num_examples=9, train_loss=0.5, values=values, bits=bits
+    )
+
+
+def coded(codec: str, values: Tensor, reference: Tensor) -> Upload:
+    """The upload as it crosses the wire."""
+    up = Compression(up=codec)
+    upload, residual = up.send_up(make(values), reference, None, seed=0, round_index=0)
+    assert residual is None
+    return upload
 
 
 def bound(codec: str, row: Tensor) -> Tensor:
@@ -136,35 +149,36 @@ def test_int4_by_hand() -> None:
 @pytest.mark.parametrize("codec", LOSSY)
 def test_a_coded_upload_crosses_the_wire(codec: str) -> None:
     values, reference = torch.randn(1000), torch.randn(600)
-    sent = code(make(values), codec, reference, generator(0, "test"))
+    sent = coded(codec, values, reference)
     packed = pack([sent, sent])
-    assert len(packed) == 2 * sent.num_bytes == 2 * message_bytes(1000, 3, codec)
+    assert len(packed) == 2 * sent.header.num_bytes == 2 * message_bytes(1000, 3, codec)
     for found in unpack(packed, reference):
         assert torch.equal(found.values, sent.values)
         assert torch.equal(found.bits, sent.bits)
-        assert found.codec == codec
+        assert found.header.codec == codec
     # The difference is what is coded, so a client that did not train is exact.
-    still = code(make(values), codec, values, generator(0, "test"))
+    still = coded(codec, values, values)
     assert torch.equal(still.values, values)
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_the_reference_is_what_a_client_that_did_not_train_uploads(name: str) -> None:
-    method_class = load_method(name)
     job = make_tiny_job(f"method.name={name}")
-    reference = job.method.reference(job.state)
-    if method_class.own_rows:
+    reference = reference_of(job, job.state)
+    if job.method.own_rows:
         assert len(reference) == 0
         return
-    expected = join_values(job.state.rows, job.state.whole, job.state, job.method.form(job.state))
-    assert torch.equal(reference, expected)
+    idle = make_tiny_job(f"method.name={name}")
+    idle = replace(idle, training=replace(idle.training, local_steps=0, local_epochs=None))
+    upload = train_one_client(idle, idle.state, 0)
+    assert torch.equal(reference, upload.values[: len(reference)])
     assert len(reference)
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_runs_under_a_codec(name: str) -> None:
     """The bytes of each upload are those of the codec, and the model is near the exact one."""
-    steady = load_method(name).steady_rows
+    steady = "feedback" in load_method(name).coded
     feedback = ("codec.error_feedback=true",) if steady else ()
     job = make_tiny_job(f"method.name={name}", "codec.up=int8", *feedback)
     (played,) = play_rounds(job, num_rounds=1)
@@ -174,8 +188,8 @@ def test_every_method_runs_under_a_codec(name: str) -> None:
     assert played.row["downlink_bytes"] == plain.row["downlink_bytes"]
     assert played.row["state_digest"] != plain.row["state_digest"]
     if steady:
-        assert len(job.kept) == len(played.row["cohort"])
-    assert all(("codec_residual" in kept) == steady for kept in job.kept.values())
+        assert len(job.client_state) == len(played.row["cohort"])
+    assert all(("codec_residual" in kept) == steady for kept in job.client_state.values())
     # What the model does hardly changes; its factors may turn where a method factorises anew.
     assert played.row["test_loss"] == pytest.approx(plain.row["test_loss"], rel=0.02)
 
@@ -185,12 +199,12 @@ def test_the_residual_is_what_the_codec_left_out() -> None:
     words = ("method.name=lora", "federation.num_clients=1", "federation.cohort=1")
     job = make_tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
     first, second = play_rounds(job, num_rounds=1), None
-    left_out = job.kept[0]["codec_residual"].clone()
+    left_out = job.client_state[0]["codec_residual"].clone()
     assert left_out.abs().max() > 0
-    kept = load_kept(dump_kept(job.kept))
+    kept = load_client_state(dump_client_state(job.client_state))
     second = play_rounds(job, first[0].after, 1)[0]
     again = make_tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
-    again.kept.update(kept)
+    again.client_state.update(kept)
     resumed = play_rounds(again, first[0].after, 1)[0]
     assert resumed.row["state_digest"] == second.row["state_digest"]
     forgetful = make_tiny_job(*words, "codec.up=int4", "codec.error_feedback=true")
@@ -204,7 +218,7 @@ def test_the_server_sends_under_a_codec() -> None:
     job = make_tiny_job("method.name=lora", "codec.down=int8", "codec.error_feedback=true")
     exact = make_tiny_job("method.name=lora")
     played, plain = play_rounds(job, num_rounds=2), play_rounds(exact, num_rounds=2)
-    num_values = len(exact.method.reference(exact.state))
+    num_values = exact.state.index.num_sent
     saved = 4 * num_values - payload_bytes("int8", num_values)
     for ours, theirs in zip(played, plain, strict=True):
         assert ours.row["uplink_bytes"] == theirs.row["uplink_bytes"]
@@ -229,9 +243,9 @@ def test_refusals() -> None:
     assert "fp32 leaves nothing out" in refused({"error_feedback": True})
     for name in method_names():
         cls = load_method(name)
-        if cls.own_rows or not cls.sends_trained:
+        if "down" not in cls.coded:
             assert f"method.name = {name!r}" in refused({"down": "int8"}, name)
-        if not cls.steady_rows:
+        if "feedback" not in cls.coded:
             assert f"method.name = {name!r}" in refused(
                 {"up": "int8", "error_feedback": True}, name
             )

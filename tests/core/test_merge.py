@@ -1,16 +1,18 @@
-"""Merge paths on several process counts (collectives_check.py), the cost model, wrong input."""
+"""Merge paths on several process counts (merge_check.py), the cost model, wrong input."""
 
 import pytest
 import torch
-from fedara_core.merge.collectives import Part, RunningMean, weighted_sum
 
 from bench.run.exchange import merge_path
 from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS, SAME_BITS, cheapest, moved_values
-from fedara_core.wire import Upload
-from support.collectives_check import make_parts
+from fedara_core.merge.masked import masked_sum
+from fedara_core.merge.mean import Averaging
+from fedara_core.merge.received import Received
+from fedara_core.wire import Upload, make_upload
 from support.comm_check import CASES
 from support.launch import checked
+from support.merge_check import make_uploads, masked_upload
 from support.rounds import make_tiny_job
 
 pytestmark = pytest.mark.xdist_group("jobs")
@@ -28,13 +30,13 @@ def test_all_paths_give_the_same_sum(launcher: str, world_size: int) -> None:
 
 
 def test_the_cases_are_worth_summing() -> None:
-    parts, widths = make_parts("half")
-    masks = torch.stack([part.rank_mask for part in parts])
+    uploads, widths = make_uploads("half")
+    masks = torch.stack([upload.bits for upload in uploads])
     assert masks.any()
     assert not masks.all(dim=0).any()  # no row that every client has
     assert not masks.any(dim=1).all()  # a client without rows
     assert not masks.any(dim=0).all()  # rows that nobody has
-    assert len({part.values.numel() for part in parts}) > 3
+    assert len({upload.values.numel() for upload in uploads}) > 3
     assert len(widths.unique()) > 10
 
 
@@ -85,37 +87,52 @@ def test_auto_counts_coded_bytes(codec: str, chosen: str) -> None:
 def test_uploads_of_unequal_length_have_no_mean() -> None:
     uploads = [upload(4, 2), upload(9, 300)]
     for path in PATHS:
-        mean = RunningMean(Communicator(), path, torch.zeros(0))
+        mean = Averaging(Communicator(), path)
         for one in uploads:
-            mean.take(one)
+            mean.add(one)
         with pytest.raises(ValueError, match=r"differ in length.*\{4: 2, 9: 300\}"):
-            mean.meet()
+            mean.exchange()
+    with pytest.raises(ValueError, match=r"differ in length.*\{4: 2, 9: 300\}"):
+        _ = Received.of(uploads).mean
+
+
+def test_uploads_that_were_summed_on_the_way_can_not_be_asked_for() -> None:
+    exchange = Averaging(Communicator(), "allgather")
+    exchange.add(upload(4, 2))
+    exchange.exchange()
+    received = exchange.result()
+    assert received is not None
+    assert received.client_ids == [4]
+    with pytest.raises(RuntimeError, match='must say combine = "gather"'):
+        _ = received.uploads
+
+
+def test_nobody_sends_anything() -> None:
+    exchange = Averaging(Communicator(), "split")
+    exchange.exchange()
+    assert exchange.result() is None
 
 
 @pytest.mark.parametrize("path", SAME_BITS)
 def test_uploads_out_of_order_are_a_mistake(path: str) -> None:
     """The others would give them each other's weights."""
-    mean = RunningMean(Communicator(), path, torch.zeros(0))
-    mean.take(upload(9, 3))
+    mean = Averaging(Communicator(), path)
+    mean.add(upload(9, 3))
     with pytest.raises(AssertionError):
-        mean.take(upload(4, 3))
+        mean.add(upload(4, 3))
 
 
 def upload(client_id: int, num_values: int) -> Upload:
-    return Upload(
-        client_id=client_id,
-        num_examples=1,
-        train_loss=0.0,
-        values=torch.zeros(num_values),
-        bits=torch.zeros(0, dtype=torch.bool),
+    return make_upload(
+        client_id=client_id, num_examples=1, train_loss=0.0, values=torch.zeros(num_values)
     )
 
 
 def test_wrong_input_is_named() -> None:
-    part = Part(client_id=3, weight=1, rank_mask=torch.tensor([True]), values=torch.zeros(4))
+    part = masked_upload(3, 1, torch.tensor([True]), torch.zeros(4))
     with pytest.raises(ValueError, match="merge path 'ring' is unknown; allowed: allgather"):
-        weighted_sum([part], torch.tensor([4]), Communicator(), "ring")
+        masked_sum([part], torch.tensor([4]), Communicator(), "ring")
     with pytest.raises(ValueError, match="client 3: 4 values, and a rank_mask for 5"):
-        weighted_sum([part], torch.tensor([5]), Communicator(), "allgather")
+        masked_sum([part], torch.tensor([5]), Communicator(), "allgather")
     with pytest.raises(ValueError, match="client 3: a rank_mask of 1 rows, not 2"):
-        weighted_sum([part], torch.tensor([4, 1]), Communicator(), "allgather")
+        masked_sum([part], torch.tensor([4, 1]), Communicator(), "allgather")

@@ -24,7 +24,7 @@ from fedara_core.comm.launch import open_communicator
 from fedara_core.comm.mpi import MpiCommunicator
 from fedara_core.comm.node import NodeCommunicator
 from fedara_core.errors import InputError
-from support import collectives_check
+from support import merge_check
 
 T = TypeVar("T")
 
@@ -308,7 +308,7 @@ def main() -> None:
         assert communicator.world_size == world_size
         assert (communicator.library is None) == (name == "serial")
         check(communicator, HOST_PROCESSES if name.endswith(", hosts") else world_size)
-        collectives_check.check_all(communicator)
+        merge_check.check_all(communicator)
         passed("merge paths")
         check_close(communicator)
         passed(name)

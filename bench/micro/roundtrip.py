@@ -1,9 +1,9 @@
 """`fedara micro roundtrip`: rounds without training, real payloads.
 
-A round is the suite's own: every client downloads the state into the model, trains no step and
-uploads what is in it; uploads meet; the server aggregates. Beside it, in the same run: two bare
-loops that do the same to plain tensors in one process, one without any message and one where every
-client's message is a copy of its tensors; and the library's bare allgather of as many bytes.
+A round is the suite's own. Every client downloads the state into the model, trains no step and
+uploads what is in it; uploads are exchanged, and the server aggregates. The same run times two bare
+loops that do this to plain tensors in one process, one without any message and one where every
+client's message is a copy of its tensors, and the library's bare allgather of as many bytes.
 """
 
 import gc
@@ -125,9 +125,11 @@ def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Se
 
 
 def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:
-    """Seconds of the suite's rounds and of the bare loop, turn about; of rounds and of the bare
-    loop with messages, and of the bare allgather, whose buffers are no part of the first rounds'
-    memory."""
+    """Rounds turn about with the bare loop, more of them with the loop with messages, allgathers.
+
+    The record's memory and phases are those of the first rounds, before there are buffers for an
+    allgather.
+    """
     meter = Meter(job.device)
     parameters = _parameters(job)
     own: dict[str, list[float]] = {}
@@ -153,8 +155,11 @@ def _turn_about(
     meter: Meter,
     communicator: Communicator,
 ) -> tuple[list[float], list[float], list[Measured], dict[str, Any]]:
-    """Seconds of the suite's rounds, seconds of the bare loop after each of them, what was measured
-    of the rounds, and the last one's record."""
+    """Time rounds, and the bare loop after each of them.
+
+    Returns seconds of the rounds, seconds of the loop, the rounds' measurements, and the last
+    round's record.
+    """
     seconds, bare_seconds, measured = [], [], []
     state, row = job.state, {}
     for _ in range(_WARM_UP + rounds):
@@ -211,7 +216,7 @@ def _total(number: int, communicator: Communicator) -> int:
 
 
 def _peak_memory(measured: Measured, communicator: Communicator) -> dict[str, int]:
-    """Maximum over processes; nothing where the platform does not tell."""
+    """Maximum over processes; empty where the platform has no such counter."""
     own = str(measured.memory.get("peak_memory_bytes", "")).encode()
     peaks = [int(part) for part in communicator.gather_bytes(own) if part]
     return {"peak_memory_bytes": max(peaks)} if peaks else {}

@@ -1,7 +1,7 @@
 """Adapters: which layers are wrapped, rows in and out, and what pruning really saves."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -13,21 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.config.schema import ModelConfig
 from bench.models.encoders import Classifier, MeanPooled, OwnHead, build_model
-from fedara_core.adapters import (
-    Layout,
-    LowRank,
-    Masks,
-    Rows,
-    adapter_shapes,
-    columns,
-    count_live,
-    inject,
-    named_adapters,
-    read_rows,
-    write_rows,
-)
+from fedara_core.adapters import AdaptedModel, Form, LowRank, inject
 from fedara_core.errors import InputError
-from fedara_core.method import whole_parameters
+from fedara_core.values import Index, Masks, Tensors, count_live, make_index
 
 HIDDEN, INNER, NUM_CLASSES, LORA_RANK = 16, 32, 3, 4
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
@@ -92,23 +80,51 @@ def build(architecture: str, pooling: Literal["model", "mean"], seed: int = 0) -
     return build_model(config, num_classes=NUM_CLASSES, seed=seed)
 
 
-def tiny_bert(targets: str | Sequence[str] = "all-linear") -> nn.Module:
+def tiny_bert(targets: str | Sequence[str] = "all-linear") -> AdaptedModel:
     classifier = build("bert", "mean")
-    inject(classifier.model, targets, classifier.head)
-    return classifier.model
+    return inject(classifier.model, targets, classifier.head)
 
 
-def random_rows(model: nn.Module, form: LowRank, lora_rank: int = LORA_RANK) -> Rows:
+def random_parts(model: AdaptedModel, form: Form) -> dict[str, Tensors]:
+    """LORA_RANK rows for every adapter."""
     torch.manual_seed(1)
-    shapes = adapter_shapes(model).items()
-    return {name: 0.3 * torch.randn(lora_rank, form.width(shape)) for name, shape in shapes}
+    parts: dict[str, Tensors] = {}
+    for name, shape in model.shapes.items():
+        for part, width in form.widths(shape).items():
+            parts.setdefault(part, {})[name] = 0.3 * torch.randn(LORA_RANK, width)
+    return parts
 
 
-def masks(rows: Rows, live: Sequence[int]) -> Masks:
+def masks(model: AdaptedModel, live: Sequence[int]) -> dict[str, Tensor]:
     """The same live triplets in every adapter."""
     chosen = torch.zeros(LORA_RANK, dtype=torch.bool)
     chosen[list(live)] = True
-    return {name: chosen.clone() for name in rows}
+    return {name: chosen.clone() for name in model.adapters}
+
+
+def index_of(model: AdaptedModel, form: Form, rank_masks: Masks) -> Index:
+    whole = {name: tuple(p.shape) for name, p in model.whole_parameters.items()}
+    return make_index(form, model.shapes, count_live(rank_masks), whole)
+
+
+def write(
+    model: AdaptedModel,
+    parts: dict[str, Tensors],
+    rank_masks: Masks,
+    form: Form,
+    *,
+    keep_dead: bool = False,
+) -> Tensor:
+    """Load the live rows, and the whole parameters as they are; the vector that was loaded."""
+    index = index_of(model, form, rank_masks)
+    live = {
+        part: {name: rows[rank_masks[name]] for name, rows in own.items()}
+        for part, own in parts.items()
+    }
+    whole = {name: p.detach().clone() for name, p in model.whole_parameters.items()}
+    vector = index.pack(live, whole)
+    model.load(vector, index, form, keep_dead=keep_dead)
+    return vector
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -118,27 +134,27 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids * attention_mask, attention_mask
 
 
-def num_trained(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def num_trained(model: AdaptedModel) -> int:
+    return sum(p.numel() for p in model.module.parameters() if p.requires_grad)
 
 
 # ---- inject ----
 
 
 def test_targets_match_whole_names_and_endings() -> None:
-    all_names = set(adapter_shapes(tiny_bert()))
+    all_names = set(tiny_bert().shapes)
     assert len(all_names) == 12
     query = {f"encoder.encoder.layer.{i}.attention.self.query" for i in (0, 1)}
-    assert set(adapter_shapes(tiny_bert(["query"]))) == query
-    assert set(adapter_shapes(tiny_bert("query"))) == query
-    assert set(adapter_shapes(tiny_bert(["self.query", "key"]))) == query | {
+    assert set(tiny_bert(["query"]).shapes) == query
+    assert set(tiny_bert("query").shapes) == query
+    assert set(tiny_bert(["self.query", "key"]).shapes) == query | {
         name.replace("query", "key") for name in query
     }
     one = "encoder.encoder.layer.1.output.dense"
-    assert set(adapter_shapes(tiny_bert([one]))) == {one}
-    assert adapter_shapes(tiny_bert([one])) == {one: (HIDDEN, INNER)}
+    assert set(tiny_bert([one]).shapes) == {one}
+    assert tiny_bert([one]).shapes == {one: (HIDDEN, INNER)}
     # An ending is made of whole words: "output.dense" is not "put.dense".
-    assert len(adapter_shapes(tiny_bert(["output.dense"]))) == 4
+    assert len(tiny_bert(["output.dense"]).shapes) == 4
     with pytest.raises(InputError, match=r"'put\.dense'"):
         tiny_bert(["put.dense"])
 
@@ -171,16 +187,15 @@ def test_all_linear_wraps_all_but_the_head(
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head_layers = {name.rpartition(".")[0] for name in classifier.head}
     _, per_layer, others = ARCHITECTURES[architecture]
-    inject(model, "all-linear", classifier.head)
-    adapters = dict(named_adapters(model))
+    adapted = inject(model, "all-linear", classifier.head)
+    adapters = adapted.adapters
     assert list(adapters) == sorted(linear - head_layers)
     assert len(adapters) == 2 * per_layer + (others if pooling == "model" else 0)
     assert classifier.head
-    assert whole_parameters(model).keys() == set(classifier.head)
+    assert adapted.whole_parameters.keys() == set(classifier.head)
 
     assert torch.equal(model(ids, attention_mask), plain)  # no rows yet
-    rows = random_rows(model, SVD)
-    write_rows(model, rows, masks(rows, range(LORA_RANK)), SVD)
+    write(adapted, random_parts(adapted, SVD), masks(adapted, range(LORA_RANK)), SVD)
     logits = model(ids, attention_mask)
     assert logits.shape == (3, NUM_CLASSES)
     assert not torch.allclose(logits, plain)
@@ -207,106 +222,98 @@ def test_the_seed_draws_the_head_alone(
 # ---- rows ----
 
 
-@pytest.mark.parametrize("form", [SVD, PAIRS])
-def test_rows_round_trip_through_the_model(form: LowRank) -> None:
-    model = tiny_bert()
-    rows = random_rows(model, form)
-    rank_masks = masks(rows, [1, 3])
-    first, second, *_ = rows
-    rank_masks[first][:] = False
-    write_rows(model, rows, rank_masks, form)
-    read = read_rows(model)
-    assert list(read) == [name for name in rows if name != first]
-    for name, live in read.items():
-        assert torch.equal(live, rows[name][[1, 3]])
-    # What the model holds is its own: training must not reach the rows it came from.
-    before = rows[second].clone()
-    with torch.no_grad():
-        dict(named_adapters(model))[second].parts["A"].zero_()
-    assert torch.equal(rows[second], before)
-    # A second write leaves nothing of the first.
-    write_rows(model, {second: rows[second]}, {second: rank_masks[second]}, form)
-    assert list(read_rows(model)) == [second]
-
-
-@pytest.mark.parametrize("parts", [None, ("A",), ("B",), ("A", "B")])
 @pytest.mark.parametrize("form", [SVD, PAIRS, LowRank(scale=2.0, frozen=("A",))])
-@pytest.mark.parametrize("alike", ["layers", "layers, one adapter of each dead", "some neighbours"])
-def test_what_lies_together_comes_out_row_by_row(
-    alike: str, form: LowRank, parts: tuple[str, ...] | None
-) -> None:
-    """Layers that are alike, or neighbours that are, others that are not, and adapters without live
-    rows; downloads that write over a trained model's parameters and drop its gradients."""
+def test_parameters_and_gradients_are_views_of_the_vector(form: LowRank) -> None:
     model = tiny_bert()
-    whole = list(whole_parameters(model).values())
-    first = random_rows(model, form)
-    rank_masks = masks(first, [0, 3])
-    names = list(first)
-    half = len(names) // 2
-    if alike == "layers, one adapter of each dead":
-        rank_masks[names[1]][:] = rank_masks[names[1 + half]][:] = False
-    if alike == "some neighbours":
-        rank_masks[names[1]][0] = False
-        rank_masks[names[4]][:] = False
-    write_rows(model, first, rank_masks, form)
-    assert model.layout._num_layers == (1 if alike == "some neighbours" else 2)
-    layout = model.layout
-    assert isinstance(layout, Layout)
-    for rows in (first, {name: values + 5 for name, values in first.items()}):
-        for _ in range(2):  # the second time nothing of it is read again
-            write_rows(model, rows, rank_masks, form)
-            assert model.layout is layout
-            trained = [p for _, a in named_adapters(model) for p in a.parts.parameters()]
-            assert all(p.grad is None for p in trained)
-            model(*batch()).sum().backward()
-            with torch.no_grad():
-                for parameter in trained:
-                    parameter += 1
-            expected = [
-                (rows[name][rank_masks[name]] + 1)[:, columns(form, shape, parts)].flatten()
-                for name, shape in adapter_shapes(model).items()
-            ]
-            expected += [parameter.detach().flatten() for parameter in whole]
-            assert torch.equal(layout.read(parts, whole), torch.cat(expected))
+    rank_masks = masks(model, [1, 3])
+    first, second, *_ = model.adapters
+    rank_masks[first][:] = False
+    parts = random_parts(model, form)
+    vector = write(model, parts, rank_masks, form)
+    before = vector.clone()
+    assert torch.equal(model.vector, vector)
+    assert not model.adapters[first].parts
+    for name, adapter in model.adapters.items():
+        for part, rows in adapter.parts.items():
+            assert torch.equal(rows, parts[part][name][[1, 3]])
+            assert rows.requires_grad == (part not in form.frozen)
+    model.module(*batch()).sum().backward()
+    assert model.gradient.shape == (model.index.num_trained,)
+    gradients = model.index.parts(torch.cat([model.gradient, torch.zeros_like(vector)]))
+    for name, adapter in model.adapters.items():
+        for part, rows in adapter.parts.items():
+            if part not in form.frozen:
+                assert rows.grad is not None
+                assert torch.equal(gradients[part][name], rows.grad)
+                assert rows.grad.any()
+    for name, parameter in model.whole_parameters.items():
+        assert torch.equal(model.index.whole(model.vector)[name], parameter)
+    # What is done to the vector is done to the parameters, and never to what was loaded.
+    with torch.no_grad():
+        model.vector.add_(1)
+    adapter = model.adapters[second]
+    assert torch.equal(adapter.parts["B"], parts["B"][second][[1, 3]] + 1)
+    assert torch.equal(vector, before)
+    model.load(vector, model.index, form)
+    assert torch.equal(adapter.parts["B"], parts["B"][second][[1, 3]])
+    assert not model.gradient.any()
 
 
-def write_one_by_itself(model: nn.Module) -> None:
-    adapter = next(adapter for _, adapter in named_adapters(model))
-    adapter.write(torch.zeros(1, SVD.width(adapter.shape)), SVD)
-
-
-def move(model: nn.Module) -> None:
-    model.double().float()  # as .to() a device does: parameters get memory of their own
-
-
-@pytest.mark.parametrize("change", [write_one_by_itself, move])
-def test_a_layout_that_no_longer_holds_is_made_anew(change: Callable[[nn.Module], None]) -> None:
+def test_another_index_leaves_nothing_of_the_first() -> None:
     model = tiny_bert()
-    rows = random_rows(model, SVD)
-    rank_masks = masks(rows, [1])
-    for _ in range(2):
-        write_rows(model, rows, rank_masks, SVD)
-    layout = model.layout
-    assert isinstance(layout, Layout)
-    assert layout.intact
-    change(model)
-    assert not layout.intact
-    write_rows(model, rows, rank_masks, SVD)
-    assert model.layout is not layout
-    for name, live in read_rows(model).items():
-        assert torch.equal(live, rows[name][[1]])
+    write(model, random_parts(model, SVD), masks(model, range(LORA_RANK)), SVD)
+    first, *others = model.adapters
+    rank_masks = {first: torch.tensor([False, True, False, False])}
+    parts = {part: {first: rows[first]} for part, rows in random_parts(model, PAIRS).items()}
+    write(model, parts, rank_masks, PAIRS)
+    assert model.adapters[first].num_live == 1
+    assert set(model.adapters[first].parts) == {"A", "B"}
+    assert not any(model.adapters[name].parts for name in others)
+
+
+def test_the_order_of_the_vector() -> None:
+    """Trained parts, whole parameters, parts that stay, frozen parts; each in name order."""
+    form = LowRank(scale=1.0, singular=True, frozen=("A",), local=("B",))
+    shapes = {"x": (2, 3), "y": (4, 5)}
+    index = make_index(form, shapes, {"y": 1, "x": 2, "dead": 0}, {"w": (7,), "b": (2, 2)})
+    order = [(p.part, p.name, p.shape, p.start) for p in index.pieces]
+    assert order == [
+        ("E", "x", (2, 1), 0),
+        ("E", "y", (1, 1), 2),
+        ("", "b", (2, 2), 3),
+        ("", "w", (7,), 7),
+        ("B", "x", (2, 2), 14),
+        ("B", "y", (1, 4), 18),
+        ("A", "x", (2, 3), 22),
+        ("A", "y", (1, 5), 28),
+    ]
+    assert (index.num_sent, index.num_trained, index.size) == (14, 22, 33)
+    assert index.runs == {
+        "E": slice(0, 3),
+        "": slice(3, 14),
+        "B": slice(14, 22),
+        "A": slice(22, 33),
+    }
+    assert index.row_widths.tolist() == [1, 1, 1, 4, 7]
+    bits = torch.tensor([True, False, True])
+    assert index.per_row(bits, whole=True).tolist() == [True, False, True, True, True]
+    assert index.value_mask(bits).tolist() == [True, False, True] + [True] * 11
+    clients = torch.arange(2 * 33.0).view(2, 33)  # a leading axis of clients
+    assert index.parts(clients)["A"]["y"].tolist() == [
+        [[28.0, 29, 30, 31, 32]],
+        [[61.0, 62, 63, 64, 65]],
+    ]
 
 
 def test_low_rank_adds_scale_times_the_product() -> None:
     model = tiny_bert(["intermediate.dense"])
     x = torch.randn(2, 5, HIDDEN)
     for form in (SVD, PAIRS):
-        rows = random_rows(model, form)
-        write_rows(model, rows, masks(rows, [0, 2]), form)
-        for name, adapter in named_adapters(model):
-            live = rows[name][[0, 2]]
-            a, b = live[:, :HIDDEN], live[:, -INNER:]
-            e = live[:, HIDDEN] if form.singular else torch.ones(2)
+        parts = random_parts(model, form)
+        write(model, parts, masks(model, [0, 2]), form)
+        for name, adapter in model.adapters.items():
+            a, b = (parts[part][name][[0, 2]] for part in "AB")
+            e = parts["E"][name][[0, 2], 0] if form.singular else torch.ones(2)
             weight = adapter.base.weight + 2.0 * b.T @ torch.diag(e) @ a
             expected = x @ weight.T + adapter.base.bias
             torch.testing.assert_close(adapter(x), expected, rtol=1e-5, atol=1e-5)
@@ -317,15 +324,16 @@ def test_low_rank_adds_scale_times_the_product() -> None:
 
 def test_pruning_shrinks_parameters_and_optimiser_state() -> None:
     model = tiny_bert()
-    rows = random_rows(model, SVD)
-    widths = sum(values.shape[1] for values in rows.values())
+    parts = random_parts(model, SVD)
+    widths = sum(rows.shape[1] for own in parts.values() for rows in own.values())
     num_head = NUM_CLASSES * HIDDEN + NUM_CLASSES
     for live in ([0, 1, 2, 3], [2], []):
-        write_rows(model, rows, masks(rows, live), SVD)
+        write(model, parts, masks(model, live), SVD)
+        assert len(model.vector) == len(model.gradient) == num_trained(model)
         assert num_trained(model) == len(live) * widths + num_head
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for p in model.module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained)
-        model(*batch()).sum().backward()
+        model.module(*batch()).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -334,66 +342,48 @@ def test_pruning_shrinks_parameters_and_optimiser_state() -> None:
 
 def test_an_adapter_without_live_rows_leaves_the_forward() -> None:
     model = tiny_bert()
-    rows = random_rows(model, SVD)
+    parts = random_parts(model, SVD)
     x = torch.randn(2, 5, HIDDEN)
-    adapter = dict(named_adapters(model))["encoder.encoder.layer.0.attention.self.query"]
-    write_rows(model, rows, masks(rows, [0]), SVD)
+    adapter = model.adapters["encoder.encoder.layer.0.attention.self.query"]
+    write(model, parts, masks(model, [0]), SVD)
     assert not torch.equal(adapter(x), adapter.base(x))
-    write_rows(model, rows, masks(rows, []), SVD)
+    write(model, parts, masks(model, []), SVD)
     assert torch.equal(adapter(x), adapter.base(x))
     assert not list(adapter.parts.parameters())
     assert not adapter(x).requires_grad
-    assert read_rows(model) == {}
 
 
 @pytest.mark.parametrize("form", [SVD, PAIRS])
 def test_keep_dead_computes_the_same_and_never_moves(form: LowRank) -> None:
     model = tiny_bert()
-    rows = random_rows(model, form)
-    rank_masks = masks(rows, [])
-    write_rows(model, rows, rank_masks, form)
-    gone = model(*batch())
-    write_rows(model, rows, rank_masks, form, keep_dead=True)
-    kept = model(*batch())
+    parts, rank_masks = random_parts(model, form), masks(model, [])
+    vector = write(model, parts, rank_masks, form)
+    gone = model.module(*batch())
+    write(model, parts, rank_masks, form, keep_dead=True)
+    kept = model.module(*batch())
     assert torch.equal(kept, gone)
-    assert read_rows(model) == {}
-    widths = sum(values.shape[1] for values in rows.values())
+    assert torch.equal(model.vector, vector)  # dead rows are no part of it
+    widths = sum(rows.shape[1] for own in parts.values() for rows in own.values())
     assert num_trained(model) == widths + NUM_CLASSES * HIDDEN + NUM_CLASSES
     kept.square().sum().backward()
-    parts = [p for _, adapter in named_adapters(model) for p in adapter.parts.parameters()]
-    assert all(p.grad is not None and not p.grad.any() for p in parts)
-    torch.optim.AdamW(parts, lr=1.0, weight_decay=0.1).step()
-    assert not any(p.any() for p in parts)
-    with torch.no_grad():
-        for part in parts:
-            part.fill_(torch.nan)  # a client that diverged
-    for _ in range(2):
-        write_rows(model, dict(rows), rank_masks, form, keep_dead=True)
-        assert not any(p.any() for p in parts)
-
-
-def test_rows_of_another_width_are_refused() -> None:
-    model = tiny_bert()
-    rows = random_rows(model, SVD)
-    rank_masks = masks(rows, [0])
-    write_rows(model, rows, rank_masks, SVD)
-    wide = {name: torch.cat([values, values[:, :1]], dim=1) for name, values in rows.items()}
-    with pytest.raises(AssertionError, match="another width"):
-        write_rows(model, wide, rank_masks, SVD)
+    dead = [p for adapter in model.adapters.values() for p in adapter.parts.parameters()]
+    assert all(p.grad is not None and not p.grad.any() for p in dead)
+    assert not any(p.any() for p in dead)
+    write(model, parts, rank_masks, form)
+    assert not any(adapter.parts for adapter in model.adapters.values())
 
 
 @pytest.mark.parametrize(("top_only", "grads"), [(True, [False, True]), (False, [True, True])])
 def test_backward_stops_below_the_lowest_live_adapter(top_only: bool, grads: list[bool]) -> None:
     model = tiny_bert()
-    rows = random_rows(model, SVD)
-    rank_masks = masks(rows, range(LORA_RANK))
+    rank_masks = masks(model, range(LORA_RANK))
     for name in rank_masks:
         if top_only and ".layer.0." in name:
             rank_masks[name][:] = False
-    write_rows(model, rows, rank_masks, SVD)
+    write(model, random_parts(model, SVD), rank_masks, SVD)
     seen: list[bool] = []
     ran_backward: list[int] = []
-    for number, layer in enumerate(model.encoder.encoder.layer):
+    for number, layer in enumerate(model.module.encoder.encoder.layer):
 
         def look(module: nn.Module, inputs: Any, output: Any, number: int = number) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -402,19 +392,19 @@ def test_backward_stops_below_the_lowest_live_adapter(top_only: bool, grads: lis
                 hidden.register_hook(lambda grad: ran_backward.append(number))
 
         layer.register_forward_hook(look)
-    model(*batch()).sum().backward()
+    model.module(*batch()).sum().backward()
     assert seen == grads
     assert sorted(ran_backward) == [number for number, grad in enumerate(grads) if grad]
 
 
 def test_flops_fall_with_the_triplets() -> None:
     model = tiny_bert()
-    rows = random_rows(model, SVD)
+    parts = random_parts(model, SVD)
 
     def flops(live: Sequence[int], keep_dead: bool = False) -> int:
-        write_rows(model, rows, masks(rows, live), SVD, keep_dead=keep_dead)
+        write(model, parts, masks(model, live), SVD, keep_dead=keep_dead)
         with FlopCounterMode(display=False) as counter:
-            model(*batch()).sum().backward()
+            model.module(*batch()).sum().backward()
         return counter.get_total_flops()
 
     full, half, none = flops(range(4)), flops([0, 1]), flops([])
@@ -422,7 +412,7 @@ def test_flops_fall_with_the_triplets() -> None:
     assert flops([], keep_dead=True) > none
     # Without any live row there is no backward pass through the encoder at all.
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*batch())
+        model.module(*batch())
     assert none < counter.get_total_flops() * 1.01
 
 

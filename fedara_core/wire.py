@@ -4,7 +4,7 @@ One message, little-endian: header (24 bytes), bits (8 to a byte, lowest first),
 codec has them). Header: 0xFB (u8), flags and codec (u8), number of values (u16 high part, u32 low
 part), client_id (u32), num_examples (u32), number of bits (u32), train_loss (f32). The lower half
 of the second byte is the codec's place in CODECS; its highest bit is set where a value is not
-finite, the next one where a row_weight (f32) follows the header. Messages are concatenated without
+finite, the next one where a row_weight (f32) follows, as between the processes of a sum. Messages are concatenated without
 padding; where values travel apart, as in a sum, a message ends after its bits.
 """
 
@@ -115,10 +115,11 @@ def is_finite(values: Tensor) -> bool:
 
 
 def pack(uploads: Iterable[Upload]) -> Tensor:
-    """Uploads as one (num_bytes,) uint8 vector; none gives an empty vector."""
+    """Uploads as one (num_bytes,) uint8 vector, as clients send them; none gives an empty one."""
     chunks = [np.zeros(0, np.uint8)]
     for upload in uploads:
-        chunks.append(np.frombuffer(pack_header(upload.header), np.uint8))
+        header = pack_header(replace(upload.header, row_weight=None))
+        chunks.append(np.frombuffer(header, np.uint8))
         chunks.append(upload.coded.numpy())
     return torch.from_numpy(np.concatenate(chunks))
 

@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedara_core.merge.collectives import RunningMean
 from torch import Tensor
 
 import bench
-from bench.run import rounds
+from bench.run import clients
 from bench.run.checkpoint import find_checkpoint, restore, save_checkpoint
-from bench.run.clients import draw_cohort, place, train_client
+from bench.run.clients import draw_cohort, make_client, place, train_client
 from bench.run.job import Job
 from bench.tools.estimate import round_bytes
 from fedara_core import methods
-from fedara_core.adapters import named_adapters
 from fedara_core.comm.base import Communicator
-from fedara_core.method import Method, ServerState, load_method, method_names
-from fedara_core.wire import Upload, pack, unpack
+from fedara_core.merge.cost import SAME_BITS
+from fedara_core.method import Method, load_method, method_names
+from fedara_core.state import ServerState
+from fedara_core.wire import Upload, make_upload, pack, unpack
 from support.in_turn import in_turn
-from support.rounds import Round, make_tiny_job, play_rounds, train_one_client
+from support.rounds import Round, make_tiny_job, play_rounds, received, train_one_client
 
 SETTINGS = ("train.local_steps=2",)
 NUM_ROUNDS = 6
@@ -54,8 +54,9 @@ def complete(request: pytest.FixtureRequest) -> Complete:
     for round_index in range(NUM_ROUNDS):
         cohort = draw_cohort(job, round_index)
         uploads.append([train_one_client(job, states[-1], client_id) for client_id in cohort])
-        states.append(job.method.aggregate(states[-1], uploads[-1]))
-        kept.append(dict(job.kept))
+        mean = received(job.method, states[-1], uploads[-1])
+        states.append(job.method.aggregate(states[-1], mean))
+        kept.append(dict(job.client_state))
     again = make_tiny_job(*overrides)
     frozen = {k: t.clone() for k, t in _frozen(again).items()}
     return Complete(request.param, states, uploads, again, frozen, play_rounds(again), kept)
@@ -104,7 +105,7 @@ def test_uploads_survive_packing(complete: Complete) -> None:
         for ours, theirs in zip(sent, received, strict=True):
             assert theirs.client_id == ours.client_id
             assert theirs.num_examples == ours.num_examples
-            assert theirs.train_loss == np.float32(ours.train_loss)
+            assert theirs.header.train_loss == np.float32(ours.header.train_loss)
             assert ours.values.dtype == theirs.values.dtype == torch.float32
             assert torch.equal(_bits(theirs.values), _bits(ours.values))
             assert torch.equal(theirs.bits, ours.bits)
@@ -112,7 +113,9 @@ def test_uploads_survive_packing(complete: Complete) -> None:
 
 def test_uplink_bytes_are_the_packed_uploads(complete: Complete) -> None:
     for sent, played in zip(complete.uploads, complete.rounds, strict=True):
-        assert [upload.num_bytes for upload in sent] == [len(pack([upload])) for upload in sent]
+        assert [upload.header.num_bytes for upload in sent] == [
+            len(pack([upload])) for upload in sent
+        ]
         assert played.row["cohort"] == [upload.client_id for upload in sent]
         assert played.row["uplink_bytes"] == len(pack(sent))
 
@@ -126,57 +129,91 @@ def test_bytes_of_the_first_round_are_known_before_training(complete: Complete) 
     assert down == row["downlink_bytes"]
 
 
-def test_downlink_bytes_are_a_packed_state(complete: Complete) -> None:
-    """Exactly that, or for a method with a `download` of its own the whole parameters at least.
-
-    Such a method has a test of its own of what it sends.
-    """
-    usual = type(complete.job.method).download is Method.download
-    for played in complete.rounds:
+def test_downlink_bytes_are_what_download_says_under_the_codec(complete: Complete) -> None:
+    """Of each client of the cohort; and in the first round not less than what trains and travels,
+    unless clients draw it from the seed."""
+    job = complete.job
+    for played, kept in zip(complete.rounds, complete.kept, strict=False):
+        job.client_state.clear()
+        job.client_state.update(kept)
         state = played.before
-        masks = {name: state.rank_masks[name] for name in sorted(state.rank_masks)}
-        live = [state.rows[name][mask].reshape(-1) for name, mask in masks.items()]
-        whole = [tensor.reshape(-1) for tensor in state.whole.values()]
-        least, exact = _message(whole), _message([*live, *whole])
-        downlink_bytes, num_clients = played.row["downlink_bytes"], len(played.row["cohort"])
-        assert downlink_bytes >= num_clients * len(pack([least]))
-        if usual:
-            assert downlink_bytes == num_clients * len(pack([exact]))
+        sizes = [
+            job.method.download(job.model, state, make_client(job, client_id))
+            for client_id in played.row["cohort"]
+        ]
+        by_client = [
+            len(pack([_message(size.num_values + size.num_exact, size.num_bits)])) for size in sizes
+        ]
+        costs = sorted(played.row["clients"], key=lambda cost: cost.client_id)
+        assert [cost.downlink_bytes for cost in costs] == by_client
+        assert played.row["downlink_bytes"] == sum(by_client)
+        num_whole = state.index.num_sent - state.index.num_row_values
+        assert all(size.num_values >= num_whole for size in sizes)
+        if type(job.method).download is Method.download:
+            assert {size.num_values for size in sizes} == {state.index.num_sent}
+
+
+def test_the_model_holds_what_the_state_says(complete: Complete) -> None:
+    """After a download for evaluation the vector is the state's, bit by bit."""
+    for state in complete.states:
+        complete.job.method.download(complete.job.model, state, None)
+        assert torch.equal(_bits(complete.job.model.vector), _bits(state.vector))
+        assert state.index.size == len(state.vector)
+        assert state.num_live == sum(int(mask.sum()) for mask in state.rank_masks.values())
 
 
 def test_aggregate_is_pure(complete: Complete) -> None:
     for state, sent in zip(complete.states, complete.uploads, strict=False):
         state_before, sent_before = state.digest(), pack(sent)
-        first = complete.job.method.aggregate(state, sent)
-        second = complete.job.method.aggregate(state, sent)
+        first = complete.job.method.aggregate(state, received(complete.job.method, state, sent))
+        second = complete.job.method.aggregate(state, received(complete.job.method, state, sent))
         assert first.digest() == second.digest()
         assert first.round_index == second.round_index == state.round_index + 1
         assert state.digest() == state_before
         assert torch.equal(pack(sent), sent_before)
 
 
-def test_a_sum_on_the_way_is_enough_unless_the_method_says_so(complete: Complete) -> None:
-    """Where every upload's values are their weighted mean, aggregate gives the same state; so a
-    method for which it does not must say needs_factors."""
-    if complete.job.method.needs_factors:
+@pytest.mark.parametrize("path", SAME_BITS)
+def test_sums_on_the_way_give_the_same_bits(complete: Complete, path: str) -> None:
+    """A method whose `aggregate` needs every upload, and does not say so, fails here at once."""
+    method = complete.job.method
+    if method.combine == "gather":
         return
     for state, sent in zip(complete.states, complete.uploads, strict=False):
-        running = RunningMean(Communicator(), "split", torch.zeros(0))
-        for go in (sent[:1], [], sent[1:]):  # in goes of any size
-            for upload in go:
-                running.take(upload)
-            running.meet()
-        merged, num_bytes = running.result()
-        assert num_bytes == len(pack(sent))
-        mean = merged[0].values.clone()
-        expected = complete.job.method.aggregate(state, sent)
-        assert complete.job.method.aggregate(state, merged).digest() == expected.digest()
-        assert torch.equal(merged[0].values, mean)  # which all uploads share
+        expected = method.aggregate(state, received(method, state, sent))
+        summed = received(method, state, sent, path=path)
+        mean = summed.mean.clone()
+        assert method.aggregate(state, summed).digest() == expected.digest()
+        assert torch.equal(summed.mean, mean)
+
+
+@pytest.mark.parametrize("path", ["split", "allreduce"])
+def test_a_run_takes_every_merge_path(complete: Complete, path: str) -> None:
+    """split keeps the bits; allreduce sums in another order."""
+    if complete.job.method.combine == "gather":
+        return
+    words = (f"method.name={complete.name}", *SETTINGS, f"federation.merge_path={path}")
+    jobs = [make_tiny_job(*words, "evaluate.every=100") for _ in range(3)]
+    state, kept = complete.states[3], complete.kept[3]
+
+    def run(communicator: Communicator) -> tuple[ServerState, dict[str, Any]]:
+        job = jobs[communicator.world_rank]
+        job.client_state.update(kept)
+        (played,) = play_rounds(job, state, 1, communicator)
+        return played.after, played.row
+
+    for after, row in in_turn(3, run):
+        assert row["merge_path"] == path
+        assert row["uplink_bytes"] == complete.rounds[3].row["uplink_bytes"]
+        if path == "split":
+            assert row["state_digest"] == complete.rounds[3].row["state_digest"]
+        assert after.live_triplets == complete.states[4].live_triplets
+        torch.testing.assert_close(after.vector, complete.states[4].vector, rtol=1e-5, atol=1e-6)
 
 
 def test_the_base_weights_stay_frozen(complete: Complete) -> None:
     after = _frozen(complete.job)
-    base = {f"{name}.base.weight" for name, _ in named_adapters(complete.job.model)}
+    base = {f"{name}.base.weight" for name in complete.job.model.adapters}
     assert base <= set(after) | set(complete.states[0].whole)
     assert after.keys() == complete.frozen.keys()
     for name, tensor in complete.frozen.items():
@@ -194,7 +231,8 @@ def test_the_head_is_averaged_by_num_examples(complete: Complete) -> None:
     state = complete.states[0]
     first, second = complete.uploads[0][:2]
     assert first.num_examples != second.num_examples
-    whole = complete.job.method.aggregate(state, [first, second]).whole
+    both = received(complete.job.method, state, [first, second])
+    whole = complete.job.method.aggregate(state, both).whole
     share = first.num_examples / (first.num_examples + second.num_examples)
     behind = 0  # in round 0 the whole parameters, in name order, end an upload
     for name in sorted(whole, reverse=True):
@@ -218,10 +256,8 @@ def test_it_learns(complete: Complete) -> None:
         if learnt:  # chance is 0.25
             break
     assert learnt, (losses, rounds[-1].row["accuracy"])
-    first, last = rounds[0].before.rows, rounds[-1].after.rows
-    live = [name for name, mask in rounds[-1].after.rank_masks.items() if mask.any()]
-    moved = [name for name in live if not torch.equal(first[name], last[name])]
-    assert moved == live
+    first, last = _rows(rounds[0].before), _rows(rounds[-1].after)
+    assert not [name for name in last if torch.equal(first[name], last[name])]
 
 
 def test_a_run_resumes_with_the_same_bits(complete: Complete, tmp_path: Path) -> None:
@@ -230,7 +266,7 @@ def test_a_run_resumes_with_the_same_bits(complete: Complete, tmp_path: Path) ->
     found = find_checkpoint(tmp_path)
     assert found is not None
     resumed, kept = restore(job.state, found.data, {})
-    job.kept.update(kept)
+    job.client_state.update(kept)
     assert resumed.round_index == 3
     assert resumed.digest() == complete.states[3].digest()
     rest = play_rounds(job, resumed)
@@ -254,7 +290,7 @@ def test_the_number_of_processes_changes_nothing(
         trained.setdefault(threading.get_ident(), []).append(client_id)
         return train_client(job, state, client_id, *rest)
 
-    monkeypatch.setattr(rounds, "train_client", noting)
+    monkeypatch.setattr(clients, "train_client", noting)
     jobs = [make_tiny_job(*overrides) for _ in range(world_size)]
     for round_index in (0, 3):
         state = complete.states[round_index]
@@ -265,13 +301,13 @@ def test_the_number_of_processes_changes_nothing(
             kept: dict[int, dict[str, Tensor]] = complete.kept[round_index],
         ) -> tuple[Any, list[int]]:
             job = jobs[communicator.world_rank]
-            job.kept.clear()
-            job.kept.update(kept)
+            job.client_state.clear()
+            job.client_state.update(kept)
             (played,) = play_rounds(job, state, 1, communicator)
             return played.row, trained.pop(threading.get_ident(), [])
 
-        rows, clients = zip(*in_turn(world_size, run), strict=True)
-        assert list(clients) == place(
+        rows, client_ids = zip(*in_turn(world_size, run), strict=True)
+        assert list(client_ids) == place(
             complete.job, draw_cohort(complete.job, round_index), world_size
         )
         for row in rows:
@@ -279,15 +315,21 @@ def test_the_number_of_processes_changes_nothing(
             assert row["uplink_bytes"] == complete.rounds[round_index].row["uplink_bytes"]
 
 
-def _message(parts: list[Tensor]) -> Upload:
-    """What a server that sends these tensors would pack."""
-    return Upload(
-        client_id=0,
-        num_examples=0,
-        train_loss=0.0,
-        values=torch.cat([part.reshape(-1) for part in parts]),
-        bits=torch.zeros(0, dtype=torch.bool),
-    )
+def _message(num_values: int, num_bits: int) -> Upload:
+    """A message of this size."""
+    bits = torch.zeros(num_bits, dtype=torch.bool)
+    values = torch.zeros(num_values)
+    return make_upload(client_id=0, num_examples=0, train_loss=0.0, values=values, bits=bits)
+
+
+def _rows(state: ServerState) -> dict[str, Tensor]:
+    """All values of each live adapter."""
+    names = {
+        name: [own[name] for own in state.parts.values()]
+        for name in state.live_triplets
+        if state.live_triplets[name]
+    }
+    return {name: torch.cat([rows.flatten() for rows in own]) for name, own in names.items()}
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -298,7 +340,7 @@ def _frozen(job: Job) -> dict[str, Tensor]:
     """What does not train: the base weights and the buffers."""
     weights = {
         name: parameter.detach()
-        for name, parameter in job.model.named_parameters()
+        for name, parameter in job.model.module.named_parameters()
         if not parameter.requires_grad and ".parts." not in name
     }
-    return weights | dict(job.model.named_buffers())
+    return weights | dict(job.model.module.named_buffers())

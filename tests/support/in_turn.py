@@ -62,3 +62,16 @@ class _Process(Communicator):
         gathered = list(self.board.messages)
         self.board.meet()
         return gathered
+
+    def alltoall(self, buffers: list[Tensor], counts: object = None) -> list[Tensor]:
+        sizes = torch.tensor([len(buffer) for buffer in buffers])
+        everyone = [s.view(torch.int64) for s in self.allgather(sizes.view(torch.uint8))]
+        sent = self.allgather(torch.cat(buffers))
+        return [
+            data.split_with_sizes(lengths.tolist())[self.world_rank].clone()
+            for data, lengths in zip(sent, everyone, strict=True)
+        ]
+
+    def allreduce(self, values: Tensor) -> None:
+        gathered = self.allgather(values.view(torch.uint8))
+        values.copy_(torch.stack([part.view(torch.float32) for part in gathered]).sum(dim=0))

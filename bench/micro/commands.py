@@ -112,8 +112,9 @@ def roundtrip(
 ) -> None:
     """Time rounds without training.
 
-    A round is download, upload, exchange and aggregate of real payloads. The same run also times two bare loops over the same tensors in one process (one of them copies
-    every client's tensors as messages do), and the library's bare allgather.
+    A round is download, upload, exchange and aggregate of real payloads. The same run also times
+    two bare loops over the same tensors in one process (one of them copies every client's tensors,
+    as messages do), and the library's bare allgather.
 
     \b
       mpiexec -n 2 fedara micro roundtrip --clients 10,128

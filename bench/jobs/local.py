@@ -38,7 +38,7 @@ def run_sweep(plan: Plan, processes: int, jobs: int | None, console: Console) ->
     processes: of each run. jobs: runs at the same time, by default `side_by_side`.
     """
     if detect(os.environ) != "serial":
-        raise InputError("fedara sweep starts the processes itself; allowed: no launcher")
+        raise InputError("fedara sweep starts the processes itself; allowed: without a launcher")
     launcher = [beside(sys.executable, "mpiexec"), "-n", str(processes)] if processes > 1 else []
     jobs = jobs or side_by_side(plan.runs, processes, num_cores())
     if jobs > 1 and any(run.energy.enabled for run in plan.runs):

@@ -13,8 +13,8 @@ from fedara_core.errors import InputError
 
 MIN_WORDS = 4
 # Label -> its modules: files or folders of the standard library, private implementations included.
-# One that the running Python lacks is skipped (_pydatetime is of 3.12, compression of 3.14).
-# What distributions package apart from python3 (tkinter, turtle, idlelib, distutils) is not here.
+# Modules that the running Python lacks are skipped (_pydatetime came with 3.12). Those that
+# distributions package apart from python3 (tkinter, turtle, idlelib, distutils) are not listed.
 TOPICS: dict[str, tuple[str, ...]] = {
     "argparse": ("argparse", "optparse", "getopt", "configparser", "shlex", "cmd"),
     "asyncio": ("asyncio",),
@@ -47,9 +47,9 @@ TOPICS: dict[str, tuple[str, ...]] = {
 def load(stdlib: Path) -> TextDataset:
     """Docstrings of modules, classes and functions under `stdlib`; the label is the topic.
 
-    The names of all topics' modules are removed from all texts, not only from those of their own
-    topic: otherwise a name in a text would say which topic the text does not belong to. Texts of
-    fewer than MIN_WORDS words are dropped, and so is a text that occurs under several topics.
+    The names of all topics' modules are removed from all texts. Removed from their own topic's
+    texts only, a name would show which topic a text does not belong to. Texts with fewer than
+    MIN_WORDS words are dropped, and so are texts that occur under several topics.
     """
     files = {label: list(_topic_files(stdlib, modules)) for label, modules in TOPICS.items()}
     names = _module_names(stdlib, files)
@@ -112,7 +112,7 @@ def _file_docstrings(path: Path) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
-        # Expressions hold no definitions, and skipping them takes most of the walk's time away.
+        # Expressions hold no definitions; skipping them saves most of the walk's time.
         children = ast.iter_child_nodes(node)
         pending.extend(x for x in children if isinstance(x, ast.stmt | ast.excepthandler))
 
@@ -120,7 +120,7 @@ def _file_docstrings(path: Path) -> Iterator[str]:
 def _without_names(text: str, names: frozenset[str]) -> str:
     """Remove `names` and compounds of them with "." or "_" from the text; make white space single.
 
-    Of a dotted name the parts that are no such name stay: "asyncio.Task" becomes "Task".
+    The other parts of a dotted name stay: "asyncio.Task" becomes "Task".
     """
 
     def strip(match: re.Match[str]) -> str:

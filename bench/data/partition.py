@@ -1,4 +1,4 @@
-"""What each client has: its train examples (iid, dirichlet, shards or quantity), its lora_rank."""
+"""Splits the training examples among the clients, and draws each client's lora_rank."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from fedara_core.errors import InputError
 PARTITION_TAG = 0x70617274
 CLIENT_LORA_RANKS_TAG = 0x72616E6B
 MAX_DRAWS = 1000
-# Ten thousand clients would make 1000 redraws take minutes; this bounds the numbers drawn in all.
+# Bounds the numbers drawn in all: with ten thousand clients 1000 draws would take minutes.
 MAX_DRAWN_NUMBERS = 20_000_000
 
 
@@ -24,10 +24,10 @@ def partition(
     num_classes: int,
     seed: int,
 ) -> list[np.ndarray]:
-    """Deal the examples with these labels (int64, shape (num_examples,)) to the clients.
+    """Split the examples with these labels (int64, shape (num_examples,)) among the clients.
 
-    Returns one sorted int64 index array per client; together they hold every example once. The
-    same arguments give the same arrays.
+    Returns one sorted int64 index array per client. Every example belongs to exactly one client.
+    Equal arguments give equal arrays.
 
     iid: a random equal split; sizes differ by at most one.
     dirichlet: label skew. For each class, proportions over clients from Dirichlet(alpha), as in Li
@@ -39,9 +39,9 @@ def partition(
         shard on a boundary holds two or more labels.
 
     dirichlet and quantity are redrawn, at most MAX_DRAWS times, until each client has
-    config.min_examples. Where no draw does (alpha = 0.01 with 100 clients never would), the last
-    draw is mended: clients below it, in client_id order, take one example at a time from the
-    client that then has most (of equals, the lowest client_id).
+    config.min_examples. If no draw succeeds (with alpha = 0.01 and 100 clients none would), the
+    last one is filled up: clients with too few examples, in client_id order, get one at a time from
+    the client that has most at that moment (of equals, the lowest client_id).
 
     Raises InputError if there are fewer than num_clients * min_examples examples, if
     labels_per_client is above num_classes, or if a client is left with less than min_examples.
@@ -96,10 +96,9 @@ def summary(
     label_names: Sequence[str],
     client_lora_ranks: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """One entry per client, in client_id order, as it is saved with a run.
+    """partition.json: one entry per client, in client_id order.
 
-    Keys: client_id, num_examples, lora_rank, label_counts (by name, without labels the client has
-    none of).
+    Keys: client_id, num_examples, lora_rank, label_counts (by name, without zeros).
     """
     counts = label_counts(labels, shards, len(label_names))
     return [
@@ -195,7 +194,7 @@ def _fill_up(shards: list[np.ndarray], min_examples: int) -> list[np.ndarray]:
             sizes[donor] -= 1
             sizes[client_id] += 1
             received.append(int(shards[donor][sizes[donor]]))
-    # A donor gave from its end and stays at or above min_examples, so none is also a taker.
+    # A donor gives from its end and never falls below min_examples, so that none also receives.
     return [
         np.concatenate([shard[: sizes[i]], np.array(taken.get(i, []), dtype=np.int64)])
         for i, shard in enumerate(shards)

@@ -103,7 +103,7 @@ def _read_table(path: Path) -> "pd.DataFrame":
 def _read_csv(path: Path) -> "pd.DataFrame":
     import pandas as pd
 
-    # Only an empty cell is null: pandas would take a text such as "NA" or "None" for one as well.
+    # Only an empty cell is null; by default pandas reads texts such as "NA" as null, too.
     frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
     if not isinstance(frame.index, pd.RangeIndex):
         raise pd.errors.ParserError("rows have more fields than the header")

@@ -1,4 +1,4 @@
-"""Runs a plan on this machine: each run a process group of its own, some side by side."""
+"""Runs a plan on this machine, each run as a job of its own, several at a time."""
 
 import os
 import signal
@@ -33,9 +33,9 @@ class _Running:
 
 
 def run_sweep(plan: Plan, processes: int, jobs: int | None, console: Console) -> bool:
-    """Run what is not finished, `processes` each; True if all of it succeeded. Raises InputError.
+    """Run what is not finished; returns whether all of it succeeded. Raises InputError.
 
-    jobs: runs side by side; by default as many as `side_by_side` says.
+    processes: of each run. jobs: runs at the same time, by default `side_by_side`.
     """
     if detect(os.environ) != "serial":
         raise InputError("fedara sweep starts the processes itself; allowed: without a launcher")
@@ -43,15 +43,15 @@ def run_sweep(plan: Plan, processes: int, jobs: int | None, console: Console) ->
     jobs = jobs or side_by_side(plan.runs, processes, num_cores())
     if jobs > 1 and any(run.energy.enabled for run in plan.runs):
         raise InputError(
-            f"--jobs {jobs}: the counters that measure energy count a whole host, so all of these "
-            "runs at once; allowed: --jobs 1, or --set energy.enabled=false"
+            f"--jobs {jobs}: energy counters measure the whole host, and so all of these runs "
+            "together; allowed: --jobs 1, or --set energy.enabled=false"
         )
     plan.write()
     left = plan.left()
     done = len(plan.runs) - len(left)
     console.print(
-        f"{plan.path}: {len(plan.runs)} runs, {done} of them done; processes of a run: "
-        f"{processes}, runs side by side: {jobs}",
+        f"{plan.path}: {len(plan.runs)} runs, {done} of them done; processes of each run: "
+        f"{processes}, runs at the same time: {jobs}",
         soft_wrap=True,
     )
     failed = _run_lines(plan, deque(left), launcher, processes, jobs, console)
@@ -69,7 +69,10 @@ def num_cores() -> int:
 
 
 def side_by_side(runs: tuple[RunConfig, ...], processes: int, cores: int) -> int:
-    """How many runs fit: one, unless all use the CPU, say how many threads, measure no energy."""
+    """How many runs fit on the cores at the same time.
+
+    One, unless all runs use the CPU, set their number of threads, and measure no energy.
+    """
     if any(run.energy.enabled for run in runs):
         return 1
     threads = [run.system.threads for run in runs if run.system.device == "cpu"]
@@ -89,11 +92,14 @@ def _run_lines(
 ) -> list[int]:
     """Run these lines of the plan; returns those that failed."""
     environment = dict(os.environ)
-    if jobs > 1:  # runs that share out the cores would each take all of them
+    if jobs > 1:  # else each run would use all cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // (processes * jobs))))
     failed: list[int] = []
     running: list[_Running] = []
-    with _ended(running), Live(console=console, transient=True, refresh_per_second=2) as live:
+    with (
+        _ended_with_sweep(running),
+        Live(console=console, transient=True, refresh_per_second=2) as live,
+    ):
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(_start(plan, waiting.popleft(), launcher, environment))
@@ -111,7 +117,7 @@ def _run_lines(
 def _start(plan: Plan, index: int, launcher: list[str], environment: dict[str, str]) -> _Running:
     words = [*launcher, sys.executable, "-m", "bench", "run", str(plan.path)]
     words += ["--index", str(index), "--results", str(plan.results)]
-    with plan.log(index).open("ab") as log:  # earlier tries are kept
+    with plan.log(index).open("ab") as log:  # behind those of earlier tries
         process = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
@@ -119,7 +125,7 @@ def _start(plan: Plan, index: int, launcher: list[str], environment: dict[str, s
 
 
 def _finish(plan: Plan, run: _Running, console: Console) -> bool:
-    """Say how a run ended; a failure is also the last line of its log."""
+    """Print how a run ended; returns whether it is done. A failure goes into its log, too."""
     code = run.process.returncode
     done = code == 0 and (plan.results / plan.runs[run.index].run_id / "DONE").exists()
     if not done:
@@ -144,8 +150,8 @@ def _title(plan: Plan, run: _Running) -> str:
 
 
 @contextmanager
-def _ended(running: list[_Running]) -> Iterator[None]:
-    """Nothing that was started outlives the sweep, whether it ends by itself, ^C or SIGTERM."""
+def _ended_with_sweep(running: list[_Running]) -> Iterator[None]:
+    """End what is still running when the sweep ends, also by ^C or SIGTERM."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield

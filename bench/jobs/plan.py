@@ -1,4 +1,4 @@
-"""The frozen plan of a sweep: a file with one line per run, that jobs pick their lines from."""
+"""The frozen plan of a sweep: a file with one line per run; each job runs one line."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _SUFFIX = ".jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A sweep's runs. Its name holds a digest of its text: another expansion is another file."""
+    """A sweep's runs. Its name holds a digest of its text: a changed sweep is a new file."""
 
     name: str
     results: Path
@@ -31,7 +31,7 @@ class Plan:
         return self.results / f"{self.name}{_SUFFIX}"
 
     def log(self, index: int) -> Path:
-        """Where the run on line `index` writes what it prints."""
+        """The log of the run on line `index`."""
         return log_file(self.results, self.name, index)
 
     def left(self) -> list[int]:
@@ -46,7 +46,7 @@ class Plan:
         """Write the plan file and make the folder of the logs. Raises InputError."""
         try:
             (self.results / "logs").mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():  # jobs may be reading it, and its text is its name
+            if not self.path.exists():  # jobs may be reading it; its name fixes its text
                 write_atomically(self.path, self.text.encode())
         except OSError as error:
             raise InputError(
@@ -56,7 +56,7 @@ class Plan:
 
 
 def make_plan(config: Path, results: Path | None, overrides: list[str]) -> Plan:
-    """Expand a config's sweep; nothing is written yet. results: by default results/<its name>."""
+    """Expand a config's sweep, without writing it. results: by default results/<config's name>."""
     runs = tuple(load_runs(config, overrides))
     text = "".join(_line(run) for run in runs)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -69,8 +69,10 @@ def make_plan(config: Path, results: Path | None, overrides: list[str]) -> Plan:
 
 
 def load_points(path: Path, overrides: list[str], index: int | None = None) -> list[RunConfig]:
-    """The runs of a config or of a plan file, or the run of a record's run.json; with `index`, the
-    one run that it counts from 0."""
+    """The runs of a config, of a plan file, or of a record's run.json; with `index` only that one.
+
+    Raises InputError.
+    """
     if path.name == "run.json":
         runs = [load_record(path, overrides)]
     elif path.suffix != _SUFFIX:
@@ -87,11 +89,11 @@ def load_points(path: Path, overrides: list[str], index: int | None = None) -> l
 
 
 def describe(plan: Plan) -> Iterator[str]:
-    """Lines for --dry-run: each run's share of the work, and the total of those that are left.
+    """The lines of --dry-run: what each run will do and send, and the total of what is left.
 
-    Bytes are those of the first round, as often as there are rounds. Raises InputError.
+    Bytes are those of the first round, times the number of rounds. Raises InputError.
     """
-    from bench.tools.estimate import round_bytes  # torch: only for those who need it
+    from bench.tools.estimate import round_bytes
 
     left = set(plan.left())
     total, known = [0, 0], True
@@ -120,7 +122,7 @@ def describe(plan: Plan) -> Iterator[str]:
 
 
 def _size(num_bytes: int) -> str:
-    """In the unit that suits."""
+    """In a readable unit."""
     for unit, length in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= length:
             return f"{num_bytes / length:.3g} {unit}"
@@ -128,7 +130,7 @@ def _size(num_bytes: int) -> str:
 
 
 def beside(python: str, name: str) -> str:
-    """A program next to this Python, else on PATH. Raises InputError."""
+    """A program from the folder of this Python, else from PATH. Raises InputError."""
     found = shutil.which(name, path=str(Path(python).parent)) or shutil.which(name)
     if found is None:
         raise InputError(f"{name} is neither beside {python} nor on PATH")
@@ -155,7 +157,7 @@ def _read(path: Path) -> list[RunConfig]:
 
 def _parse(path: Path, number: int, line: dict[str, Any]) -> RunConfig:
     run = parse_run(line["config"])
-    if run.run_id != line["run_id"]:  # a default or a method's meaning changed since
+    if run.run_id != line["run_id"]:  # a default has changed since, or a method
         raise InputError(
             f"plan {path}, line {number}: {line['run_id']} is {run.run_id} in this version of the "
             "suite; allowed: a plan of this version (fedara sweep writes one)"

@@ -1,4 +1,4 @@
-"""A plan as Slurm jobs: an array with one task of the array per run, and one that draws figures."""
+"""A plan as Slurm jobs: an array with one task per run, and a job that draws the figures."""
 
 import re
 import shlex
@@ -15,9 +15,9 @@ from bench.jobs.plan import Plan
 from bench.run.checkpoint import write_atomically
 from fedara_core.errors import InputError
 
-_Word = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]  # stands in a line of #SBATCH
+_Word = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]  # part of an #SBATCH line
 _Time = Annotated[str, Field(pattern=r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$")]
-_SIGNAL_SECONDS = 120  # before the time limit: a round and a checkpoint must fit in
+_SIGNAL_SECONDS = 120  # before the time limit: time for a round and a checkpoint
 
 _NEW_STEP = """\
 # MPICH names its shared memory by job and step, and a killed step leaves it behind: a requeued job
@@ -99,10 +99,9 @@ def read_site(path: Path) -> Site:
 
 
 def submit_plan(plan: Plan, site: Site, *, dry_run: bool) -> list[str]:
-    """Write the plan and its job scripts and submit them; returns what to print.
+    """Write the plan and its job scripts, and submit them; returns what to print.
 
-    With dry_run nothing is written. Raises InputError, also for an sbatch that is missing or
-    refuses.
+    With dry_run nothing is written. Raises InputError, also if sbatch is missing or refuses.
     """
     left = plan.left()
     if not left:
@@ -128,12 +127,12 @@ def submit_plan(plan: Plan, site: Site, *, dry_run: bool) -> list[str]:
     return [
         f"job {array_id}: {len(left)} of {len(plan.runs)} runs of {plan.path}",
         f"job {figures_id}: figures, when all of them have ended",
-        f"fedara status {plan.results} says how far they are",
+        f"fedara status {plan.results} shows how far they are",
     ]
 
 
 def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: Path) -> str:
-    """The job script of these lines of the plan, run by `python` in `folder`."""
+    """The job script for these lines of the plan; it runs `python` in `folder`."""
     limit = f"%{site.array_limit}" if site.array_limit else ""
     log = str(plan.log(0)).removesuffix("-0.log") + "-%a.log"
     options = {
@@ -171,7 +170,7 @@ def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: 
 
 
 def figures_script(plan: Plan, site: Site, python: str, folder: Path) -> str:
-    """The job script that draws figures and table from the runs that finished."""
+    """The job script that draws the figures and tables of the finished runs."""
     options = {
         "job-name": plan.name.replace("plan-", "fedara-", 1) + "-figures",
         "chdir": str(folder),

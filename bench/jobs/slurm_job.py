@@ -1,4 +1,4 @@
-"""What a process inside a Slurm job can know and ask: its job, and to be started again."""
+"""A process inside a Slurm job: which job it is, its state, and how to requeue it."""
 
 import os
 import shutil
@@ -9,28 +9,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class JobId:
-    """What Slurm's commands call a job, 5 or, for a task of an array, 5_1, and how often it was
-    requeued."""
+    """A job's number for Slurm's commands (5, or 5_1 for a task of an array), and its requeues."""
 
     number: str
     restarts: int = 0
 
 
 def own_job(environ: Mapping[str, str] = os.environ) -> JobId | None:
-    """The job that this process belongs to."""
+    """The job of this process; None outside Slurm."""
     number = environ.get("SLURM_JOB_ID")
     if not number:
         return None
-    if "SLURM_ARRAY_TASK_ID" in environ:  # one task's SLURM_JOB_ID is also the whole array's
+    if "SLURM_ARRAY_TASK_ID" in environ:  # SLURM_JOB_ID may be the whole array's
         number = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     restarts = environ.get("SLURM_RESTART_COUNT", "")
     return JobId(number, int(restarts) if restarts.isdigit() else 0)
 
 
 def requeue(environ: Mapping[str, str] = os.environ) -> str:
-    """Ask Slurm to start this job again; says in a line what came of it, nothing outside Slurm.
+    """Ask Slurm to requeue this job; returns a line about the outcome, or "" outside Slurm.
 
-    A job that somebody has cancelled stays cancelled. Slurm ends a requeued job at once.
+    A cancelled job stays cancelled. Slurm ends a requeued job at once.
     """
     job = own_job(environ)
     if job is None:
@@ -48,7 +47,7 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def queue_state(number: str) -> subprocess.CompletedProcess[str]:
-    """What squeue says of a job: its state on stdout, or why it does not know on stderr."""
+    """squeue's answer about a job: its state on stdout, or an error on stderr."""
     return _ask("squeue", "--noheader", "--format=%T", "--jobs", number)
 
 

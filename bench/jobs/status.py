@@ -1,4 +1,4 @@
-"""How far the runs of a results folder are, from files alone: imports no torch.
+"""The state of each run of a results folder, from files alone; imports no torch.
 
 A results folder holds plan-*.jsonl (bench/jobs/plan.py), a folder for each run
 (bench/run/record.py), and logs/ with one log for each line of a plan. A log's last line says
@@ -21,7 +21,7 @@ from rich.text import Text
 from bench.run import lock
 from fedara_core.errors import InputError, Interrupted
 
-STATES = ("running", "failed", "interrupted", "waiting", "done")  # what to look at first
+STATES = ("running", "failed", "interrupted", "waiting", "done")  # in the order of the table
 _STYLES = {
     "running": "cyan",
     "failed": "red",
@@ -29,12 +29,12 @@ _STYLES = {
     "waiting": "dim",
     "done": "green",
 }
-_TAIL_BYTES = 1 << 20  # of rounds.jsonl: hundreds of rounds, some of a cohort of 10^5
+_TAIL_BYTES = 1 << 20  # of rounds.jsonl: hundreds of rounds, or a few with 10^5 clients
 _LOG_TAIL_BYTES = 1 << 14
 _EXIT = "fedara: exit code "
-_SLURM = r"(slurmstepd\S*|srun): "  # what Slurm itself writes into a log begins so
+_SLURM = r"(slurmstepd\S*|srun): "  # begins what Slurm itself writes into a log
 _REQUEUED = re.compile(r"fedara: job \S+ is requeued$|slurmstepd.* DUE TO JOB REQUEUE")
-# What ended a job that could not write its exit code any more; a step also lives on after a signal.
+# What ends a job before it can write its exit code. A step may survive a mere signal.
 _KILLED = re.compile(
     _SLURM + r"error: (\*\*\* JOB .*CANCELLED(?!.*REQUEUE)|.*(oom|Out Of Memory|TIME LIMIT))"
 )
@@ -43,7 +43,7 @@ _REASON = re.compile(rf"(fedara: |[\w.]+(Error|Exception|Interrupt|Exit)\b|{_SLU
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """One run. accuracy: of the last round that has one. num_rounds: absent without a plan."""
+    """One run. accuracy: of the last evaluated round. num_rounds: None if unknown."""
 
     run_id: str
     state: str
@@ -60,12 +60,12 @@ def log_file(results: Path, plan: str, index: int) -> Path:
 
 
 def exit_line(code: int) -> str:
-    """What a log ends with when its run failed."""
+    """The last line of a failed run's log."""
     return f"{_EXIT}{code}\n"
 
 
 def read_status(results: Path) -> list[RunStatus]:
-    """Every run that a plan in `results` lists or that has a folder there. Raises InputError."""
+    """Every run that has a line in a plan in `results`, or a folder there. Raises InputError."""
     if not results.is_dir():
         raise InputError(f"{results}: no such folder; allowed: the folder given as --results")
     runs: dict[str, RunStatus] = {}
@@ -106,7 +106,7 @@ def look(run_dir: Path, num_rounds: int | None, logs: list[Path]) -> RunStatus:
 
 
 def show(runs: list[RunStatus], console: Console) -> None:
-    """Print the table, what needs attention first, and the counts."""
+    """Print the table, the reasons of failures, and the counts."""
     console.print(table(sorted(runs, key=lambda run: STATES.index(run.state))))
     for run in runs:
         if run.state == "failed":
@@ -134,7 +134,7 @@ def table(runs: list[RunStatus]) -> Table:
 
 
 def last_lines(log: Path, count: int) -> list[str]:
-    """The last lines of a log that hold anything."""
+    """The last non-empty lines of a log."""
     return [line for line in _tail(log, _LOG_TAIL_BYTES).splitlines() if line.strip()][-count:]
 
 
@@ -172,13 +172,13 @@ def _progress(rounds: Path) -> tuple[int, float | None]:
 
 
 def _end(log: Path) -> tuple[str, str]:
-    """The state in which a log says that its run ended, "" if it does not, and why."""
+    """The state in which the run ended according to its log ("" if it did not), and why."""
     lines = last_lines(log, 200)
     code = lines.pop() if lines and lines[-1].startswith(_EXIT) else ""
     last_words = list(takewhile(re.compile(_SLURM).match, reversed(lines)))
     before = lines[-1 - len(last_words)] if len(last_words) < len(lines) else ""
     for line in (before, *last_words):
-        if _REQUEUED.match(line):  # Slurm ends it at that, with any code
+        if _REQUEUED.match(line):  # Slurm then ends it, with any exit code
             return "interrupted", line.removeprefix("fedara: ")
     if not (code or any(_KILLED.match(line) for line in last_words)):
         return "", ""
@@ -195,7 +195,7 @@ def _end(log: Path) -> tuple[str, str]:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """A JSON object; nothing for a line that is cut off."""
+    """A JSON object; empty for a line that is cut off."""
     try:
         value = json.loads(text)
     except ValueError:

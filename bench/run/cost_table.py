@@ -115,7 +115,7 @@ def _counted_source(rows: Sequence[Row]) -> str | None:
 
 def _peak(rows: Sequence[Row]) -> int | None:
     for key in ("peak_device_memory_bytes", "peak_memory_bytes"):
-        found = [row[key] for row in rows if key in row]
+        found = [int(row[key]) for row in rows if key in row]
         if found:
             return max(found)
     return None

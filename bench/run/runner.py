@@ -192,9 +192,9 @@ def _points(
 
 
 def _make_folder(results: Path) -> None:
-    reason = "" if not results.exists() or os.access(results, os.W_OK) else "not writable"
     try:
         results.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(results, os.W_OK) else "not writable"
     except OSError as error:
         reason = str(error.strerror)
     if reason:

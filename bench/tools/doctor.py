@@ -1,4 +1,4 @@
-"""`fedara doctor`: what works on this machine, and what to do about what does not."""
+"""`fedara doctor`: what works on this machine, and how to fix what does not."""
 
 import importlib.metadata
 import os
@@ -26,7 +26,7 @@ _HUB = ("huggingface.co", 443)
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line: state is ok, none (absent, and that is fine) or bad; advice says what to do."""
+    """One line. state: ok, none (absent, which is fine) or bad. advice: what to do."""
 
     state: str
     text: str
@@ -45,7 +45,7 @@ def show(console: Console) -> None:
 
 
 def _mpi() -> Finding:
-    # In a process of its own: some MPIs end the process that fails to start them.
+    # In another process: some MPI libraries end a process in which they fail to start.
     code = "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
     found = _run([sys.executable, "-c", code])
     if found is None:
@@ -66,16 +66,13 @@ def _launcher() -> Finding:
         return Finding(
             state="bad",
             text="no mpiexec, no srun",
-            advice="activate the environment with the mpich wheel, or load an MPI module; "
-            "torchrun works without",
+            advice="install the mpich wheel, or load an MPI module; torchrun needs neither",
         )
     return Finding(state="ok", text=", ".join(dict.fromkeys(launchers)))
 
 
 def _job() -> Finding:
-    kind = detect(os.environ)
-    text = f"--comm auto would choose {kind}"
-    return Finding(state="ok", text=text)
+    return Finding(state="ok", text=f"--comm auto would choose {detect(os.environ)}")
 
 
 def _processes() -> Finding:
@@ -83,13 +80,13 @@ def _processes() -> Finding:
     for key in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         if os.environ.get(key, "").isdigit():
             number = int(os.environ[key])
-            advice = f"more than its {cores} cores: they will wait" if number > cores else ""
+            advice = f"start at most {cores}, the number of cores" if number > cores else ""
             state = "bad" if advice else "ok"
             return Finding(state=state, text=f"{number} on this host", advice=advice)
     return Finding(
         state="ok",
         text="1 on this host",
-        advice=f"up to {cores}; mpiexec -n {cores} fedara doctor shows a job's view",
+        advice=f"up to {cores}; try mpiexec -n {cores} fedara doctor",
     )
 
 
@@ -97,7 +94,7 @@ def _threads() -> Finding:
     cores = len(os.sched_getaffinity(0))
     fixed = os.environ.get("OMP_NUM_THREADS")
     text = f"{cores} cores for this process; OMP_NUM_THREADS {fixed or 'not set'}"
-    advice = "" if fixed else "system.threads = 'auto' shares the cores among a host's processes"
+    advice = "" if fixed else "system.threads = 'auto' divides the cores among the processes"
     return Finding(state="ok", text=text, advice=advice)
 
 
@@ -109,7 +106,7 @@ def _gpu() -> Finding:
     if not torch.cuda.is_available():
         return Finding(state="none", text="none that torch sees", advice="runs use the CPU")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Finding(state="ok", text=", ".join(names), advice="one process a GPU works best")
+    return Finding(state="ok", text=", ".join(names), advice="start one process per GPU")
 
 
 @cache
@@ -119,7 +116,7 @@ def _sources() -> dict[str, SourceCheck]:
 
 def _energy(source: str) -> Finding:
     check = _sources()[source]
-    # Without counters codecarbon models, so that only its absence leaves a run without energy.
+    # codecarbon models what has no counter, so a run lacks energy only without codecarbon.
     missing = "bad" if source == "codecarbon" else "none"
     state = "ok" if check.works else missing
     return Finding(state=state, text=check.text, advice=check.advice)

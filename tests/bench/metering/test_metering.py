@@ -14,10 +14,10 @@ import torch
 
 from bench.config.load import load_runs
 from bench.metering.client_cost import MIX, ClientCost, model_devices, reduce_clients
-from bench.metering.codecarbon import HostEnergy, NullEnergy, add_hosts
+from bench.metering.codecarbon import HostEnergy, NullEnergy
 from bench.metering.devices import load_devices
-from bench.metering.meter import PHASES, Measured, Meter
-from bench.metering.reduce import reduce_energy, reduce_memory, reduce_seconds
+from bench.metering.meter import PHASES, Meter
+from bench.metering.reduce import reduce_memory
 from bench.run import rounds
 from bench.run.job import prepare
 from bench.run.provenance import library_fact, surroundings
@@ -67,16 +67,6 @@ def test_phases_of_a_meter_take_the_whole_time() -> None:
     assert seconds["download"] == 2 * seconds["local_train"] > 0
     assert sum(seconds.values()) == total
     assert meter.take().seconds.keys() == {"meter", "total"}
-
-
-def test_seconds_of_processes_become_maximum_mean_and_sum() -> None:
-    parts = [{"wait": 1.0, "total": 3.0}, {"pack": 0.5, "total": 2.0}]
-    assert reduce_seconds(parts) == {
-        "seconds": {"pack": 0.5, "wait": 1.0, "total": 3.0},
-        "seconds_mean": {"pack": 0.25, "wait": 0.5, "total": 2.5},
-        "seconds_sum": {"pack": 0.5, "wait": 1.0, "total": 5.0},
-        "seconds_by_process": {"pack": [0.0, 0.5], "wait": [1.0, 0.0], "total": [3.0, 2.0]},
-    }
 
 
 def check_phases(row: dict[str, Any], world_size: int) -> None:
@@ -271,58 +261,7 @@ def test_a_part_that_nobody_knows_leaves_the_sum_absent(tmp_path: Path) -> None:
     assert facts["energy_missing"] == "not known of every part of the run"
 
 
-# ---- sums over hosts ----
-
-
-def host(source: str = "rapl", **changes: Any) -> Measured:
-    labels = {"energy_source": source, "energy_scope": "host:package"}
-    settings: dict[str, Any] = {
-        "seconds": {"local_train": 2.0, "total": 3.0},
-        "joules": {"local_train": {"rapl": 8.0}, "meter": {"rapl": 1.0}},
-        "idle_watts": {"rapl": 2.0},
-        "labels": labels,
-    }
-    return Measured(**settings | changes)
-
-
-def test_hosts_are_summed() -> None:
-    other = Measured(seconds={"total": 9.0})  # a process that does not sample
-    found = reduce_energy([host(), other, host()])
-    assert found["energy_joules"] == {"local_train": 16.0, "meter": 2.0, "total": 18.0}
-    assert found["energy_net_joules"] == {"local_train": 8.0, "meter": 2.0, "total": 6.0}
-    assert found["energy_joules_by_source"] == {"rapl": 18.0}
-    assert (found["energy_source"], found["energy_scope"]) == ("rapl", "host:package")
-    assert "energy_net_joules" not in reduce_energy([host(), host(idle_watts={})])
-
-
-def test_hosts_that_differ_have_no_sum() -> None:
-    assert reduce_energy([host(), host("nvml")]) == {}
-    assert reduce_energy([host(), host(joules={}, labels={})]) == {}
-    assert reduce_energy([Measured(seconds={"total": 1.0})]) == {}
-    assert add_hosts([MODELLED, {}]) == {}
-    assert add_hosts([MODELLED, MODELLED | {"energy_source": "codecarbon-rapl"}]) == {}
-    assert add_hosts([MODELLED, MODELLED])["energy_scope"] == "2 x (host:cpu+ram)"
-
-
-def test_a_source_lost_in_mid_round_is_left_out() -> None:
-    joules = {"local_train": {"rapl": 8.0, "nvml": 3.0}, "meter": {"nvml": 1.0}}
-    found = reduce_energy([host("nvml", joules=joules, idle_watts={"nvml": 0.5})])
-    assert found["energy_joules"] == {"local_train": 3.0, "meter": 1.0, "total": 4.0}
-    assert found["energy_net_joules"]["total"] == 4.0 - 0.5 * 3.0
-
-
 # ---- memory, FLOPs, devices ----
-
-
-def test_memory_of_processes() -> None:
-    peaks = {"peak_memory_bytes": 5, "peak_memory_bytes_by_phase": {"pack": 3, "download": 5}}
-    other = {"peak_memory_bytes": 7, "peak_memory_bytes_by_phase": {"pack": 7}}
-    assert reduce_memory([peaks, other]) == {
-        "peak_memory_bytes": 7,
-        "peak_memory_bytes_by_process": [5, 7],
-        "peak_memory_bytes_by_phase": {"download": 5, "pack": 7},
-    }
-    assert reduce_memory([peaks, {}]).keys() == {"peak_memory_bytes_by_phase"}
 
 
 def test_a_phase_has_a_peak_of_its_own() -> None:

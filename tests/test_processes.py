@@ -12,7 +12,7 @@ from bench.config.schema import ClientsConfig, RunConfig, load_runs
 from fedara_core.method import load_method, method_names
 from support.launch import CLI, TINY, Finished, Launched, fedara_here, launch, rounds_of, wait_for
 
-pytestmark = pytest.mark.xdist_group("jobs")
+pytestmark = [pytest.mark.xdist_group("jobs"), pytest.mark.slow]
 
 # What may not depend on where the clients ran.
 SAME = (

@@ -118,6 +118,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
 HOSTS = [("plain", 1, "one"), ("mpi", 2, "one"), ("mpi", 4, "one"), ("mpi", 2, "apart")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "world_size", "nodes"), HOSTS)
 def test_a_host_counts_once(
     launcher: str, world_size: int, nodes: str, jobs: Callable[..., tuple[Path, Finished]]
@@ -147,6 +148,7 @@ def test_a_host_counts_once(
     assert "Warning" not in finished.err
 
 
+@pytest.mark.slow
 def test_energy_changes_no_bit(jobs: Callable[..., tuple[Path, Finished]], tmp_path: Path) -> None:
     assert fedara_here("run", TINY, *SHORT, "--no-energy", "--results", tmp_path).code == 0
     expected = [row["state_digest"] for row in rounds_of(only_run(tmp_path))]

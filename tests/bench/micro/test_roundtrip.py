@@ -29,6 +29,7 @@ def rows_of(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "world_size"), [("plain", 1), ("mpi", 2), ("torch", 2)])
 def test_every_combination_is_recorded(launcher: str, world_size: int, tmp_path: Path) -> None:
     job = launch(launcher, world_size, *ROUNDTRIP, *OPTIONS, *WHOLE, "--results", tmp_path)

@@ -6,6 +6,7 @@ The host of these tests has one counter of 10 watts, or none; codecarbon is real
 import json
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -361,10 +362,13 @@ def test_costs_of_clients_in_the_record(record: tuple[Path, Finished]) -> None:
             assert len(row[f"{key}_by_client"]) == len(row["cohort"])
             assert row[key] == sum(row[f"{key}_by_client"]) > 0
         assert 0 < row["num_backward_layers"] <= row["num_layers"] == 12
-        assert row["lowest_trained_layer"]
         # AdamW: two moments of what trains, and a step count for each tensor.
         assert row["optimizer_bytes"] > 2 * row["adapter_bytes"]
         assert "activation_bytes" not in row  # on a CPU nobody counts them
+    assert rows[0]["lowest_trained_layer"] == "encoder.encoder.layer.0.attention.self.query"
+    for before, row in pairwise(rows):  # the record has what is left after its round
+        live = before["live_triplets_by_adapter"]
+        assert live[row["lowest_trained_layer"]] > 0
     assert rows[-1]["flops"] < rows[0]["flops"]
     assert rows[-1]["adapter_bytes"] < rows[0]["adapter_bytes"]
     facts = facts_of(record[0])

@@ -37,7 +37,7 @@ def refuse(error: InputError, *, quiet: bool = False) -> NoReturn:
     raise typer.Exit(2)
 
 
-def as_job(comm: str, action: Callable[["Communicator"], None]) -> None:
+def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
     """Run `action` on every process of the job.
 
     Invalid input ends all processes with exit code 2. Any other error of one process ends the job.

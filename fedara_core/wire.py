@@ -4,8 +4,9 @@ One message, little-endian: header (24 bytes), bits (8 to a byte, lowest first),
 codec has them). Header: 0xFB (u8), flags and codec (u8), number of values (u16 high part, u32 low
 part), client_id (u32), num_examples (u32), number of bits (u32), train_loss (f32). The lower half
 of the second byte is the codec's place in CODECS; its highest bit is set where a value is not
-finite, the next one where a row_weight (f32) follows, as between the processes of a sum. Messages are concatenated without
-padding; where values travel apart, as in a sum, a message ends after its bits.
+finite, the next one where a row_weight (f32) follows, as between the processes of a sum. Messages
+are concatenated without padding; where values travel apart, as in a sum, a message ends after its
+bits.
 """
 
 import math

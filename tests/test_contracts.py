@@ -245,6 +245,7 @@ def test_the_head_is_averaged_by_num_examples(complete: Complete) -> None:
             torch.testing.assert_close(whole[name].reshape(-1).double(), mean, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_it_learns(complete: Complete) -> None:
     settings = ("partition.scheme=iid", "train.local_steps=10", "evaluate.every=100")
     # Methods differ by much in the learning rate that suits them.
@@ -278,7 +279,10 @@ def test_a_run_resumes_with_the_same_bits(complete: Complete, tmp_path: Path) ->
     ]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 7])
+@pytest.mark.parametrize(
+    "world_size",
+    [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)],
+)
 def test_the_number_of_processes_changes_nothing(
     complete: Complete, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

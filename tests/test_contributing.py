@@ -54,6 +54,7 @@ def test_the_example_without_its_term_is_lora(folder: Path) -> None:
     assert digests["off"] == digests["lora"] != digests["on"]
 
 
+@pytest.mark.slow
 def test_the_example_keeps_the_contracts(folder: Path) -> None:
     words = [sys.executable, "-c", CONTRACTS, str(folder), NAME]
     finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)

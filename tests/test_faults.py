@@ -7,7 +7,7 @@ import pytest
 
 from support.launch import TINY, Finished, digests_in, fedara_here, launch
 
-pytestmark = pytest.mark.xdist_group("jobs")
+pytestmark = [pytest.mark.xdist_group("jobs"), pytest.mark.slow]
 
 FAULT_JOB = Path(__file__).parent / "support" / "fault_job.py"
 CONFIG = ("run", TINY, "--set", "federation.num_rounds=3", "--set", "train.local_steps=2")

@@ -7,7 +7,7 @@ import pytest
 
 from support.launch import TINY, Launched, digests_in, fedara_here
 
-pytestmark = pytest.mark.xdist_group("jobs")
+pytestmark = [pytest.mark.xdist_group("jobs"), pytest.mark.slow]
 
 KILL_JOB = Path(__file__).parent / "support" / "kill_job.py"
 KILLS = 20

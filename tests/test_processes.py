@@ -23,7 +23,7 @@ from support.launch import (
     wait_for,
 )
 
-pytestmark = pytest.mark.xdist_group("jobs")
+pytestmark = [pytest.mark.xdist_group("jobs"), pytest.mark.slow]
 
 # What may not depend on where the clients ran.
 SAME = (

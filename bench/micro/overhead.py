@@ -118,7 +118,7 @@ def _config(settings: Settings) -> RunConfig:
 
 def _suite_round(job: Job, communicator: Communicator) -> tuple[float, float]:
     """Seconds of the round, and those of its phase "meter"."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         run(job, communicator, Recorder(Path(folder), job.config), rows.append)

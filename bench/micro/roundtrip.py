@@ -161,7 +161,7 @@ def _turn_about(
     round's record.
     """
     seconds, bare_seconds, measured = [], [], []
-    state, row = job.state, {}
+    state, row = job.state, dict[str, Any]()
     for _ in range(_WARM_UP + rounds):
         communicator.barrier()
         meter.take()
@@ -232,7 +232,7 @@ def _timed(call: Any, communicator: Communicator) -> float:
 def _packed_bytes(job: Job, row: Mapping[str, Any], communicator: Communicator) -> int:
     """Bytes of the messages of the process with most clients, by a round's mean message."""
     placed = place(job, range(len(job.shards)), communicator.world_size)
-    return round(row["uplink_bytes"] / len(job.shards) * max(map(len, placed)))
+    return int(row["uplink_bytes"] / len(job.shards) * max(map(len, placed)))
 
 
 def _parameters(job: Job) -> list[Tensor]:

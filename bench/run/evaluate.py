@@ -90,7 +90,7 @@ class Evaluator:
         """
         # Batches of like length: less padding, and the order is fixed by the data.
         index = index[torch.sort(self.data.lengths[index], stable=True).indices]
-        pieces = index.split(self.batch_size)
+        pieces = torch.split(index, self.batch_size)
         losses = np.zeros(len(pieces))
         confusion = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
         communicator = self.communicator
@@ -117,7 +117,7 @@ class Evaluator:
         for client_id in mine:
             load_client(client_id)
             own_share = shuffled[client_id::num_clients]  # none if there are more clients
-            for piece in own_share.split(self.batch_size) if len(own_share) else ():
+            for piece in torch.split(own_share, self.batch_size) if len(own_share) else ():
                 loss, counts = self._evaluate(piece)
                 losses[client_id] += loss
                 confusion += counts
@@ -141,9 +141,8 @@ class Evaluator:
         count = -(-len(index) // len(self.label_counts))
         own = generator(seed, "own_mix", client_id)
         drawn = index[torch.multinomial(weights, count, replacement=True, generator=own)]
-        return (
-            sum(int(np.trace(self._evaluate(p)[1])) for p in drawn.split(self.batch_size)) / count
-        )
+        pieces = torch.split(drawn, self.batch_size)
+        return float(sum(np.trace(self._evaluate(piece)[1]) for piece in pieces)) / count
 
     @torch.no_grad()
     def _evaluate(self, piece: Tensor) -> tuple[float, np.ndarray]:

@@ -222,9 +222,9 @@ def _ending(
     )
     hosts = [result for result, sampled in zip(results, samples, strict=True) if sampled]
     total = add_hosts(hosts) if hosts else {}
-    facts = {} if None in shares else {"pss_bytes_by_process": shares}
+    facts: dict[str, Any] = {} if None in shares else {"pss_bytes_by_process": shares}
     if not total:
         sources = dict.fromkeys(str(host.get("energy_source")) for host in hosts)
-        reason = next(filter(None, reasons), "")
-        facts["energy_missing"] = reason or f"hosts differ in their source: {', '.join(sources)}"
+        unlike = f"hosts differ in their source: {', '.join(sources)}"
+        facts["energy_missing"] = next(filter(None, reasons), unlike)
     return total, facts

@@ -55,10 +55,10 @@ def round_bytes(config: RunConfig) -> tuple[int, int] | None:
     if config.dataset.name not in BUILT_IN_SETS and not config.dataset.name.startswith("file:"):
         return None
     settings = config.model_dump(mode="json")
-    decides = ("method", "adapter", "model", "dataset", "federation", "codec")
-    decides += ("clients", "devices")  # how many are drawn
+    decides = ["method", "adapter", "model", "dataset", "federation", "codec"]
+    decides += ["clients", "devices"]  # how many are drawn
     if config.adapter.client_lora_ranks:
-        decides += ("seed",)  # who has which
+        decides.append("seed")  # who has which
     kept = {key: settings[key] for key in decides}
     return _round_bytes(json.dumps(kept | {"train": {"local_steps": 1}}, sort_keys=True))
 

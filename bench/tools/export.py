@@ -208,7 +208,7 @@ def write_merged(trained: Trained, out: Path) -> None:
 
 
 def _save_head(trained: Trained, out: Path) -> None:
-    head = trained.model.classifier
+    head: Any = trained.model.classifier
     save_file(
         {"weight": head.weight.detach(), "bias": head.bias.detach()}, out / "head.safetensors"
     )

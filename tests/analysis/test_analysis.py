@@ -188,6 +188,7 @@ def run_command(*arguments: object, hash_seed: int = 0) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_command_writes_the_same_bytes_twice(records: Path, tmp_path: Path) -> None:
     # Two processes with different hash seeds and clocks, as on two days.
     first = run_command(records, "--out", tmp_path / "first", hash_seed=1)
@@ -250,6 +251,7 @@ def test_energy_of_one_source_is_in_the_summary(
     assert f"energy of the whole run by {source}" in markdown
 
 
+@pytest.mark.slow
 def test_energy_of_different_sources_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
     add_energy(write_record(tmp_path, "lora", 0), counted=True)
     add_energy(write_record(tmp_path, "fedara", 0), counted=False)

@@ -28,6 +28,7 @@ from support.launch import ROOT
 from support.records import row_of, write_record
 
 
+@pytest.mark.slow
 def test_fedara_report_imports_neither_torch_nor_mpi(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "lora", 0)
     code = (
@@ -188,6 +189,7 @@ def test_an_ablation_is_compared_with_fedara_and_is_not_it(
     assert table_headline.data(campaign)["setting"].nunique() == 1
 
 
+@pytest.mark.slow
 def test_one_method_makes_a_page_with_gaps(tmp_path: Path) -> None:
     write_record(tmp_path / "records", "fedara", 0)
     files, gaps = report(Records(campaign=load_campaign(tmp_path / "records")), tmp_path)

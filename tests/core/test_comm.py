@@ -14,7 +14,11 @@ from support.launch import COMM_CHECK, checked, launch
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
-JOBS = [("plain", 1), *(("mpi", n) for n in (1, 2, 3, 4)), ("torch", 2), ("torch", 3)]
+MORE_JOBS = [("mpi", 1), ("mpi", 3), ("mpi", 4), ("torch", 3)]
+JOBS = [
+    *(("plain", 1), ("mpi", 2), ("torch", 2)),
+    *(pytest.param(*job, marks=pytest.mark.slow) for job in MORE_JOBS),
+]
 
 
 @pytest.mark.parametrize(("launcher", "world_size"), JOBS)
@@ -27,6 +31,7 @@ def test_every_process_passes_the_check(launcher: str, world_size: int) -> None:
         assert job.out.splitlines().count(f"OK {name}") == world_size, job.out
 
 
+@pytest.mark.slow
 def test_messages_beyond_2_to_the_31_bytes() -> None:
     available = psutil.virtual_memory().available
     if available < 14e9:

@@ -17,7 +17,11 @@ from support.rounds import make_tiny_job
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
-JOBS = [("plain", 1), *(("mpi", n) for n in (2, 3, 4)), ("torch", 2), ("torch", 3)]
+MORE_JOBS = [("mpi", 3), ("mpi", 4), ("torch", 3)]
+JOBS = [
+    *(("plain", 1), ("mpi", 2), ("torch", 2)),
+    *(pytest.param(*job, marks=pytest.mark.slow) for job in MORE_JOBS),
+]
 
 
 @pytest.mark.parametrize(("launcher", "world_size"), JOBS)

@@ -146,6 +146,7 @@ def test_a_dry_run_downloads_nothing(tmp_path: Path) -> None:
 # ---- on this machine ----
 
 
+@pytest.mark.slow
 def test_a_failing_run_stops_no_other_and_is_listed(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     config = write(

@@ -6,6 +6,7 @@ The host of these tests has one counter of 10 watts, or none; codecarbon is real
 import json
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
 HOSTS = [("plain", 1, "one"), ("mpi", 2, "one"), ("mpi", 4, "one"), ("mpi", 2, "apart")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "world_size", "nodes"), HOSTS)
 def test_a_host_counts_once(
     launcher: str, world_size: int, nodes: str, jobs: Callable[..., tuple[Path, Finished]]
@@ -133,6 +135,7 @@ def test_a_host_counts_once(
     assert "Warning" not in finished.err
 
 
+@pytest.mark.slow
 def test_energy_changes_no_bit(jobs: Callable[..., tuple[Path, Finished]], tmp_path: Path) -> None:
     assert fedara_here("run", TINY, *SHORT, "--no-energy", "--results", tmp_path).code == 0
     expected = [row["state_digest"] for row in rounds_of(only_run(tmp_path))]
@@ -294,10 +297,13 @@ def test_costs_of_clients_in_the_record(record: tuple[Path, Finished]) -> None:
             assert len(row[f"{key}_by_client"]) == len(row["cohort"])
             assert row[key] == sum(row[f"{key}_by_client"]) > 0
         assert 0 < row["num_backward_layers"] <= row["num_layers"] == 12
-        assert row["lowest_trained_layer"]
         # AdamW: two moments of what trains, and a step count for each tensor.
         assert row["optimizer_bytes"] > 2 * row["adapter_bytes"]
         assert "activation_bytes" not in row  # on a CPU nobody counts them
+    assert rows[0]["lowest_trained_layer"] == "encoder.encoder.layer.0.attention.self.query"
+    for before, row in pairwise(rows):  # the record has what is left after its round
+        live = before["live_triplets_by_adapter"]
+        assert live[row["lowest_trained_layer"]] > 0
     assert rows[-1]["flops"] < rows[0]["flops"]
     assert rows[-1]["adapter_bytes"] < rows[0]["adapter_bytes"]
     facts = facts_of(record[0])

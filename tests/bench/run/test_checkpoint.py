@@ -242,7 +242,7 @@ def resize(disk: Path, num_bytes: int) -> None:
     subprocess.run(["mount", "-o", options, str(disk)], check=True)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_costs_one_line_and_no_round(
     world_size: int, whole: Path, small_disk: Path
 ) -> None:

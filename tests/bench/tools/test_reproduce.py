@@ -8,6 +8,8 @@ import pytest
 
 from support.launch import TINY, Finished, fedara_here, rounds_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -264,6 +264,7 @@ def by_adapter(state: ServerState, bits: Tensor) -> Masks:
     return masks
 
 
+@pytest.mark.slow
 def test_bytes_of_a_run_by_hand() -> None:
     """Uploads of b(t) triplets, but not of the same ones, nor of the same length."""
     job = make_tiny_job(*ADALORA, *THIRD, *UNLIKE)

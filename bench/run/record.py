@@ -16,8 +16,8 @@ import torch
 from bench.config.schema import RunConfig
 from bench.metering.codecarbon import add_parts
 from bench.run.checkpoint import write_atomically
+from fedara_core.schema import SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "mpi4py", "mpich", "transformers", "tokenizers", "datasets", "numpy", "peft")
 _PART_KEYS = (
     *("start_time", "git_commit", "git_dirty", "package_versions"),

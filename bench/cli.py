@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from analysis.options import Compare, Costs, Directory, Out
+from analysis.cli import Compare, Costs, Directory, Out
 from fedara_core.errors import InputError, Interrupted, JobError
 
 if TYPE_CHECKING:

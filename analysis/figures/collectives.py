@@ -1,4 +1,4 @@
-"""Figures: merge paths over density with the 2/P line, and measured times beside the model's."""
+"""Figures: seconds of the merge paths by density, and by number of processes with the model."""
 
 import math
 import textwrap
@@ -13,19 +13,20 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from analysis.cost_model import (
     Cost,
-    Exchange,
+    ExchangeSizes,
     fit,
     predict,
     relative_errors,
     union_bytes,
 )
 from analysis.figures import caption, style
-from analysis.records.micro import MicroCampaign
-from fedara_core.merge.cost import PATHS
+from analysis.records.collectives import points as measured_points
+from analysis.records.launches import Launches
+from fedara_core.schema import PATHS
 
 NAME = "collectives"
 MAX_PROCESSES = 10**6
-_MODELLED_DENSITY = 0.25  # of those measured the one next to it is drawn
+_MODELLED_DENSITY = 0.25
 _Shared = Literal["row", "all"]
 _PANEL_INCHES = (2.6, 2.1)
 _TITLE_LETTERS = 34  # that fit over a panel
@@ -33,34 +34,42 @@ _MASK_HEADER_BYTES = 12  # client_id and weight, before each client's mask
 
 
 def draw(
-    micro: MicroCampaign, out_dir: Path, costs: Mapping[str, Cost] | None = None
+    collectives: Launches, out_dir: Path, costs: Mapping[str, Cost] | None = None
 ) -> list[Path]:
-    """Write collectives_density_overlap_*.{pdf,png,txt}, one per overlap, and
-    collectives_scaling.*, the latter with the costs given or else with fitted ones."""
-    points = density_data(micro)
+    """Write collectives_density_overlap_*.{pdf,png,txt} by overlap, and collectives_scaling.*.
+
+    costs: of the scaling model, by path; if None they are fitted to the records.
+    """
+    points = density_data(collectives)
     files = []
     for overlap, rows in points.groupby("overlap"):
-        files += _draw_density(micro, rows, out_dir / f"{NAME}_density_overlap_{overlap:g}")
+        files += _draw_density(collectives, rows, out_dir / f"{NAME}_density_overlap_{overlap:g}")
     modelled = fitted_costs(points) if costs is None else dict.fromkeys(_backends(points), costs)
     if any(modelled.values()):
-        files += _draw_scaling(micro, points, modelled, costs is None, out_dir / f"{NAME}_scaling")
+        files += _draw_scaling(
+            *(collectives, points, modelled),
+            fitted=costs is None,
+            out=out_dir / f"{NAME}_scaling",
+        )
     return files
 
 
-def density_data(micro: MicroCampaign) -> pd.DataFrame:
+def density_data(collectives: Launches) -> pd.DataFrame:
     """The measured points of both figures: the float32 merge paths over two processes or more.
 
-    Columns: those of MicroCampaign.points, and crossing_density, 2/P.
+    Columns: those of `records.collectives.points`, and crossing_density, 2/P.
     """
-    points = micro.points
+    points = measured_points(collectives)
     chosen = (points["call"] == "weighted_sum") & (points["codec"] == "fp32")
     points = points[chosen & (points["world_size"] > 1)]
     return points.assign(crossing_density=2 / points["world_size"]).reset_index(drop=True)
 
 
 def scaling_data(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) -> pd.DataFrame:
-    """Modelled seconds up to MAX_PROCESSES: backend, payload_bytes, path, num_processes,
-    modelled_seconds; at the density and overlap of modelled_points."""
+    """Modelled seconds up to MAX_PROCESSES, at the density and overlap of `modelled_points`.
+
+    Columns: backend, payload_bytes, path, num_processes, modelled_seconds.
+    """
     rows = []
     shown = modelled_points(points)
     for key, group in shown.groupby(["backend", "payload_bytes", "path"]):
@@ -82,8 +91,11 @@ def scaling_data(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) 
 
 
 def modelled_points(points: pd.DataFrame) -> pd.DataFrame:
-    """The measured points beside the curves: of the densities that most numbers of processes have
-    the one next to a quarter, least overlap."""
+    """The measured points beside the modelled lines: of one density, and of the least overlap.
+
+    Of the densities that were measured on most numbers of processes it is the one next to
+    _MODELLED_DENSITY.
+    """
     counts = points.groupby("density")["world_size"].nunique()
     densities = sorted(counts.index[counts == counts.max()])
     density = min(densities, key=lambda value: abs(math.log(value / _MODELLED_DENSITY)))
@@ -102,17 +114,17 @@ def fitted_costs(points: pd.DataFrame) -> dict[str, dict[str, Cost]]:
     return costs
 
 
-def _measured(points: pd.DataFrame) -> list[tuple[Exchange, float]]:
+def _measured(points: pd.DataFrame) -> list[tuple[ExchangeSizes, float]]:
     rows = [row for _, row in points.iterrows()]
     return [(_exchange(row, int(row["world_size"])), float(row["median_seconds"])) for row in rows]
 
 
-def _exchange(row: pd.Series, num_processes: int) -> Exchange:
+def _exchange(row: pd.Series, num_processes: int) -> ExchangeSizes:
     """The point's exchange on another number of processes, with as many clients on each."""
     num_clients = round(row["num_clients"] / row["world_size"] * num_processes)
     sizes = {"part_bytes": row["part_bytes"], "layout_bytes": row["layout_bytes"]}
     union = union_bytes(num_clients=num_clients, overlap=row["overlap"], **sizes)
-    return Exchange(
+    return ExchangeSizes(
         num_clients=num_clients,
         world_size=num_processes,
         union_bytes=union,
@@ -126,7 +138,7 @@ def _process_counts() -> list[int]:
     return [*(power for power in powers if power < MAX_PROCESSES), MAX_PROCESSES]
 
 
-def _draw_density(micro: MicroCampaign, points: pd.DataFrame, out: Path) -> list[Path]:
+def _draw_density(collectives: Launches, points: pd.DataFrame, out: Path) -> list[Path]:
     payloads = sorted(points["payload_bytes"].unique())
     machines = sorted(set(zip(points["backend"], points["world_size"], strict=True)))
     with style.context():
@@ -161,14 +173,15 @@ def _draw_density(micro: MicroCampaign, points: pd.DataFrame, out: Path) -> list
     )
     return [
         *files,
-        caption.write_text(out, [f"{title} {_launches_text(points)}", *_conditions(micro)]),
+        caption.write_text(out, [f"{title} {_launches_text(points)}", *_conditions(collectives)]),
     ]
 
 
 def _draw_scaling(
-    micro: MicroCampaign,
+    collectives: Launches,
     points: pd.DataFrame,
     costs: Mapping[str, Mapping[str, Cost]],
+    *,
     fitted: bool,
     out: Path,
 ) -> list[Path]:
@@ -194,15 +207,15 @@ def _draw_scaling(
         line = Line2D([], [], color=style.GREY, linestyle=look, label="modelled")
         _add_legend(fig, measured, [line])
         files = style.save(fig, out)
-    return [*files, caption.write_text(out, scaling_caption(micro, points, costs, fitted))]
+    return [*files, caption.write_text(out, scaling_caption(collectives, points, costs, fitted))]
 
 
 def _draw_panel(
     ax: Any, points: pd.DataFrame, x: str, *, scale: float, linestyle: str | None = None
 ) -> None:
-    """One line of medians for each path, with the range over launches where there are several.
+    """One line of medians for each path, with the range over launches.
 
-    scale: what is drawn for a second.
+    scale: what is drawn for one second.
     """
     for path in PATHS:
         line = points[points["path"] == path].sort_values(x)
@@ -259,7 +272,7 @@ def _backends(points: pd.DataFrame) -> list[str]:
 
 
 def _title(backend: str, what: str) -> str:
-    """In one line, or with a long name above."""
+    """The title in one line, or with a long name on lines of its own."""
     text = f"{backend}, {what}"
     if len(text) <= _TITLE_LETTERS:
         return text
@@ -284,10 +297,10 @@ def _launches_text(points: pd.DataFrame) -> str:
     )
 
 
-def _conditions(micro: MicroCampaign) -> list[str]:
-    """One line per back end and number of processes, and one on launches left out."""
+def _conditions(collectives: Launches) -> list[str]:
+    """One line per back end and number of processes, and one about launches left out."""
     lines = []
-    shown = micro.launches[micro.launches["world_size"] > 1]
+    shown = collectives.launches[collectives.launches["world_size"] > 1]
     for (backend, world_size), rows in shown.groupby(["backend", "world_size"]):
         cpus = " or ".join(sorted(rows["cpu"].unique()))
         commits = " or ".join(sorted(rows["commit"].unique()))
@@ -297,14 +310,14 @@ def _conditions(micro: MicroCampaign) -> list[str]:
             f"{backend}, {world_size} processes; hosts {hosts}, of {cores} cores ({cpus}); "
             f"launches {len(rows)}; commit {commits}."
         )
-    if micro.incomplete:
-        names = ", ".join(micro.incomplete)
-        lines.append(f"Left out as incomplete ({len(micro.incomplete)}): {names}.")
+    if collectives.incomplete:
+        names = ", ".join(collectives.incomplete)
+        lines.append(f"Left out as incomplete ({len(collectives.incomplete)}): {names}.")
     return lines
 
 
 def scaling_caption(
-    micro: MicroCampaign,
+    collectives: Launches,
     points: pd.DataFrame,
     costs: Mapping[str, Mapping[str, Cost]],
     fitted: bool,
@@ -326,25 +339,25 @@ def scaling_caption(
         "pairwise exchange for split, recursive halving and doubling for allreduce and dense; the "
         "masks of all clients go everywhere on every path. No contention, one kind of link."
     )
-    return [f"{title} {_launches_text(shown)}", *_cost_lines(points, costs), *_conditions(micro)]
+    return [
+        f"{title} {_launches_text(shown)}",
+        *_cost_lines(points, costs),
+        *_conditions(collectives),
+    ]
 
 
 def _cost_lines(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) -> list[str]:
     lines = []
     for backend, by_path in sorted(costs.items()):
-        parts = []
+        texts = []
         for path, cost in by_path.items():
             own = points[(points["backend"] == backend) & (points["path"] == path)]
             errors = pd.Series(relative_errors(path, _measured(own), cost), dtype=float)
-            parts.append(
+            error = f" (relative error: median {errors.median():.0%}, largest {errors.max():.0%})"
+            texts.append(
                 f"{path} overhead {1e6 * cost.overhead_seconds:.3g} us, alpha "
                 f"{1e6 * cost.alpha_seconds:.3g} us, beta {1e9 * cost.beta_seconds_per_byte:.3g} "
-                f"ns/byte"
-                + (
-                    f" (relative error: median {errors.median():.0%}, largest {errors.max():.0%})"
-                    if len(errors)
-                    else ""
-                )
+                f"ns/byte{error if len(errors) else ''}"
             )
-        lines.append(f"{backend}: {'; '.join(parts)}.")
+        lines.append(f"{backend}: {'; '.join(texts)}.")
     return lines

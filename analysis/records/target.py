@@ -2,15 +2,9 @@
 
 import pandas as pd
 
-from analysis.records.campaign import (
-    PANEL,
-    SERIES,
-    Campaign,
-    NotDrawn,
-    known_energy,
-    modelled_devices,
-)
-from analysis.records.per_run import ends
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, modelled_devices
+from analysis.records.energy import known_energy
+from analysis.records.per_run import per_run
 
 PART_OF_LORA = 0.95
 _COSTS = ["uplink_bytes", "total_bytes", "seconds", "joules"]
@@ -22,7 +16,7 @@ def targets(campaign: Campaign) -> pd.DataFrame:
     By seed, since a seed is a partition of its own, and some are harder by many points. Raises
     NotDrawn without an evaluated run of lora.
     """
-    final = ends(campaign)
+    final = per_run(campaign)
     lora = final[(final["method"] == "lora") & final["accuracy_percent"].notna()]
     if lora.empty:
         raise NotDrawn("no evaluated run of lora, which sets the target accuracy")

@@ -47,23 +47,28 @@ def data(campaign: Campaign) -> pd.DataFrame:
     whole run and that energy_source; `energy_note` says why they are missing.
     """
     source = known_energy(campaign)[0]
-    runs = per_run(campaign).assign(energy_source=source)
-    frame = runs.groupby(SERIES, as_index=False).agg(
-        num_rounds=("num_rounds", "first"),
-        cohort=("cohort", "first"),
-        num_runs=("run_id", "nunique"),
-        accuracy_percent_mean=("accuracy_percent", "mean"),
-        accuracy_percent_std=("accuracy_percent", "std"),
-        macro_f1_mean=("macro_f1", "mean"),
-        macro_f1_std=("macro_f1", "std"),
-        uplink_bytes=("cumulative_uplink_bytes", "mean"),
-        downlink_bytes=("cumulative_downlink_bytes", "mean"),
-        total_seconds=("total_seconds", "mean"),
-        first_round_local_train_seconds=("first_local_train_seconds", "mean"),
-        last_round_local_train_seconds=("last_local_train_seconds", "mean"),
-        live_triplets=("live_triplets", "mean"),
-        **(_ENERGY if source else {}),
-        run_ids=("run_id", joined),
+    # In the order of the records, on which the last digit of a mean depends.
+    runs = per_run(campaign).set_index("run_id").loc[campaign.runs["run_id"]].reset_index()
+    frame = (
+        runs.assign(energy_source=source)
+        .groupby(SERIES, as_index=False)
+        .agg(
+            num_rounds=("num_rounds", "first"),
+            cohort=("cohort", "first"),
+            num_runs=("run_id", "nunique"),
+            accuracy_percent_mean=("accuracy_percent", "mean"),
+            accuracy_percent_std=("accuracy_percent", "std"),
+            macro_f1_mean=("macro_f1", "mean"),
+            macro_f1_std=("macro_f1", "std"),
+            uplink_bytes=("cumulative_uplink_bytes", "mean"),
+            downlink_bytes=("cumulative_downlink_bytes", "mean"),
+            total_seconds=("total_seconds", "mean"),
+            first_round_local_train_seconds=("first_local_train_seconds", "mean"),
+            last_round_local_train_seconds=("last_local_train_seconds", "mean"),
+            live_triplets=("live_triplets", "mean"),
+            **(_ENERGY if source else {}),
+            run_ids=("run_id", joined),
+        )
     )
     ratios = [_ratio_to_lora(row, frame) for _, row in frame.iterrows()]
     frame.insert(list(frame).index("total_seconds"), "uplink_ratio_to_lora", ratios)

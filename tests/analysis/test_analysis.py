@@ -1,98 +1,19 @@
 """Tests of analysis/ on synthetic records: numbers, refusals, reproducible files, the command."""
 
-import json
 import os
 import subprocess
 import sys
-import zlib
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 
-from analysis.figures import accuracy_bytes as figure_accuracy_bytes
-from analysis.figures import accuracy_rounds as figure_accuracy_rounds
-from analysis.figures import caption, style
-from analysis.records.campaign import AnalysisError, load_campaign, one_energy_source
-from analysis.tables import summary as table_summary
-
-ROOT = Path(__file__).resolve().parents[2]
-
-# Synthetic bytes per round: uplink; downlink is twice that.
-UPLINK = {"lora": [1000, 1000, 1000], "fedara": [1000, 600, 200], "head_only": [10, 10, 10]}
-
-
-def write_record(
-    folder: Path,
-    method: str,
-    seed: int,
-    /,
-    *,
-    alpha: float = 0.1,
-    lr: float = 0.001,
-    done: bool = True,
-    **sections: Any,
-) -> Path:
-    """Write one synthetic record of three rounds, evaluated in rounds 0 and 2; sections: more of
-    its config."""
-    run_id = "-".join(["synthetic", method, f"seed{seed}", str(alpha), str(lr), *sections])
-    run = folder / run_id
-    run.mkdir(parents=True)
-    config = {
-        "seed": seed,
-        "method": {"name": method},
-        "adapter": {"lora_rank": 4, "lora_alpha": 4.0, "targets": "all-linear"},
-        "model": {"name": "tiny", "pooling": "mean", "max_length": 16, "dropout": None},
-        "dataset": {"name": "synthetic"},
-        "partition": {"scheme": "dirichlet", "alpha": alpha},
-        "federation": {"num_clients": 4, "cohort": 2, "num_rounds": 3},
-        "train": {"lr": lr, "local_steps": 5, "local_epochs": None},
-        "evaluate": {"every": 2, "split": "test", "eval_examples": None},
-        "system": {"device": "cpu", "threads": 1},
-        **sections,
-    }
-    pid = zlib.crc32(run_id.encode())  # every run has a process of its own
-    (run / "run.json").write_text(
-        json.dumps(
-            {
-                "schema_version": 1,
-                "run_id": run_id,
-                "config": config,
-                "git_commit": "0123456789abcdef",
-                "git_dirty": False,
-                "comm": "serial",
-                "world_size": 1,
-                "processes": [
-                    {"world_rank": 0, "host": "h", "pid": pid, "threads": 1, "device": "cpu"}
-                ],
-                "cpu": "a CPU",
-                "total_seconds": 10.0 + seed,
-            }
-        )
-    )
-    lines = [json.dumps(synthetic_round(method, seed, index)) for index in range(3)]
-    (run / "rounds.jsonl").write_text("\n".join(lines) + "\n")
-    if done:
-        (run / "DONE").touch()
-    return run
-
-
-def synthetic_round(method: str, seed: int, round_index: int) -> dict[str, Any]:
-    uplink = UPLINK[method][round_index]
-    record: dict[str, Any] = {
-        "round_index": round_index,
-        "cohort": [0, 1],
-        "train_loss": 1.0,
-        "uplink_bytes": uplink,
-        "downlink_bytes": 2 * uplink,
-        "live_triplets": 40 - 10 * round_index,
-        "live_triplets_by_adapter": {"a": 1},
-        "seconds": {"local_train": 2.0 - 0.5 * round_index, "total": 3.0},
-    }
-    if round_index != 1:
-        record |= {"accuracy": 0.5 + 0.1 * round_index + 0.02 * seed, "macro_f1": 0.4}
-    return record
+from analysis.figures import accuracy_bytes, accuracy_rounds, caption, style
+from analysis.records.campaign import load_campaign
+from analysis.records.energy import one_energy_source
+from analysis.tables import summary
+from fedara_core.errors import InputError
+from support.records import ROOT, add_energy, row_of, write_record
 
 
 @pytest.fixture
@@ -105,13 +26,6 @@ def records(tmp_path: Path) -> Path:
     write_record(folder, "head_only", 0)
     write_record(folder, "lora", 2, done=False)
     return folder
-
-
-def row_of(frame: pd.DataFrame, **values: Any) -> pd.Series:
-    for column, value in values.items():
-        frame = frame[frame[column] == value]
-    assert len(frame) == 1
-    return frame.iloc[0]
 
 
 def test_load_cumulates_bytes_and_leaves_incomplete_runs_out(records: Path) -> None:
@@ -136,7 +50,7 @@ def test_load_cumulates_bytes_and_leaves_incomplete_runs_out(records: Path) -> N
 
 def test_figure_data_is_mean_and_interval_over_seeds(records: Path) -> None:
     campaign = load_campaign(records)
-    frame = figure_accuracy_rounds.data(campaign)
+    frame = accuracy_rounds.data(campaign)
     point = row_of(frame, method="fedara", round_index=2)
     assert point["rounds_completed"] == 3
     assert point["num_seeds"] == 2
@@ -144,14 +58,14 @@ def test_figure_data_is_mean_and_interval_over_seeds(records: Path) -> None:
     assert point["accuracy_percent_low"] == pytest.approx(70.0)
     assert point["accuracy_percent_high"] == pytest.approx(72.0)
     assert 1 not in frame["round_index"].values  # that round was not evaluated
-    frame = figure_accuracy_bytes.data(campaign)
+    frame = accuracy_bytes.data(campaign)
     lora, fedara = (frame[frame["method"] == name] for name in ("lora", "fedara"))
     assert lora["cumulative_uplink_bytes_mean"].tolist() == [1000, 3000]
     assert fedara["cumulative_uplink_bytes_mean"].tolist() == [1000, 1800]
 
 
 def test_summary_numbers(records: Path) -> None:
-    frame = table_summary.data(load_campaign(records))
+    frame = summary.data(load_campaign(records))
     assert frame["method"].tolist() == ["fedara", "head_only", "lora"]
     fedara = row_of(frame, method="fedara")
     assert fedara["num_runs"] == 2
@@ -170,8 +84,8 @@ def test_summary_numbers(records: Path) -> None:
 def test_summary_without_lora_has_no_ratio(tmp_path: Path) -> None:
     write_record(tmp_path, "fedara", 0)
     campaign = load_campaign(tmp_path)
-    assert table_summary.data(campaign)["uplink_ratio_to_lora"].isna().all()
-    markdown = table_summary.write(campaign, tmp_path / "out")[0].read_text()
+    assert summary.data(campaign)["uplink_ratio_to_lora"].isna().all()
+    markdown = summary.write(campaign, tmp_path / "out")[0].read_text()
     assert "nan" not in markdown
 
 
@@ -180,7 +94,7 @@ def test_settings_are_never_averaged_as_seeds(tmp_path: Path) -> None:
         write_record(tmp_path, "lora", 0, lr=lr)
         write_record(tmp_path, "lora", 0, lr=lr, alpha=10.0)
     campaign = load_campaign(tmp_path)
-    frame = table_summary.data(campaign)
+    frame = summary.data(campaign)
     assert frame["setting"].tolist() == ["lr=0.001", "lr=0.01"] * 2
     assert frame["num_runs"].tolist() == [1] * 4
     assert frame["partition"].unique().tolist() == ["dirichlet, alpha 0.1", "dirichlet, alpha 10"]
@@ -193,7 +107,7 @@ def test_clients_that_fail_are_a_setting_and_a_condition(tmp_path: Path) -> None
     write_record(tmp_path, "lora", 0)
     write_record(tmp_path, "lora", 1, clients=usual)
     campaign = load_campaign(tmp_path)
-    assert table_summary.data(campaign)["num_runs"].tolist() == [2]
+    assert summary.data(campaign)["num_runs"].tolist() == [2]
     assert "dropout" not in caption.conditions(campaign)[0]
     write_record(tmp_path, "lora", 2, clients=usual | {"dropout": 0.25}, devices={"shares": {}})
     write_record(
@@ -219,7 +133,7 @@ def test_clients_that_fail_are_a_setting_and_a_condition(tmp_path: Path) -> None
 
 
 def test_summary_fits_100_columns(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table_summary.show(load_campaign(records))
+    summary.show(load_campaign(records))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert any("head_only" in line for line in lines)
@@ -227,14 +141,14 @@ def test_summary_fits_100_columns(records: Path, capsys: pytest.CaptureFixture[s
 
 def test_duplicate_runs_are_refused(records: Path) -> None:
     write_record(records / "copy", "fedara", 0)
-    with pytest.raises(AnalysisError, match=r"synthetic-fedara-seed0.*comes twice"):
+    with pytest.raises(InputError, match=r"synthetic-fedara-seed0.*comes twice"):
         load_campaign(records)
 
 
 def test_folder_without_records_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnalysisError, match="no records here"):
+    with pytest.raises(InputError, match="no records here"):
         load_campaign(tmp_path)
-    with pytest.raises(AnalysisError, match="no such folder"):
+    with pytest.raises(InputError, match="no such folder"):
         load_campaign(tmp_path / "absent")
 
 
@@ -242,7 +156,7 @@ def test_corrupt_line_is_named(tmp_path: Path) -> None:
     file = write_record(tmp_path, "lora", 0) / "rounds.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], lines[1][:20], lines[2]]))
-    with pytest.raises(AnalysisError, match=r"rounds\.jsonl:2: not valid JSON"):
+    with pytest.raises(InputError, match=r"rounds\.jsonl:2: not valid JSON"):
         load_campaign(tmp_path)
 
 
@@ -251,15 +165,17 @@ def test_lost_and_repeated_rounds_are_refused(tmp_path: Path, keep: list[int]) -
     file = write_record(tmp_path, "lora", 0) / "rounds.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[index] for index in keep))
-    with pytest.raises(AnalysisError, match="rounds 0 to 2, each once"):
+    with pytest.raises(InputError, match="rounds 0 to 2, each once"):
         load_campaign(tmp_path)
 
 
 def test_looks_of_named_methods_all_differ() -> None:
-    names = list(style._LOOKS)
-    assert len({(style.look(name).color, style.look(name).marker) for name in names}) == len(names)
+    names = list(style._PUBLISHED_LOOKS)
     assert len({style.look(name).marker for name in names}) == len(names)  # readable in grey
-    assert style.look("not_yet_known") == style.look("not_yet_known")
+
+
+def test_a_new_method_has_a_look_without_a_row() -> None:
+    assert style.look("a_new_method").color in style._COLORS
 
 
 def run_command(*arguments: object, hash_seed: int = 0) -> subprocess.CompletedProcess[str]:
@@ -319,22 +235,6 @@ def test_import_needs_neither_torch_nor_mpi() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def add_energy(run: Path, *, counted: bool) -> None:
-    """Give a record codecarbon's energy of the run, and maybe counters' of its rounds."""
-    facts = json.loads((run / "run.json").read_text())
-    modelled = {
-        "energy_joules": {"cpu": 30.0, "ram": 10.0},
-        "energy_source": "codecarbon-load-model",
-    }
-    (run / "run.json").write_text(json.dumps(facts | modelled))
-    if not counted:
-        return
-    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
-    joules = {"energy_joules": {"local_train": 5.0, "total": 7.0}, "energy_source": "rapl"}
-    text = "".join(json.dumps(line | joules) + "\n" for line in lines)
-    (run / "rounds.jsonl").write_text(text)
-
-
 @pytest.mark.parametrize(("counted", "joules"), [(True, 21.0), (False, 40.0)])
 def test_energy_of_one_source_is_in_the_summary(
     counted: bool, joules: float, tmp_path: Path
@@ -344,9 +244,9 @@ def test_energy_of_one_source_is_in_the_summary(
     campaign = load_campaign(tmp_path)
     source = "rapl" if counted else "codecarbon-load-model"
     assert one_energy_source(campaign) == source
-    (row,) = table_summary.data(campaign).to_dict("records")
+    (row,) = summary.data(campaign).to_dict("records")
     assert (row["energy_joules"], row["energy_source"]) == (joules, source)
-    markdown = table_summary.write(campaign, tmp_path / "out")[0].read_text()
+    markdown = summary.write(campaign, tmp_path / "out")[0].read_text()
     assert "| energy J |" in markdown
     assert f"energy of the whole run by {source}" in markdown
 
@@ -355,11 +255,9 @@ def test_energy_of_different_sources_is_refused_and_the_rest_goes_on(tmp_path: P
     add_energy(write_record(tmp_path, "lora", 0), counted=True)
     add_energy(write_record(tmp_path, "fedara", 0), counted=False)
     campaign = load_campaign(tmp_path)
-    with pytest.raises(
-        AnalysisError, match=r"codecarbon-load-model \(.*fedara.* and rapl \(.*lora"
-    ):
+    with pytest.raises(InputError, match=r"codecarbon-load-model \(.*fedara.* and rapl \(.*lora"):
         one_energy_source(campaign)
-    frame = table_summary.data(campaign)
+    frame = summary.data(campaign)
     assert not [column for column in frame if "energy" in column]
     assert frame["accuracy_percent_mean"].notna().all()
     result = run_command(tmp_path, "--out", tmp_path / "out")

@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_analysis import row_of, write_record
 from typer.testing import CliRunner
 
 from analysis import compare
 from analysis.cli import app
 from analysis.compare import ACCURACY, BYTES, SECONDS
 from analysis.records.campaign import load_campaign
+from support.records import row_of, write_record
 
 Edit = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 

@@ -13,17 +13,17 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
-from test_analysis import ROOT
 
-from analysis.cli import Records, report
-from analysis.figures import scaling as figure_scaling
 from analysis.records.campaign import load_campaign
-from analysis.records.micro import load_micro
+from analysis.records.collectives import load_collectives
+from analysis.records.scaling import load_scaling
+from analysis.report import Records, report
+from support.records import ROOT
 
 PUBLISHED = ROOT / "results" / "published"
 RECORDS = PUBLISHED / "trec6" / "runs"
 NUM_SEEDS = 5
-MOST_SECONDS = 20.0  # on a machine that _slowness takes as 1
+MOST_SECONDS = 60.0  # 10 to 20 on an undisturbed core: only what grows with the square is caught
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
@@ -46,38 +46,14 @@ def copy_with_seed(record: Path, folder: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The folder of a report over 210 runs, and its seconds of one core, from reading to the page.
-
-    Seconds of the core and not of the clock, and where they are too many the better of two: a busy
-    machine must not fail the test.
-    """
+    """The folder of a report over 210 runs, and the CPU seconds it took."""
     folder = tmp_path_factory.mktemp("report")
     for record in RECORDS.iterdir():
         for seed in range(NUM_SEEDS):
             copy_with_seed(record, folder / "records", seed)
-    seconds = [_report_seconds(folder)]
-    if seconds[0] >= MOST_SECONDS:
-        seconds.append(_report_seconds(folder))
-    return folder / "out", min(seconds)
-
-
-def _report_seconds(folder: Path) -> float:
-    """CPU seconds of the report, less where the machine is slow before and after it: the speed of a
-    virtual machine may halve from one day to the next."""
-    slowness = _slowness()
     start = time.process_time()
     report(Records(campaign=load_campaign(folder / "records")), folder / "out")
-    seconds = time.process_time() - start
-    return seconds / max(1.0, (slowness + _slowness()) / 2)
-
-
-def _slowness() -> float:
-    """1 where Python adds twenty million numbers in 0.72 s, as an undisturbed EPYC core does."""
-    start = time.process_time()
-    total = 0
-    for number in range(20_000_000):
-        total += number
-    return (time.process_time() - start) / 0.72
+    return folder / "out", time.process_time() - start
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +154,11 @@ def test_micro_benchmarks_have_a_page_with_their_launches(
     browser: webdriver.Chrome, tmp_path: Path
 ) -> None:
     """The published ones: there are no runs of rounds to filter."""
-    scaling = figure_scaling.load(PUBLISHED / "scaling")
-    report(Records(micro=load_micro(PUBLISHED / "micro"), scaling=scaling), tmp_path)
+    collectives, scaling = (
+        load_collectives(PUBLISHED / "micro"),
+        load_scaling(PUBLISHED / "scaling"),
+    )
+    report(Records(collectives=collectives, scaling=scaling), tmp_path)
     page = browser
     page.get((tmp_path / "report.html").as_uri())
     for figure in ("collectives_density_overlap_1", "collectives_scaling", "scaling"):

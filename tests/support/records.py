@@ -1,0 +1,108 @@
+"""Synthetic records for the tests of analysis, with numbers that are easy to check by hand."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Synthetic bytes per round: uplink; downlink is twice that.
+UPLINK = {"lora": [1000, 1000, 1000], "fedara": [1000, 600, 200], "head_only": [10, 10, 10]}
+
+
+def write_record(
+    folder: Path,
+    method: str,
+    seed: int,
+    /,
+    *,
+    alpha: float = 0.1,
+    lr: float = 0.001,
+    done: bool = True,
+    **sections: Any,
+) -> Path:
+    """Write one synthetic record of three rounds, evaluated in rounds 0 and 2; sections: more of
+    its config."""
+    run_id = "-".join(["synthetic", method, f"seed{seed}", str(alpha), str(lr), *sections])
+    run = folder / run_id
+    run.mkdir(parents=True)
+    config = {
+        "seed": seed,
+        "method": {"name": method},
+        "adapter": {"lora_rank": 4, "lora_alpha": 4.0, "targets": "all-linear"},
+        "model": {"name": "tiny", "pooling": "mean", "max_length": 16, "dropout": None},
+        "dataset": {"name": "synthetic"},
+        "partition": {"scheme": "dirichlet", "alpha": alpha},
+        "federation": {"num_clients": 4, "cohort": 2, "num_rounds": 3},
+        "train": {"lr": lr, "local_steps": 5, "local_epochs": None},
+        "evaluate": {"every": 2, "split": "test", "eval_examples": None},
+        "system": {"device": "cpu", "threads": 1},
+        **sections,
+    }
+    pid = zlib.crc32(run_id.encode())  # every run has a process of its own
+    (run / "run.json").write_text(
+        json.dumps(
+            {
+                "schema_version": 1,
+                "run_id": run_id,
+                "config": config,
+                "git_commit": "0123456789abcdef",
+                "git_dirty": False,
+                "comm": "serial",
+                "world_size": 1,
+                "processes": [
+                    {"world_rank": 0, "host": "h", "pid": pid, "threads": 1, "device": "cpu"}
+                ],
+                "cpu": "a CPU",
+                "total_seconds": 10.0 + seed,
+            }
+        )
+    )
+    lines = [json.dumps(synthetic_round(method, seed, index)) for index in range(3)]
+    (run / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    if done:
+        (run / "DONE").touch()
+    return run
+
+
+def synthetic_round(method: str, seed: int, round_index: int) -> dict[str, Any]:
+    uplink = UPLINK[method][round_index]
+    record: dict[str, Any] = {
+        "round_index": round_index,
+        "cohort": [0, 1],
+        "train_loss": 1.0,
+        "uplink_bytes": uplink,
+        "downlink_bytes": 2 * uplink,
+        "live_triplets": 40 - 10 * round_index,
+        "live_triplets_by_adapter": {"a": 1},
+        "seconds": {"local_train": 2.0 - 0.5 * round_index, "total": 3.0},
+    }
+    if round_index != 1:
+        record |= {"accuracy": 0.5 + 0.1 * round_index + 0.02 * seed, "macro_f1": 0.4}
+    return record
+
+
+def add_energy(run: Path, *, counted: bool) -> None:
+    """Give a record codecarbon's energy of the run, and maybe counters' of its rounds."""
+    facts = json.loads((run / "run.json").read_text())
+    modelled = {
+        "energy_joules": {"cpu": 30.0, "ram": 10.0},
+        "energy_source": "codecarbon-load-model",
+    }
+    (run / "run.json").write_text(json.dumps(facts | modelled))
+    if not counted:
+        return
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    joules = {"energy_joules": {"local_train": 5.0, "total": 7.0}, "energy_source": "rapl"}
+    text = "".join(json.dumps(line | joules) + "\n" for line in lines)
+    (run / "rounds.jsonl").write_text(text)
+
+
+def row_of(frame: pd.DataFrame, **values: Any) -> pd.Series:
+    for column, value in values.items():
+        frame = frame[frame[column] == value]
+    assert len(frame) == 1
+    return frame.iloc[0]

@@ -14,7 +14,8 @@ from analysis.figures import (
     accuracy_rounds,
     alpha,
     client_spread,
-    collectives,
+    collectives_density,
+    collectives_scaling,
     live_triplets,
     local_train,
     pareto,
@@ -107,8 +108,11 @@ def _makers(records: Records, out_dir: Path, costs: Mapping[str, Cost] | None) -
         makers += [(table.NAME, partial(_warned, table.table, campaign)) for table in _TABLES]
         makers.append((summary.NAME, partial(summary.write, campaign, out_dir)))
     if launches := records.collectives:
-        draw = partial(collectives.draw, launches, out_dir, costs)
-        makers.append((collectives.NAME, draw))
+        draw = partial(collectives_scaling.draw, launches, out_dir, costs)
+        makers.append(
+            (collectives_density.NAME, partial(collectives_density.draw, launches, out_dir))
+        )
+        makers.append((collectives_scaling.NAME, draw))
         makers.append((allgather.NAME, partial(allgather.table, launches)))
     if launches := records.scaling:
         makers.append((scaling.NAME, partial(scaling.draw, launches, out_dir)))

@@ -64,10 +64,13 @@ def conditions(campaign: Campaign) -> list[str]:
         runs = campaign.runs[is_panel(campaign.runs, panel)]
         values = [f"{label} {text}" for label in _CONDITIONS if (text := _values(runs, label))]
         lines.append(f"{', '.join(panel)}: {'; '.join([*values, _seeds(runs)])}.")
-    if campaign.incomplete:
-        names = ", ".join(campaign.incomplete)
-        lines.append(f"Left out as incomplete ({len(campaign.incomplete)}): {names}.")
-    return lines
+    return [*lines, *left_out(campaign.incomplete)]
+
+
+def left_out(incomplete: list[str]) -> list[str]:
+    """One line about incomplete records, if there are any."""
+    names = ", ".join(incomplete)
+    return [f"Left out as incomplete ({len(incomplete)}): {names}."] if incomplete else []
 
 
 def _values(runs: pd.DataFrame, label: str) -> str:

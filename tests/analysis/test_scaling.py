@@ -22,7 +22,8 @@ from analysis.cost_model import (
     relative_errors,
     union_bytes,
 )
-from analysis.figures import collectives
+from analysis.figures import collectives_scaling
+from analysis.figures.path_panels import path_points
 from analysis.records import reader
 from analysis.records.campaign import load_campaign
 from analysis.records.collectives import load_collectives, points
@@ -217,7 +218,7 @@ def test_figure_data_is_the_median_over_launches(records: Path) -> None:
     micro = load_collectives(records)
     assert micro is not None
     assert micro.incomplete == ["micro-collectives-mpi-p2-3"]
-    measured = collectives.density_data(micro)
+    measured = path_points(micro)
     assert len(measured) == 2 * 2 * 2 * 4  # processes, payloads, densities, paths
     assert set(measured["num_launches"]) == {3}
     assert set(measured["backend"]) == {"MPICH"}
@@ -236,12 +237,12 @@ def test_figure_data_is_the_median_over_launches(records: Path) -> None:
 def test_modelled_lines_go_on_where_the_points_end(records: Path) -> None:
     micro = load_collectives(records)
     assert micro is not None
-    measured = collectives.density_data(micro)
-    costs = collectives.fitted_costs(measured)
+    measured = path_points(micro)
+    costs = collectives_scaling.fitted_costs(measured)
     assert costs["MPICH"]["split"].alpha_seconds == pytest.approx(2 * COST.alpha_seconds)
-    modelled = collectives.scaling_data(measured, costs)
+    modelled = collectives_scaling.scaling_data(measured, costs)
     assert modelled["num_processes"].max() == 10**6
-    shown = collectives.modelled_points(measured)
+    shown = collectives_scaling.modelled_points(measured)
     assert set(shown["density"]) == {0.25}
     at_points = shown.merge(
         modelled.rename(columns={"num_processes": "world_size"}),
@@ -318,10 +319,10 @@ def test_command_writes_the_same_bytes_twice(records: Path, tmp_path: Path) -> N
 def test_costs_of_another_machine_are_named_as_given(records: Path, tmp_path: Path) -> None:
     micro = load_collectives(records)
     assert micro is not None
-    measured = collectives.density_data(micro)
+    measured = path_points(micro)
     cost = Cost(alpha_seconds=1e-6, beta_seconds_per_byte=1e-10)
     costs = {"MPICH": dict.fromkeys(PATHS, cost)}
-    texts = collectives.scaling_caption(micro, measured, costs, fitted=False)
+    texts = collectives_scaling.scaling_caption(micro, measured, costs, fitted=False)
     assert "given, not fitted" in texts[0]
     assert "alpha 1 us, beta 0.1 ns/byte" in texts[1]
     file = tmp_path / "costs.toml"

@@ -12,8 +12,7 @@ from pandas.api.types import is_integer_dtype
 
 from analysis import stats
 from analysis.figures import caption, style
-from analysis.records.campaign import SERIES, Campaign, by_series, is_panel, panels_in
-from fedara_core.errors import InputError
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_series, is_panel, panels_in
 
 _MAX_COLUMNS = 3
 _PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
@@ -27,9 +26,11 @@ def accuracy_by_round(campaign: Campaign) -> pd.DataFrame:
     """One row per data set, partition, method, setting and round with an evaluation.
 
     Columns: those, rounds_completed, num_seeds, accuracy_percent_{mean,low,high} over seeds (low
-    and high are missing for one seed) and cumulative_uplink_bytes_mean.
+    and high are missing for one seed) and cumulative_uplink_bytes_mean. Raises NotDrawn.
     """
     evaluated = campaign.rounds.dropna(subset=["accuracy"])
+    if evaluated.empty:
+        raise NotDrawn("no run holds an evaluated round")
     rows = evaluated.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
     rows["accuracy_percent"] = 100 * rows["accuracy"]
     groups = rows.groupby([*SERIES, "round_index"], as_index=False)
@@ -50,8 +51,6 @@ def draw_panels(
 
     The x axis is logarithmic when the lines end more than a factor of ten apart.
     """
-    if frame.empty:
-        raise InputError("no finished run holds an evaluated round: nothing to draw")
     shown = panels_in(campaign, frame)
     with style.context():
         num_columns = columns_of(shown)

@@ -60,23 +60,22 @@ class NotDrawn(ValueError):
 class Campaign:
     """The records below one folder.
 
-    runs: one row per finished run. Keys of run.json keep their names, nested ones are joined by a
-        dot, and those of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
-        method, dataset, partition (labels), device (cpu, cuda), world_size as "2 then 4" where a
-        run went on with another number of processes, setting (what tells runs of one method apart
-        within a panel, seeds aside; "" when nothing does), and energy_joules of the whole run with
-        its energy_source: of the rounds' counters where every round has them, else of run.json.
-        Compare energy only after `energy.one_energy_source`.
-    rounds: one row per (run_id, round_index) of the finished runs. Scalar keys keep their names;
-        seconds.X is X_seconds, energy_joules.X is X_joules, energy_net_joules.X is X_net_joules,
-        peak_memory_bytes_by_phase.X is X_peak_memory_bytes, of a GPU X_peak_device_memory_bytes,
-        and modelled_by_device.D.modelled_X is modelled_X.D. Added, each up to and including this
-        round, and missing from the first round on that does not hold it: cumulative_uplink_bytes,
-        cumulative_downlink_bytes, cumulative_total_bytes (up and down), cumulative_seconds and
-        cumulative_joules (of whole rounds), cumulative_local_train_seconds and
-        cumulative_local_train_joules, cumulative_flops, cumulative_modelled_seconds.D and
-        cumulative_modelled_joules.D.
-    adapters: live_triplets by run_id, round_index and adapter; empty where no run recorded it.
+    runs: one row per finished run. Columns are the keys of run.json. Nested keys are joined by a
+        dot, and keys of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
+        method, dataset, partition: labels.
+        setting: what tells runs of one method apart within a panel, seeds aside; often "".
+        device: cpu, cuda, or both.
+        world_size: "2 then 4" where a run was resumed on another number of processes.
+        energy_joules, energy_source: of the whole run, from the rounds' counters if every round has
+            them, else from run.json. Compare energy only after `energy.one_energy_source`.
+    rounds: one row per run_id and round_index. Scalar keys keep their names. Nested keys are
+        renamed: seconds.X is X_seconds, energy_joules.X is X_joules, energy_net_joules.X is
+        X_net_joules, peak_memory_bytes_by_phase.X is X_peak_memory_bytes (of a GPU
+        X_peak_device_memory_bytes), and modelled_by_device.D.modelled_X is modelled_X.D. Added are
+        the sums up to and including the round, under the names of _CUMULATIVE,
+        cumulative_total_bytes (up and down) and cumulative_modelled_X.D. A sum is missing from the
+        first round on that lacks the number.
+    adapters: live_triplets by run_id, round_index and adapter; empty if no run recorded it.
     clients: num_examples by run_id, client_id and label, of partition.json; empty without one.
     incomplete: folder names of the runs without DONE; they never enter a figure.
     """
@@ -132,7 +131,7 @@ def load_campaign(path: Path) -> Campaign:
 
 
 def panels(campaign: Campaign) -> list[tuple[str, str]]:
-    """(dataset, partition) pairs in the order to show them: by data set, scheme, then alpha."""
+    """(dataset, partition) pairs in the order of figures: by data set, scheme, then alpha."""
     order = campaign.runs.sort_values(["dataset", "partition.scheme", "partition.alpha"])
     return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
 
@@ -143,7 +142,7 @@ def panels_in(campaign: Campaign, frame: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
-    """Which rows are of this data set and partition."""
+    """Which rows belong to this data set and partition."""
     return (frame["dataset"] == panel[0]) & (frame["partition"] == panel[1])
 
 
@@ -154,7 +153,7 @@ def by_series(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def series_name(method: str, setting: str) -> str:
-    """What a row or line of one method and setting is called, in one line."""
+    """The name of a row or line, on one line."""
     return f"{method} ({setting})" if setting else method
 
 
@@ -214,13 +213,13 @@ def _with_sums(rounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _energy(run: dict[str, Any], rounds: pd.DataFrame) -> dict[str, Any]:
-    """energy_source and energy_joules of a whole run; nothing where they are not known."""
+    """energy_source and energy_joules of a whole run; empty where they are not known."""
     counted = rounds.get("energy_source", pd.Series([None]))
     if counted.notna().all():
-        sources = THEN.join(counted.unique())  # a source was lost, or another part had another
+        sources = THEN.join(counted.unique())  # several if a source was lost in between
         return {"energy_source": sources, "energy_joules": rounds["total_joules"].sum()}
-    parts = [value for key, value in run.items() if key.startswith("energy_joules.")]
-    return {"energy_joules": sum(parts)} if parts else {}
+    joules = [value for key, value in run.items() if key.startswith("energy_joules.")]
+    return {"energy_joules": sum(joules)} if joules else {}
 
 
 def _runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
@@ -239,7 +238,7 @@ def _partition_label(run: dict[str, Any]) -> str:
         return f"shards, {run['partition.labels_per_client']} labels per client"
     if scheme in ("dirichlet", "quantity") and "partition.alpha" in run:
         return f"{scheme}, alpha {run['partition.alpha']:g}"
-    return scheme  # the config writes alpha for every scheme, also where it plays no part
+    return scheme  # every config has an alpha, but the other schemes do not use it
 
 
 def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -248,7 +247,7 @@ def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list):
-            flat[f"{prefix}{key}"] = json.dumps(value)  # hashable, so that values can be compared
+            flat[f"{prefix}{key}"] = json.dumps(value)  # hashable, so that pandas can compare it
         elif value is not None:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from analysis import stats
-from analysis.records.campaign import SERIES, Campaign, is_panel
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel
 from analysis.records.per_run import LATE, in_panels, mean_of_all, per_run, series_cells
 from analysis.records.provenance import joined
 from analysis.tables.render import Table, rounded
@@ -21,9 +21,11 @@ def data(campaign: Campaign) -> pd.DataFrame:
     this), p_value and p_holm (corrected over all tests of the table).
 
     FedARA's ablations are tested against it, too. There is no test below 3 pairs, or where the
-    whole FedARA has several settings.
+    whole FedARA has several settings. Raises NotDrawn without an evaluated run.
     """
     runs = per_run(campaign).dropna(subset=["accuracy_percent"])
+    if runs.empty:
+        raise NotDrawn("no run holds an evaluated round")
     frame = runs.groupby(SERIES, as_index=False).agg(
         alpha=("alpha", "first"),
         num_runs=("run_id", "nunique"),

@@ -227,8 +227,27 @@ def test_only_incomplete_runs_is_an_error(tmp_path: Path) -> None:
     assert "no finished run" in result.stderr
 
 
+def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
+    file = write_record(tmp_path, "lora", 0) / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 2}))
+    with pytest.raises(InputError, match="schema_version 2, this code reads 1"):
+        load_campaign(tmp_path)
+
+
+def test_of_the_other_packages_only_names_and_costs_are_imported() -> None:
+    imported = {
+        line.split()[1]
+        for file in (ROOT / "analysis").rglob("*.py")
+        for line in file.read_text().splitlines()
+        if line.lstrip().startswith(("from fedara_core", "from bench", "import bench"))
+    }
+    assert imported == {"fedara_core.errors", "fedara_core.schema", "fedara_core.merge.cost"}
+
+
 def test_import_needs_neither_torch_nor_mpi() -> None:
-    code = "import sys, analysis.cli; print([m for m in ('torch', 'mpi4py') if m in sys.modules])"
+    code = (
+        "import sys, analysis.report; print([m for m in ('torch', 'mpi4py') if m in sys.modules])"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -121,6 +121,18 @@ def test_what_the_records_do_not_hold_is_said(campaign: Campaign) -> None:
             figure.data(campaign)
 
 
+def test_records_without_an_evaluation_have_no_accuracies(tmp_path: Path) -> None:
+    run = write_record(tmp_path / "records", "lora", 0)
+    rows = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("accuracy", None)
+    (run / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files, gaps = report(Records(campaign=load_campaign(tmp_path / "records")), tmp_path)
+    named = {gap.partition(":")[0] for gap in gaps if "no run holds an evaluated round" in gap}
+    assert named == {"accuracy_rounds", "accuracy_bytes", "pareto", "accuracy"}
+    assert "cost.csv" in {file.name for file in files}
+
+
 def test_the_mean_of_the_last_three_evaluations(campaign: Campaign, tmp_path: Path) -> None:
     """Missing where there are two."""
     two = row_of(accuracy.data(campaign), method="lora")

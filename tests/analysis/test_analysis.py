@@ -1,5 +1,6 @@
 """Tests of analysis/ on synthetic records: numbers, refusals, reproducible files, the command."""
 
+import json
 import os
 import subprocess
 import sys

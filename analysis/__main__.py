@@ -1,4 +1,4 @@
-"""`python -m analysis DIR`: what `fedara report DIR` does, where torch is not installed."""
+"""`python -m analysis`, the same command as `fedara report`."""
 
 from analysis.cli import app
 

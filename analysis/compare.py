@@ -6,18 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import stats as spread
-from analysis.records.campaign import (
-    PANEL,
-    SERIES,
-    Campaign,
-    differing_keys,
-    series_name,
-    setting_text,
-    setting_texts,
-)
-from analysis.records.per_run import ends
+from analysis import stats
+from analysis.records.campaign import PANEL, SERIES, Campaign, series_name
+from analysis.records.per_run import per_run
 from analysis.records.provenance import commit, hardware, joined
+from analysis.records.settings import differing_keys, setting_text, setting_texts
 from analysis.tables.render import Table, number
 
 NAME = "compare"
@@ -30,7 +23,7 @@ TOO_FEW, NO_PAIRS = "too few seeds", "no shared seed"
 OTHER_HARDWARE, MISSING = "other hardware", "not in all runs"
 _LEVEL = 0.05
 
-# Besides the config: what results and seconds depend on.
+# What results and seconds depend on besides the config.
 _CIRCUMSTANCES = ["dataset_digest", "hardware", "python", "mpi_library", "torch_library"]
 _TEXT_LENGTH = 60
 
@@ -39,10 +32,10 @@ def data(a: Campaign, b: Campaign) -> pd.DataFrame:
     """One row per measure of each data set, partition, method and setting that both campaigns have.
 
     Columns: those, measure, num_pairs (runs of equal seed), num_equal_digests (pairs that ended
-    with the same bits; missing where a run has no digest), a, b (means over the pairs; over all
-    runs where no seed is shared), difference (b - a) with difference_{low,high}, its 95 % interval
-    over pairs, p_value, p_holm (over all tests of the table), verdict, a_run_ids, b_run_ids. Empty
-    where nothing is shared.
+    with the same bits; missing where a run has no digest), a, b (means over the pairs, or over all
+    runs where no seed is shared), difference (b - a), difference_{low,high} (its 95 % interval over
+    pairs), p_value, p_holm (over all tests of the table), verdict, a_run_ids, b_run_ids. The frame
+    is empty if the campaigns share nothing.
     """
     rows = [
         dict(zip(SERIES, series, strict=True)) | _row(measure, *_halves(group))
@@ -53,12 +46,11 @@ def data(a: Campaign, b: Campaign) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame()
     frame = pd.DataFrame(rows)
+    frame["p_holm"] = stats.holm(frame["p_value"])
     tested = frame["p_value"].notna()
-    frame["p_holm"] = float("nan")
-    frame.loc[tested, "p_holm"] = spread.holm(frame.loc[tested, "p_value"].tolist())
-    least = tested.sum() * frame["num_pairs"].map(spread.least_p_value)
-    judged = np.select([frame["p_holm"] <= _LEVEL, least > _LEVEL], [DIFFERS, TOO_FEW], WITHIN)
-    frame["verdict"] = frame["verdict"].where(~tested, judged)
+    least = tested.sum() * frame["num_pairs"].map(stats.least_p_value)
+    by_test = np.select([frame["p_holm"] <= _LEVEL, least > _LEVEL], [DIFFERS, TOO_FEW], WITHIN)
+    frame["verdict"] = frame["verdict"].where(~tested, by_test)
     return frame
 
 
@@ -67,7 +59,7 @@ def table(frame: pd.DataFrame, notes: list[str]) -> Table:
     rules = [
         "A, B: means over pairs of runs of equal seed (over all runs where no seed is shared); of",
         "accuracy the last evaluated round's, of bytes and seconds the whole run's.",
-        spread.SENTENCE,
+        stats.SENTENCE,
         f"p: two-sided sign-flip test over pairs, Holm-corrected over {frame['p_holm'].count()}",
         f"tests. {DIFFERS}: p is at most {_LEVEL}; {TOO_FEW}: it could not be, as n pairs give no",
         "less than 2^(1 - n) before the correction. Bytes have no noise: any difference counts.",
@@ -80,17 +72,17 @@ def table(frame: pd.DataFrame, notes: list[str]) -> Table:
 
 
 def summary(a: Campaign, b: Campaign, frame: pd.DataFrame, names: tuple[str, str]) -> list[str]:
-    """Sentences: what A and B are, what both have, what differs over all of it, and around it."""
+    """Sentences: what A and B are, what both have, and what changed over all of it."""
     lines = [
         f"{letter}: {name}: {_count(campaign)}, commit {_commits(campaign)}."
         for letter, name, campaign in zip("AB", names, (a, b), strict=True)
     ]
-    changes: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
     alone: dict[str, list[str]] = {}
     for series, group in _runs(a, b).groupby(SERIES):
         *panel, method, setting = map(str, series)
         if group["campaign"].nunique() == 2:
-            changes.update(_changes(*_halves(group)))
+            changed.update(_changes(*_halves(group)))
         else:
             where = f"Only in {group['campaign'].iloc[0]}, {', '.join(panel)}"
             alone.setdefault(where, []).append(series_name(method, setting))
@@ -108,8 +100,13 @@ def summary(a: Campaign, b: Campaign, frame: pd.DataFrame, names: tuple[str, str
     other = known[known["num_equal_digests"] < known["num_pairs"]]
     if not other.empty:
         lines.append(f"Other bits: {'; '.join(_place(row) for _, row in other.iterrows())}.")
-    lines += [f"Changed in {n} of {num_groups} groups: {text}." for text, n in changes.items()]
+    lines += [f"Changed in {n} of {num_groups} groups: {text}." for text, n in changed.items()]
     return [*lines, *filter(None, (_over_groups(frame, name) for name in (ACCURACY, SECONDS)))]
+
+
+def changes(a: Campaign, b: Campaign) -> list[str]:
+    """Keys of the config and circumstances that are other in B than in A, such as "cpu x -> y"."""
+    return _changes(*_halves(_runs(a, b)))
 
 
 def differing(frame: pd.DataFrame) -> list[str]:
@@ -126,12 +123,12 @@ def _place(row: pd.Series) -> str:
 
 
 def _runs(a: Campaign, b: Campaign) -> pd.DataFrame:
-    """The runs of both, `campaign` A or B, with what `ends` says of them and their state_digest.
+    """The runs of both, `campaign` A or B, with the measures of `per_run` and their state_digest.
 
-    Settings are told apart by the keys in which runs of A or runs of B differ among themselves: a
-    key that only changed from A to B keeps no run from being compared.
+    Settings are told apart by the keys in which runs of A or runs of B differ among themselves.
+    Runs are compared across a key that only changed from A to B.
     """
-    frames = [_with_ends(campaign).assign(campaign=name) for name, campaign in (("A", a), ("B", b))]
+    frames = [_with_measures(one).assign(campaign=name) for name, one in (("A", a), ("B", b))]
     runs = pd.concat(frames, ignore_index=True)
     for _, group in runs.groupby([*PANEL, "method"]):
         keys = [key for half in _halves(group) for key in differing_keys(half)]
@@ -139,8 +136,8 @@ def _runs(a: Campaign, b: Campaign) -> pd.DataFrame:
     return runs
 
 
-def _with_ends(campaign: Campaign) -> pd.DataFrame:
-    own = ends(campaign)[["run_id", ACCURACY, BYTES, "state_digest"]]
+def _with_measures(campaign: Campaign) -> pd.DataFrame:
+    own = per_run(campaign)[["run_id", ACCURACY, BYTES, "state_digest"]]
     runs = campaign.runs.assign(hardware=campaign.runs.apply(hardware, axis=1))
     return runs.merge(own, on="run_id")
 
@@ -157,7 +154,7 @@ def _row(measure: str, in_a: pd.DataFrame, in_b: pd.DataFrame) -> dict[str, Any]
     if not pairs.empty:
         in_a, in_b = (in_x[in_x["seed"].isin(pairs["seed"])] for in_x in (in_a, in_b))
     mean_a, mean_b = (in_x[measure].mean(skipna=False) for in_x in (in_a, in_b))
-    low, high = spread.interval(differences)
+    low, high = stats.interval(differences)
     verdict = _verdict(measure, differences, pd.concat([in_a, in_b])["hardware"])
     return {
         "measure": measure,
@@ -168,7 +165,7 @@ def _row(measure: str, in_a: pd.DataFrame, in_b: pd.DataFrame) -> dict[str, Any]
         "difference": mean_b - mean_a,
         "difference_low": low,
         "difference_high": high,
-        "p_value": float("nan") if verdict else spread.paired_p_value(differences.to_numpy()),
+        "p_value": float("nan") if verdict else stats.paired_p_value(differences.to_numpy()),
         "verdict": verdict,
         "a_run_ids": joined(in_a["run_id"]),
         "b_run_ids": joined(in_b["run_id"]),
@@ -176,7 +173,7 @@ def _row(measure: str, in_a: pd.DataFrame, in_b: pd.DataFrame) -> dict[str, Any]
 
 
 def _verdict(measure: str, differences: pd.Series, hardware: pd.Series) -> str:
-    """What can be said without a test; "" where it takes one."""
+    """The verdict that needs no test; "" where a test is needed."""
     if differences.empty:
         return NO_PAIRS
     if differences.isna().any():
@@ -187,18 +184,18 @@ def _verdict(measure: str, differences: pd.Series, hardware: pd.Series) -> str:
         return DIFFERS
     if measure == SECONDS and hardware.nunique() > 1:
         return OTHER_HARDWARE
-    return TOO_FEW if len(differences) < spread.MIN_PAIRS else ""
+    return TOO_FEW if len(differences) < stats.MIN_PAIRS else ""
 
 
 def _over_groups(frame: pd.DataFrame, measure: str) -> str:
-    """Whether a measure moved over all groups alike, which no single one may have seeds to show."""
+    """Whether a measure moved over all groups alike; one group may have too few seeds to tell."""
     rows = frame[frame["measure"] == measure]
     rows = rows[~rows["verdict"].isin([NO_PAIRS, MISSING, OTHER_HARDWARE])]
-    if len(rows) < spread.MIN_PAIRS:
+    if len(rows) < stats.MIN_PAIRS:
         return ""
     relative = measure == SECONDS
     moved = 100 * (rows["b"] / rows["a"] - 1) if relative else rows["difference"]
-    p_value = spread.paired_p_value(moved.to_numpy())
+    p_value = stats.paired_p_value(moved.to_numpy())
     mean = f"{moved.mean():+.2f} {'% of seconds' if relative else 'points of accuracy'}"
     return f"Over {len(rows)} groups: {mean}, p = {p_value:.2g} (sign-flip test over groups)."
 

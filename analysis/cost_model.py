@@ -1,13 +1,13 @@
-"""The scaling model: what an exchange would take on up to 10^6 processes; modelled, not measured.
+"""The scaling model: seconds of an exchange on up to 10^6 processes. They are modelled.
 
     seconds = overhead + alpha messages + beta bytes
 
-overhead: seconds that a call takes in any case; alpha: seconds of latency a message; beta: seconds
-a byte that a process receives, with the local sum, which grows like them. Messages that follow
-each other and bytes, for P processes, K clients, k bytes of a client's rows, U of the union of the
+overhead: seconds of a call without messages. alpha: latency of a message in seconds. beta: seconds
+of a byte that a process receives, its part of the local sum included. The messages that follow each
+other and the bytes, for P processes, K clients, k bytes of a client's rows, U of the union of the
 masks, n of the layout, m of one client's mask:
 
-masks       everywhere first, on every path, by recursive doubling, their sizes before them:
+masks       first on every path, by recursive doubling, their sizes before them:
             2 ceil(log2 P) messages; (P-1)/P K m bytes
 allgather   recursive doubling: ceil(log2 P) messages; (P-1)/P K k bytes
 split       pairwise alltoallv, then recursive doubling: P - 1 + ceil(log2 P) messages;
@@ -16,24 +16,25 @@ allreduce   recursive halving, then doubling: 2 ceil(log2 P) messages; (P-1)/P 2
 dense       the same with n for U
 
 Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH" (2005).
-A ring moves the same bytes in P - 1 messages, so that for it the latency here is a lower bound.
+A ring moves the same bytes in P - 1 messages; for it the latency here is a lower bound.
 """
 
-import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import nnls
 
 from fedara_core.errors import InputError
-from fedara_core.merge.cost import PATHS, moved_values
+from fedara_core.merge.cost import moved_values
+from fedara_core.schema import PATHS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """One exchange of num_clients clients, spread evenly over world_size processes."""
+class ExchangeSizes:
+    """Sizes of one exchange; its clients are spread evenly over the processes."""
 
     num_clients: int
     world_size: int
@@ -45,7 +46,7 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one path costs on one machine."""
+    """The constants of one path on one machine."""
 
     overhead_seconds: float = 0.0
     alpha_seconds: float  # a message
@@ -53,13 +54,13 @@ class Cost:
 
 
 def num_messages(path: str, world_size: int) -> int:
-    """Messages that follow each other, the masks' too, by the algorithm at the top of this file."""
+    """Messages that follow each other, masks included, by the algorithms at the top of the file."""
     doubling = (world_size - 1).bit_length()  # ceil(log2 P)
     of_rows = {"allgather": doubling, "split": world_size - 1 + doubling}
     return 2 * doubling + of_rows.get(path, 2 * doubling)
 
 
-def moved_bytes(path: str, exchange: Exchange) -> float:
+def moved_bytes(path: str, exchange: ExchangeSizes) -> float:
     """Bytes that one process receives."""
     moved = moved_values(
         num_parts=exchange.num_clients,
@@ -72,7 +73,7 @@ def moved_bytes(path: str, exchange: Exchange) -> float:
     return moved[path] + others * exchange.num_clients * exchange.mask_bytes
 
 
-def predict(path: str, exchange: Exchange, cost: Cost) -> float:
+def predict(path: str, exchange: ExchangeSizes, cost: Cost) -> float:
     """Modelled seconds of one exchange."""
     return (
         cost.overhead_seconds
@@ -84,17 +85,20 @@ def predict(path: str, exchange: Exchange, cost: Cost) -> float:
 def union_bytes(
     *, num_clients: int, part_bytes: float, layout_bytes: float, overlap: float
 ) -> float:
-    """The union of masks that share `overlap` of their rows and are else as disjoint as can be."""
+    """Bytes of the union of masks that share `overlap` of their rows, the others being disjoint.
+
+    At most the layout's.
+    """
     shared = overlap * part_bytes
     return shared + min(layout_bytes - shared, num_clients * (part_bytes - shared))
 
 
-def fit(path: str, measured: Sequence[tuple[Exchange, float]]) -> Cost:
-    """The cost with the least sum of squared relative errors, none of its numbers below 0.
+def fit(path: str, measured: Sequence[tuple[ExchangeSizes, float]]) -> Cost:
+    """The cost with the least sum of squared relative errors; none of its numbers is negative.
 
-    measured: exchanges of `path` over two processes or more, and their seconds. Where all have as
-    many messages, overhead can not be told from latency and is taken as 0. Raises InputError where
-    there is too little to fit.
+    measured: exchanges of `path` over two processes or more, and their seconds. If all have as many
+    messages, overhead cannot be told from latency and is taken as 0. Raises InputError for fewer
+    than two exchanges.
     """
     if len(measured) < 2:
         raise InputError(f"{path}: {len(measured)} measured exchanges; allowed: 2 or more")
@@ -102,41 +106,26 @@ def fit(path: str, measured: Sequence[tuple[Exchange, float]]) -> Cost:
     messages = np.array([num_messages(path, e.world_size) for e, _ in measured], float)
     num_bytes = np.array([moved_bytes(path, e) for e, _ in measured])
     known = len(set(messages)) > 1
-    terms = np.stack([np.full_like(seconds, known), messages, num_bytes], axis=1)
-    overhead, alpha, beta = _not_negative(terms / seconds[:, None])
+    terms = np.stack([np.full_like(seconds, known), messages, num_bytes], axis=1) / seconds[:, None]
+    scales = np.linalg.norm(terms, axis=0)  # seconds and bytes are ten decades apart
+    scales[scales == 0] = 1.0
+    found, _ = nnls(terms / scales, np.ones(len(terms)))
+    overhead, alpha, beta = (found / scales).tolist()
     return Cost(overhead_seconds=overhead, alpha_seconds=alpha, beta_seconds_per_byte=beta)
 
 
 def relative_errors(
-    path: str, measured: Sequence[tuple[Exchange, float]], cost: Cost
+    path: str, measured: Sequence[tuple[ExchangeSizes, float]], cost: Cost
 ) -> list[float]:
     """|modelled / measured - 1| of each exchange."""
     return [abs(predict(path, exchange, cost) / seconds - 1) for exchange, seconds in measured]
 
 
-def _not_negative(terms: np.ndarray) -> list[float]:
-    """x >= 0 with the least |terms x - 1|: the best of the fits with some of x left at 0."""
-    scales = np.linalg.norm(terms, axis=0)  # seconds and bytes are ten decades apart
-    found = [(float(len(terms)), [0.0] * len(scales))]
-    columns = [index for index, scale in enumerate(scales) if scale > 0]
-    for number in range(1, len(columns) + 1):
-        for chosen in map(list, itertools.combinations(columns, number)):
-            scaled = terms[:, chosen] / scales[chosen]
-            solution = np.linalg.lstsq(scaled, np.ones(len(terms)), rcond=None)[0]
-            if (solution < 0).any():
-                continue
-            error = float(((scaled @ solution - 1) ** 2).sum())
-            x = np.zeros(len(scales))
-            x[chosen] = solution / scales[chosen]
-            found.append((error, x.tolist()))
-    return min(found)[1]
-
-
 def read_costs(file: Path) -> dict[str, Cost]:
-    """Costs from a TOML file with a table for each path, or one named all for those without.
+    """Costs from a TOML file with a table for each path; the table "all" is for the other paths.
 
-    Keys: alpha_seconds, beta_seconds_per_byte and, if it is not 0, overhead_seconds. Raises
-    InputError.
+    Keys of a table: alpha_seconds, beta_seconds_per_byte and, if it is not 0, overhead_seconds.
+    Raises InputError.
     """
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
-"""Means over seeds, their 95 % bootstrap interval, and paired tests; the same numbers each time."""
+"""Means over seeds, their 95 % bootstrap interval, and paired tests. Nothing here is random."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
 
@@ -30,20 +31,24 @@ def interval(values: pd.Series) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def low(values: pd.Series) -> float:
-    """Lower end of `interval`, for DataFrame.agg."""
+def mean_and_interval(*columns: str) -> dict[str, tuple[str, str | Callable[..., float]]]:
+    """For DataFrame.agg: the columns X_mean, X_low and X_high of each column X."""
+    functions: dict[str, str | Callable[..., float]] = {"mean": "mean", "low": _low, "high": _high}
+    return {f"{x}_{name}": (x, function) for x in columns for name, function in functions.items()}
+
+
+def _low(values: pd.Series) -> float:
     return interval(values)[0]
 
 
-def high(values: pd.Series) -> float:
-    """Upper end of `interval`, for DataFrame.agg."""
+def _high(values: pd.Series) -> float:
     return interval(values)[1]
 
 
 def paired_p_value(differences: Values) -> float:
     """Two-sided sign-flip permutation test that paired differences have mean zero.
 
-    Exact up to 12 pairs.
+    It is exact up to 12 pairs; for more it draws 4096 sign patterns.
     """
     num_pairs = len(differences)
     if num_pairs <= _MAX_EXACT_PAIRS:
@@ -51,10 +56,10 @@ def paired_p_value(differences: Values) -> float:
     else:
         generator = np.random.default_rng(num_pairs)
         drawn = generator.choice([1.0, -1.0], size=(2**_MAX_EXACT_PAIRS, num_pairs))
-        signs = np.vstack([np.ones(num_pairs), drawn])  # the pattern that was seen is one of them
+        signs = np.vstack([np.ones(num_pairs), drawn])  # the observed pattern is one of them
     flipped = np.abs(signs @ differences)
-    seen = abs(differences.sum())
-    return float((flipped >= seen * (1 - 1e-12)).mean())
+    observed = abs(differences.sum())
+    return float((flipped >= observed * (1 - 1e-12)).mean())
 
 
 def least_p_value(num_pairs: int) -> float:
@@ -62,17 +67,15 @@ def least_p_value(num_pairs: int) -> float:
     return 2.0 ** (1 - min(num_pairs, _MAX_EXACT_PAIRS))
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction, in the order of the input."""
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = running
-    return adjusted
+def holm(p_values: pd.Series) -> pd.Series:
+    """Holm's step-down correction over the values that are not missing."""
+    ordered = p_values.dropna().sort_values(kind="stable")
+    scaled = ordered * np.arange(len(ordered), 0, -1)
+    return scaled.clip(upper=1.0).cummax().reindex(p_values.index)
 
 
 @lru_cache(maxsize=64)
 def _resamples(num_values: int) -> npt.NDArray[np.int64]:
-    # By number of values only, so that every mean over as many seeds uses the same draws.
+    # The seed is the number of values: all means over as many runs use the same draws.
     generator = np.random.default_rng(num_values)
     return generator.integers(0, num_values, size=(_NUM_RESAMPLES, num_values))

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import typer
 
-from analysis.options import Compare, Costs, Directory, Out
-from bench.commands import refuse
+from analysis.cli import main as report
 from bench.jobs import commands as jobs
 from bench.micro import commands as micro
 from bench.run import commands as runs
 from bench.tools import commands as tools
-from fedara_core.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,31 +21,9 @@ app = typer.Typer(
 )
 
 
-def report(
-    directory: Directory = None,
-    pair: Compare = None,
-    out: Out = None,
-    costs: Costs = None,
-) -> None:
-    """Draw all figures and tables from records.
-
-    The same as `python -m analysis`; it needs no torch.
-
-    \b
-      fedara report results/published/trec6 --out /tmp/figures
-      fedara report --compare results/before results/after
-    """
-    try:
-        from analysis.cli import main as analyse
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        refuse(InputError("report needs matplotlib: pip install 'fedara[analysis]'"))
-    analyse(directory, pair, out, costs)
-
-
-for command in (runs.run, jobs.sweep, jobs.submit, jobs.status, report, tools.reproduce):
+for command in (runs.run, jobs.sweep, jobs.submit, jobs.status, tools.reproduce):
     app.command()(command)
+app.command("report")(report)
 app.command("list")(tools.list_)
 app.command()(tools.export)
 app.command()(tools.doctor)

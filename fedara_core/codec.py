@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CODECS = ("fp32", "bf16", "fp16", "int8", "int4")
+from fedara_core.schema import CODECS as CODECS
+
 ROW_VALUES = 128  # of a message's values, which have no rows of their own
 _LEVELS = {"int8": 127, "int4": 7}
 _SCALE_BYTES = 4

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures.panels import accuracy_curves, draw_panels
+from analysis.figures.panels import accuracy_by_round, draw_panels
 from analysis.records.campaign import SERIES, Campaign
 
 NAME = "accuracy_bytes"
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """The points of the figure: columns of panels.accuracy_curves, sorted by round.
+    """The points of the figure: columns of panels.accuracy_by_round, sorted by round.
 
-    cumulative_uplink_bytes_mean is the mean over seeds, whose masks and so whose bytes may differ.
+    cumulative_uplink_bytes_mean is over seeds: their masks differ, and so may their bytes.
     """
-    return accuracy_curves(campaign).sort_values([*SERIES, "round_index"], ignore_index=True)
+    return accuracy_by_round(campaign).sort_values([*SERIES, "round_index"], ignore_index=True)
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import stats as spread
+from analysis import stats
 from analysis.figures import caption, style
 from analysis.figures.panels import add_legend, draw_lines, grid, seeds_text
 from analysis.records.campaign import Campaign, NotDrawn
-from analysis.records.per_run import ends
+from analysis.records.per_run import per_run
 
 NAME = "alpha"
 _KEYS = ["dataset", "method", "setting"]
@@ -17,10 +17,10 @@ _KEYS = ["dataset", "method", "setting"]
 def data(campaign: Campaign) -> pd.DataFrame:
     """Columns: dataset, method, setting, alpha, num_seeds, accuracy_percent_{mean,low,high}.
 
-    Dirichlet partitions of the data sets that have at least two concentrations.
+    Only Dirichlet partitions, of data sets with at least two concentrations.
     """
     dirichlet = campaign.runs.loc[campaign.runs["partition.scheme"] == "dirichlet", "run_id"]
-    runs = ends(campaign).dropna(subset=["accuracy_percent", "alpha"])
+    runs = per_run(campaign).dropna(subset=["accuracy_percent", "alpha"])
     runs = runs[runs["run_id"].isin(dirichlet)]
     if not runs.empty:
         runs = runs[runs.groupby("dataset")["alpha"].transform("nunique") > 1]
@@ -28,9 +28,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
         raise NotDrawn("no data set with two Dirichlet concentrations")
     return runs.groupby([*_KEYS, "alpha"], as_index=False).agg(
         num_seeds=("run_id", "nunique"),
-        accuracy_percent_mean=("accuracy_percent", "mean"),
-        accuracy_percent_low=("accuracy_percent", spread.low),
-        accuracy_percent_high=("accuracy_percent", spread.high),
+        **stats.mean_and_interval("accuracy_percent"),
     )
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import stats as spread
+from analysis import stats
 from analysis.records import caveats
-from analysis.records.campaign import USUAL_SETTINGS, Campaign, by_series, panels, series_name
+from analysis.records.campaign import SERIES, Campaign, by_series, is_panel, panels, series_name
+from analysis.records.settings import USUAL_SETTINGS
 
-# Label, and the columns of Campaign.runs behind it; a column that no run has is passed over, and
-# so are usual settings.
+# Label, and the columns of Campaign.runs behind it. Columns that no run has are left out, and so
+# are usual settings.
 _CONDITIONS = {
     "model": ["model.name"],
     "clients": ["federation.num_clients"],
@@ -49,7 +50,7 @@ def write(campaign: Campaign, out: Path, *, title: str) -> Path:
 def write_text(out: Path, paragraphs: list[str]) -> Path:
     """Write `out`.txt, wrapped; returns its path."""
     file = out.with_name(f"{out.name}.txt")
-    # Run ids hold hyphens, and must stay whole so that they can be searched for.
+    # Run ids hold hyphens, and must stay whole to be searched for.
     wrapped = [textwrap.fill(text, _WIDTH, break_on_hyphens=False) for text in paragraphs]
     file.write_text("\n\n".join(wrapped) + "\n", encoding="utf-8", newline="\n")
     return file
@@ -57,17 +58,19 @@ def write_text(out: Path, paragraphs: list[str]) -> Path:
 
 @lru_cache(maxsize=1)  # each figure of a report writes the same ones
 def conditions(campaign: Campaign) -> list[str]:
-    """One line per panel, with every value that occurs in it, and one on incomplete runs."""
+    """One line per panel, with every value that occurs in it, and one about incomplete runs."""
     lines = []
-    for dataset, partition in panels(campaign):
-        same = (campaign.runs["dataset"] == dataset) & (campaign.runs["partition"] == partition)
-        runs = campaign.runs[same]
-        parts = [f"{label} {text}" for label in _CONDITIONS if (text := _values(runs, label))]
-        lines.append(f"{dataset}, {partition}: {'; '.join(parts)}; {_seeds(runs)}.")
-    if campaign.incomplete:
-        names = ", ".join(campaign.incomplete)
-        lines.append(f"Left out as incomplete ({len(campaign.incomplete)}): {names}.")
-    return lines
+    for panel in panels(campaign):
+        runs = campaign.runs[is_panel(campaign.runs, panel)]
+        values = [f"{label} {text}" for label in _CONDITIONS if (text := _values(runs, label))]
+        lines.append(f"{', '.join(panel)}: {'; '.join([*values, _seeds(runs)])}.")
+    return [*lines, *left_out(campaign.incomplete)]
+
+
+def left_out(incomplete: list[str]) -> list[str]:
+    """One line about incomplete records, if there are any."""
+    names = ", ".join(incomplete)
+    return [f"Left out as incomplete ({len(incomplete)}): {names}."] if incomplete else []
 
 
 def _values(runs: pd.DataFrame, label: str) -> str:
@@ -91,15 +94,15 @@ def _join(label: str, values: list[object]) -> str:
 
 
 def _seeds(runs: pd.DataFrame) -> str:
-    parts = []
+    texts = []
     for method, setting, group in by_series(runs):
         seeds = ", ".join(str(seed) for seed in sorted(group["seed"]))
-        parts.append(f"{series_name(method, setting)} n = {len(group)} ({seeds})")
-    return "seeds: " + ", ".join(parts)
+        texts.append(f"{series_name(method, setting)} n = {len(group)} ({seeds})")
+    return "seeds: " + ", ".join(texts)
 
 
 def _seeds_sentence(campaign: Campaign) -> str:
-    counts = campaign.runs.groupby(["dataset", "partition", "method", "setting"]).size()
+    counts = campaign.runs.groupby(SERIES).size()
     if counts.max() == 1:
         return "One seed each: differences between methods carry no measure of spread."
-    return f"Mean over seeds. {spread.SENTENCE}"
+    return f"Mean over seeds. {stats.SENTENCE}"

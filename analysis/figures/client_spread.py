@@ -8,18 +8,20 @@ from matplotlib.figure import Figure
 
 from analysis.figures import caption, style
 from analysis.figures.panels import label_inches
-from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel, panels, series_name
-from analysis.records.per_run import ends
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel, panels_in, series_name
+from analysis.records.per_run import per_run
 
 NAME = "client_spread"
 _SPANS_INCHES = 4.2
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """Columns: dataset, partition, method, setting, num_runs, mean_percent, p10_percent,
-    std_percent: over clients at the last evaluation, then mean over runs.
+    """One row per data set, partition, method and setting.
+
+    Columns: those, num_runs, and mean_percent, p10_percent and std_percent over clients at the last
+    evaluation, each the mean over runs.
     """
-    runs = ends(campaign).dropna(subset=["client_accuracy_mean", "client_accuracy_p10"])
+    runs = per_run(campaign).dropna(subset=["client_accuracy_mean", "client_accuracy_p10"])
     if runs.empty:
         raise NotDrawn("no run holds client_accuracy_mean and client_accuracy_p10")
     frame = runs.groupby(SERIES, as_index=False).agg(
@@ -35,7 +37,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write client_spread.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    shown = panels_in(campaign, frame)
     heights = [0.8 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
     with style.context():
         fig = Figure(figsize=(_SPANS_INCHES + label_inches(_names(frame)), sum(heights) + 0.3))

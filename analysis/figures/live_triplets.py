@@ -23,8 +23,10 @@ _TITLE_LETTERS = 34  # that fit over a panel
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """Columns: dataset, partition, method, setting, adapter, round_index, live_triplets (mean over
-    seeds); only of methods that end with fewer live triplets than they had after the first round.
+    """Columns: dataset, partition, method, setting, adapter, round_index and live_triplets.
+
+    live_triplets is the mean over seeds. Only methods that end with fewer live triplets than they
+    had after the first round are there.
     """
     rows = campaign.adapters.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
     if rows.empty:

@@ -8,19 +8,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis import stats as spread
+from analysis import stats
 from analysis.figures import caption, style
 from analysis.figures.panels import add_legend, draw_lines, seeds_text
 from analysis.records import caveats
-from analysis.records.campaign import (
-    PANEL,
-    SERIES,
-    Campaign,
-    NotDrawn,
-    is_panel,
-    known_energy,
-    panels,
-)
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels_in
+from analysis.records.energy import known_energy
 
 NAME = "local_train"
 _METHODS = ["fedara", "lora"]
@@ -39,13 +32,12 @@ _MAX_COLUMNS = 3
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """Panels in which both methods were timed; mean over seeds and its 95 % interval.
+    """Of panels in which both methods were timed, one row per method, setting and round.
 
     Columns: dataset, partition, method, setting, round_index, num_seeds, and X_{mean,low,high} of
-    each cost X (local_train_seconds, flops, num_backward_layers, trained_bytes: of adapters and
-    optimiser, local_train_peak_memory_bytes, local_train_peak_device_memory_bytes,
-    local_train_joules). A cost that some round of a panel does not hold is missing in all of the
-    panel; joules also where sources differ, and the host's memory where runs shared processes.
+    each cost X of _COSTS, over seeds. A cost is missing in all of a panel if one of its rounds does
+    not hold it; joules also where sources differ, and the host's memory where runs shared
+    processes.
     """
     rows = campaign.rounds.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
     rows = rows[rows["method"].isin(_METHODS)].dropna(subset=["local_train_seconds"])
@@ -65,11 +57,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
     groups = rows[[*SERIES, "run_id", "round_index"]].join(costs.where(known))
     return groups.groupby([*SERIES, "round_index"], as_index=False).agg(
         num_seeds=("run_id", "nunique"),
-        **{
-            f"{cost}_{name}": (cost, function)
-            for cost in _COSTS
-            for name, function in (("mean", "mean"), ("low", spread.low), ("high", spread.high))
-        },
+        **stats.mean_and_interval(*_COSTS),
     )
 
 
@@ -77,7 +65,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write local_train.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     frame = frame.assign(rounds_completed=frame["round_index"] + 1)
-    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    shown = panels_in(campaign, frame)
     costs = [cost for cost in _COSTS if frame[f"{cost}_mean"].notna().any()]
     mixed = caveats.mixed_machines(campaign)
     num_columns, num_rows = _shape(len(shown), len(costs))
@@ -110,7 +98,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
 
 
 def _shape(num_panels: int, num_costs: int) -> tuple[int, int]:
-    """Columns and rows: a row for each panel, but one panel or one cost alone fills rows."""
+    """Columns and rows: a row for each panel; one panel or one cost alone fills several rows."""
     num_places = num_panels * num_costs
     if num_panels > 1 < num_costs:
         return num_costs, num_panels
@@ -120,13 +108,13 @@ def _shape(num_panels: int, num_costs: int) -> tuple[int, int]:
 
 def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str) -> None:
     label, scale = _COSTS[cost]
-    ends = [f"{cost}_{end}" for end in ("mean", "low", "high")]
-    scaled = rows.assign(**{name: scale * rows[name] for name in ends})
-    if scaled[ends[0]].isna().all():
+    columns = list(stats.mean_and_interval(cost))
+    scaled = rows.assign(**{name: scale * rows[name] for name in columns})
+    if scaled[f"{cost}_mean"].isna().all():
         ax.text(0.5, 0.5, "not in these records", transform=ax.transAxes, ha="center", fontsize=7)
     else:
         draw_lines(ax, scaled, "rounds_completed", cost)
-        ax.set_ylim(0, 1.1 * scaled[ends].max().max())
+        ax.set_ylim(0, 1.1 * scaled[columns].max().max())
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set_xlim(left=0.5)  # no tick at a round 0
     if cost == "num_backward_layers":
@@ -136,7 +124,7 @@ def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str) -> None:
 
 
 def _energy_sentence(campaign: Campaign, drawn: bool) -> str:
-    """Whose joules are drawn, or why none are."""
+    """Which counter's joules are drawn, or why none are."""
     source, reason = known_energy(campaign)
     if drawn:
         return f"Energy: of the hosts, gross, in the phase, counted by {source}."

@@ -1,4 +1,4 @@
-"""Accuracy curves, one panel per data set and partition: what both curve figures share."""
+"""Axes, lines and legends of figures with one panel per data set and partition."""
 
 import math
 from collections import Counter
@@ -10,17 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from pandas.api.types import is_integer_dtype
 
-from analysis import stats as spread
+from analysis import stats
 from analysis.figures import caption, style
-from analysis.records.campaign import (
-    PANEL,
-    SERIES,
-    AnalysisError,
-    Campaign,
-    by_series,
-    is_panel,
-    panels,
-)
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_series, is_panel, panels_in
 
 _MAX_COLUMNS = 3
 _PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
@@ -30,22 +22,21 @@ _MAX_ENTRIES_BELOW = 9
 _MAX_MARKERS = 10
 
 
-def accuracy_curves(campaign: Campaign) -> pd.DataFrame:
-    """Mean over seeds and its 95 % interval for each line and each round with an evaluation.
+def accuracy_by_round(campaign: Campaign) -> pd.DataFrame:
+    """One row per data set, partition, method, setting and round with an evaluation.
 
-    Columns: dataset, partition, method, setting, round_index, rounds_completed, num_seeds,
-    accuracy_percent_{mean,low,high} (low and high missing for one seed),
-    cumulative_uplink_bytes_mean.
+    Columns: those, rounds_completed, num_seeds, accuracy_percent_{mean,low,high} over seeds (low
+    and high are missing for one seed) and cumulative_uplink_bytes_mean. Raises NotDrawn.
     """
     evaluated = campaign.rounds.dropna(subset=["accuracy"])
+    if evaluated.empty:
+        raise NotDrawn("no run holds an evaluated round")
     rows = evaluated.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
     rows["accuracy_percent"] = 100 * rows["accuracy"]
     groups = rows.groupby([*SERIES, "round_index"], as_index=False)
     frame = groups.agg(
         num_seeds=("run_id", "nunique"),
-        accuracy_percent_mean=("accuracy_percent", "mean"),
-        accuracy_percent_low=("accuracy_percent", spread.low),
-        accuracy_percent_high=("accuracy_percent", spread.high),
+        **stats.mean_and_interval("accuracy_percent"),
         cumulative_uplink_bytes_mean=("cumulative_uplink_bytes", "mean"),
     )
     # Accuracy is that of the state after the round.
@@ -60,9 +51,7 @@ def draw_panels(
 
     The x axis is logarithmic when the lines end more than a factor of ten apart.
     """
-    if frame.empty:
-        raise AnalysisError("no finished run holds an evaluated round: nothing to draw")
-    shown = [panel for panel in panels(campaign) if panel in _panels_of(frame)]
+    shown = panels_in(campaign, frame)
     with style.context():
         num_columns = columns_of(shown)
         fig, axes = grid(shown, num_columns)
@@ -84,19 +73,19 @@ def draw_panels(
 
 
 def columns_of(shown: list[tuple[str, str]]) -> int:
-    """One row per data set where data sets have several partitions, otherwise just filled rows."""
+    """How many columns: one row per data set if one has several partitions, else filled rows."""
     most_partitions = max(Counter(dataset for dataset, _ in shown).values())
     return min(most_partitions if most_partitions > 1 else len(shown), _MAX_COLUMNS)
 
 
 def grid(shown: list[tuple[str, str]], num_columns: int) -> tuple[Figure, list[Any]]:
+    """A figure with one axes for each panel; those of a data set share their y axis."""
     num_rows = math.ceil(len(shown) / num_columns)
     width, height = _PANEL_INCHES
     fig = Figure(figsize=(width * num_columns, height * num_rows))
     first_of: dict[str, Any] = {}
     axes = []
     for index, (dataset, _) in enumerate(shown, start=1):
-        # One accuracy scale per data set, so that its partitions can be compared by eye.
         ax = fig.add_subplot(num_rows, num_columns, index, sharey=first_of.get(dataset))
         first_of.setdefault(dataset, ax)
         axes.append(ax)
@@ -125,9 +114,9 @@ def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
 
 
 def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
-    """One legend for all panels, where no line can be; the figure grows to hold it.
+    """One legend for all panels, outside them; the figure grows to hold it.
 
-    Few entries stand below the panels; many beside them, where the eye finds one by its name.
+    Few entries stand below the panels. Many stand beside them, one a line.
     """
     handles: dict[str, Any] = {}
     for ax in axes:
@@ -161,18 +150,17 @@ def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
 
 
 def series_label(method: str, setting: str) -> str:
-    """A line's name; the setting on a second line, which legends below the panels join again."""
+    """A line's name, with the setting on a second line; legends below the panels join the two."""
     return f"{method}\n({setting})" if setting else method
 
 
 def label_inches(labels: list[str]) -> float:
-    """About the width that the longest of these takes beside the axes, so that a figure grows by it
-    and not its axes shrink."""
+    """About the width of the longest label, by which a figure grows to keep its axes' size."""
     return _CHARACTER_INCHES * max(map(len, labels))
 
 
 def seeds_text(num_seeds: pd.Series) -> str:
-    """What a line and its band are, with the number of seeds."""
+    """What a line and its band show, with the number of seeds."""
     low, high = num_seeds.min(), num_seeds.max()
     if high == 1:
         return "one seed each (n = 1)"
@@ -181,9 +169,5 @@ def seeds_text(num_seeds: pd.Series) -> str:
 
 
 def _spans_decades(frame: pd.DataFrame, x: str) -> bool:
-    ends = frame.groupby(SERIES)[x].max()
-    return bool(frame[x].min() > 0 and ends.max() > 10 * ends.min())
-
-
-def _panels_of(frame: pd.DataFrame) -> set[tuple[str, str]]:
-    return set(frame[PANEL].itertuples(index=False, name=None))
+    last = frame.groupby(SERIES)[x].max()
+    return bool(frame[x].min() > 0 and last.max() > 10 * last.min())

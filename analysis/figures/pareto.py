@@ -5,11 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import stats as spread
+from analysis import stats
 from analysis.figures import caption, style
 from analysis.figures.panels import add_legend, columns_of, grid, seeds_text, series_label
-from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels
-from analysis.records.per_run import ends
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels_in
+from analysis.records.per_run import per_run
 
 NAME = "pareto"
 
@@ -21,14 +21,12 @@ def data(campaign: Campaign) -> pd.DataFrame:
     uplink_bytes, and on_front: nothing in the panel is more accurate at as few bytes, or as
     accurate at fewer.
     """
-    runs = ends(campaign).dropna(subset=["accuracy_percent"])
+    runs = per_run(campaign).dropna(subset=["accuracy_percent"])
     if runs.empty:
         raise NotDrawn("no run holds an evaluated round")
     frame = runs.groupby(SERIES, as_index=False).agg(
         num_seeds=("run_id", "nunique"),
-        accuracy_percent_mean=("accuracy_percent", "mean"),
-        accuracy_percent_low=("accuracy_percent", spread.low),
-        accuracy_percent_high=("accuracy_percent", spread.high),
+        **stats.mean_and_interval("accuracy_percent"),
         uplink_bytes=("cumulative_uplink_bytes", "mean"),
     )
     frame["on_front"] = False
@@ -40,7 +38,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write pareto.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    shown = panels_in(campaign, frame)
     with style.context():
         num_columns = columns_of(shown)
         fig, axes = grid(shown, num_columns)
@@ -82,8 +80,8 @@ def _draw_points(ax: Any, rows: pd.DataFrame) -> None:
         look, fill = style.setting_look(row["method"], settings.index(row["setting"]))
         x, y = row["uplink_bytes"] / 1e6, row["accuracy_percent_mean"]
         if not pd.isna(row["accuracy_percent_low"]):
-            ends_of_bar = [row["accuracy_percent_low"], row["accuracy_percent_high"]]
-            ax.plot([x, x], ends_of_bar, color=look.color, alpha=0.5)
+            bar = [row["accuracy_percent_low"], row["accuracy_percent_high"]]
+            ax.plot([x, x], bar, color=look.color, alpha=0.5)
         ax.plot(
             x,
             y,

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.figures import caption, style
-from analysis.records.campaign import PANEL, Campaign, NotDrawn, is_panel, panels
+from analysis.records.campaign import PANEL, Campaign, NotDrawn, is_panel, panels_in
 
 NAME = "partition"
 _COLUMNS = 2
@@ -16,7 +16,7 @@ _COLUMNS = 2
 def data(campaign: Campaign) -> pd.DataFrame:
     """Columns: dataset, partition, seed, client_id, label, num_examples, share (of the client's).
 
-    Of the first seed in each panel; its runs share their partition.
+    Of the first seed in each panel, whose runs share their partition.
     """
     runs = campaign.runs[["run_id", *PANEL, "seed"]]
     runs = runs[runs["run_id"].isin(campaign.clients["run_id"])]
@@ -31,7 +31,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write partition.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    shown = panels_in(campaign, frame)
     num_columns = min(_COLUMNS, len(shown))
     num_rows = -(-len(shown) // num_columns)
     most_labels = frame.groupby("dataset")["label"].nunique().max()

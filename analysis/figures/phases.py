@@ -9,30 +9,25 @@ from matplotlib.figure import Figure
 from analysis.figures import caption, style
 from analysis.figures.panels import label_inches
 from analysis.records import caveats
-from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel, panels, series_name
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel, panels_in, series_name
+from fedara_core.schema import PHASES
 
 NAME = "phases"
-# In the order of a round; colours from dark to light and hatches, so that they differ in grey.
-_PHASES = {
-    "download": (style.BLACK, ""),
-    "local_train": (style.BLUE, ""),
-    "pack": (style.PURPLE, "//"),
-    "wait": ("#DDDDDD", ".."),
-    "exchange": (style.VERMILLION, "\\\\"),
-    "aggregate": (style.GREEN, "xx"),
-    "evaluate": (style.SKY, ""),
-    "checkpoint": (style.ORANGE, "--"),
-    "meter": ("#999999", "||"),
-}
+# Colour and hatch of each phase; they differ in grey, too.
+_BARS = [
+    *((style.BLACK, ""), (style.BLUE, ""), (style.PURPLE, "//")),
+    *(("#DDDDDD", ".."), (style.VERMILLION, "\\\\"), (style.GREEN, "xx")),
+    *((style.SKY, ""), (style.ORANGE, "--"), ("#999999", "||")),
+]
 _BARS_INCHES = 5.6
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """Columns: dataset, partition, method, setting, phase, seconds: mean over rounds and runs.
+    """Columns: dataset, partition, method, setting, phase, seconds (mean over rounds and runs).
 
-    Rounds without a phase, such as those without an evaluation, count as 0 seconds of it.
+    A round without a phase counts as 0 seconds of it, such as one without an evaluation.
     """
-    columns = {f"{phase}_seconds": phase for phase in _PHASES}
+    columns = {f"{phase}_seconds": phase for phase in PHASES}
     present = [name for name in columns if name in campaign.rounds]
     rounds = campaign.rounds.dropna(subset=present, how="all")
     if not present or rounds.empty:
@@ -46,7 +41,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write phases.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    shown = panels_in(campaign, frame)
     counts = [len(frame[is_panel(frame, panel)][SERIES].drop_duplicates()) for panel in shown]
     heights = [0.9 + 0.2 * count for count in counts]
     mixed = caveats.mixed_machines(campaign)
@@ -82,7 +77,7 @@ def _names(rows: pd.DataFrame) -> list[str]:
 def _draw_bars(ax: Any, rows: pd.DataFrame) -> None:
     wide = rows.pivot_table(index=["method", "setting"], columns="phase", values="seconds")
     left = pd.Series(0.0, index=wide.index)
-    for phase, (color, hatch) in _PHASES.items():
+    for phase, (color, hatch) in zip(PHASES, _BARS, strict=True):
         if phase not in wide:
             continue
         ax.barh(

@@ -2,8 +2,8 @@
 
 import zlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.style
@@ -26,53 +26,49 @@ _DASHDOT: LineStyle = (0, (6, 2, 1, 2))
 _LINES: list[LineStyle] = [_SOLID, _DASHED, _DOTTED, _DASHDOT]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """How one method is drawn everywhere; marker and line tell methods apart in grey."""
+class Look(NamedTuple):
+    """How one method is drawn everywhere. Marker and line tell methods apart in grey."""
 
     color: str
     marker: str
     linestyle: LineStyle
 
     def size(self, points: float = 4.5) -> float:
-        """The marker's size; mere strokes have to be larger than what is filled."""
+        """The marker's size. Markers of mere strokes are drawn larger than filled ones."""
         return 1.6 * points if self.marker in "1234+" else points
 
 
-def _look(color: str, marker: str, linestyle: LineStyle) -> Look:
-    return Look(color=color, marker=marker, linestyle=linestyle)
-
-
-# A method without a row here gets a look from its name, which another such method may share.
-_LOOKS = {
-    "fedara": _look(VERMILLION, "o", _SOLID),
-    "lora": _look(BLUE, "s", _SOLID),
-    "slora": _look(GREEN, "^", _DASHED),
-    "head_only": _look(GREY, "x", _DOTTED),
-    "full": _look(BLACK, "*", _SOLID),
-    "fedara_exact": _look(VERMILLION, "P", _DASHED),
-    "adalora": _look(PURPLE, "D", _SOLID),
-    "ffa_lora": _look(SKY, "v", _DASHED),
-    "federa": _look(ORANGE, "p", _SOLID),
-    "fedadapter": _look(GREEN, "h", _SOLID),
-    "bitfit": _look(GREY, "d", _DASHED),
-    "hetlora": _look(PURPLE, "<", _DASHED),
-    "flexlora": _look(ORANGE, ">", _DASHED),
-    "flora": _look(SKY, "8", _SOLID),
-    "rolora": _look(BLUE, "X", _DASHDOT),
-    "fedsa_lora": _look(GREEN, "+", _DASHDOT),
-    "lora_a2": _look(ORANGE, "1", _DASHDOT),
-    "fedex_lora": _look(BLUE, "2", _DASHED),
-    "fed_sb": _look(PURPLE, "3", _DASHDOT),
-    "fedsvd": _look(SKY, "4", _DASHDOT),
+# The looks of the published figures, which must not change. A new method needs no row: its look
+# follows from its name.
+_PUBLISHED_LOOKS = {
+    "fedara": Look(VERMILLION, "o", _SOLID),
+    "lora": Look(BLUE, "s", _SOLID),
+    "slora": Look(GREEN, "^", _DASHED),
+    "head_only": Look(GREY, "x", _DOTTED),
+    "full": Look(BLACK, "*", _SOLID),
+    "fedara_exact": Look(VERMILLION, "P", _DASHED),
+    "adalora": Look(PURPLE, "D", _SOLID),
+    "ffa_lora": Look(SKY, "v", _DASHED),
+    "federa": Look(ORANGE, "p", _SOLID),
+    "fedadapter": Look(GREEN, "h", _SOLID),
+    "bitfit": Look(GREY, "d", _DASHED),
+    "hetlora": Look(PURPLE, "<", _DASHED),
+    "flexlora": Look(ORANGE, ">", _DASHED),
+    "flora": Look(SKY, "8", _SOLID),
+    "rolora": Look(BLUE, "X", _DASHDOT),
+    "fedsa_lora": Look(GREEN, "+", _DASHDOT),
+    "lora_a2": Look(ORANGE, "1", _DASHDOT),
+    "fedex_lora": Look(BLUE, "2", _DASHED),
+    "fed_sb": Look(PURPLE, "3", _DASHDOT),
+    "fedsvd": Look(SKY, "4", _DASHDOT),
 }
 
 # Merge paths are not methods: they never share a figure.
 PATH_LOOKS = {
-    "allgather": _look(VERMILLION, "o", _SOLID),
-    "split": _look(BLUE, "s", _SOLID),
-    "allreduce": _look(GREEN, "^", _SOLID),
-    "dense": _look(BLACK, "D", _SOLID),
+    "allgather": Look(VERMILLION, "o", _SOLID),
+    "split": Look(BLUE, "s", _SOLID),
+    "allreduce": Look(GREEN, "^", _SOLID),
+    "dense": Look(BLACK, "D", _SOLID),
 }
 _PAD_INCHES = 0.04
 MODELLED = _DASHED  # the line of everything that is computed and not measured
@@ -97,28 +93,29 @@ _RC = {
 
 
 def look(method: str) -> Look:
-    """The fixed look of a method; for an unknown name one that depends on the name only."""
-    if method in _LOOKS:
-        return _LOOKS[method]
+    """The look of a method, which depends on its name alone."""
+    if method in _PUBLISHED_LOOKS:
+        return _PUBLISHED_LOOKS[method]
     number = zlib.crc32(method.encode())  # hash() of a str differs between processes
     number, color = divmod(number, len(_COLORS))
     number, marker = divmod(number, len(_MARKERS))
-    return _look(_COLORS[color], _MARKERS[marker], _LINES[number % len(_LINES)])
+    return Look(_COLORS[color], _MARKERS[marker], _LINES[number % len(_LINES)])
 
 
 def setting_look(method: str, place: int) -> tuple[Look, str]:
-    """Look and marker fill of a method's setting number `place`: the method's own for number 0.
+    """Look and marker fill of a method's setting number `place`.
 
-    Further settings keep colour and marker, and change the line and the fill.
+    Number 0 has the method's own look. Others keep its colour and marker, and differ in line and
+    fill.
     """
     own = look(method)
     lines = [own.linestyle, *(line for line in _LINES if line != own.linestyle)]
     fill = own.color if place == 0 else "white"
-    return _look(own.color, own.marker, lines[place % len(lines)]), fill
+    return Look(own.color, own.marker, lines[place % len(lines)]), fill
 
 
 def context() -> AbstractContextManager[None]:
-    """The style, on top of matplotlib's defaults and not of the user's matplotlibrc."""
+    """The style on top of matplotlib's defaults; the user's matplotlibrc has no effect."""
     return matplotlib.style.context(["default", _RC])
 
 
@@ -131,8 +128,8 @@ def save(fig: Figure, path: Path) -> list[Path]:
     """Write `path`.pdf and `path`.png; the same figure gives the same bytes on any day."""
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("pdf", "png")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Laid out once for both files; matplotlib would do it for each, and draw each one twice. The
-    # setting stays off while saving, which puts back the layout engine that settings ask for.
+    # Lay the figure out once: savefig would do it for each file, and draw each one twice. Saving
+    # restores the layout engine of the settings, so the setting is off until both files are there.
     fig.draw_without_rendering()
     box = fig.get_tightbbox().padded(_PAD_INCHES)
     with matplotlib.rc_context({"figure.constrained_layout.use": False}):

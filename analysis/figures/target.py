@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import stats as spread
+from analysis import stats
 from analysis.figures import caption, style
 from analysis.figures.panels import label_inches
 from analysis.records import caveats
@@ -16,13 +16,13 @@ from analysis.records.campaign import (
     Campaign,
     NotDrawn,
     is_panel,
-    panels,
+    panels_in,
     series_name,
 )
 from analysis.records.target import PART_OF_LORA, costs_to_target
 
 NAME = "target"
-# What a panel is of, under the name of its cost in `costs_to_target`.
+# Costs of `costs_to_target`, and the label of each one's panel.
 _LABELS = {
     "uplink_bytes": "Uplink bytes",
     "seconds": "Measured seconds",
@@ -34,8 +34,10 @@ _MARKER_SIZE = 6
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """One row per line of the figure: `ratios` of uplink_bytes, seconds and, where a counter was
-    read in every round of a run, joules. In a panel whose machines differ the last two are missing.
+    """One row per line of the figure: `ratios` of uplink_bytes, seconds and joules.
+
+    Seconds and joules are missing in a panel whose machines differ, joules also where a round was
+    not counted.
     """
     frame = ratios(campaign, list(_LABELS))
     mixed = caveats.mixed_machines(campaign)
@@ -46,9 +48,11 @@ def data(campaign: Campaign) -> pd.DataFrame:
 
 
 def ratios(campaign: Campaign, costs: list[str]) -> pd.DataFrame:
-    """Columns: dataset, partition, method, setting, target_accuracy_percent (mean over seeds),
-    num_runs, num_reached, and of each cost X_ratio, X_ratio_{low,high}: the ratio to lora with the
-    same seed, mean over the runs that reached the target, and its interval. Missing where none did.
+    """One row per data set, partition, method and setting.
+
+    Columns: those, target_accuracy_percent (mean over seeds), num_runs, num_reached, and of each
+    cost X_ratio and X_ratio_{low,high}: the ratio to lora's cost with the same seed, mean over the
+    runs that reached the target, and its interval; missing where none did.
     """
     runs = costs_to_target(campaign)
     lora = runs[runs["method"] == "lora"].groupby([*PANEL, "seed"])[costs].mean()
@@ -63,8 +67,9 @@ def ratios(campaign: Campaign, costs: list[str]) -> pd.DataFrame:
         }
         for cost in costs:
             ratio = group[cost] / group[f"lora_{cost}"]
-            row |= {f"{cost}_ratio": ratio.mean(), f"{cost}_ratio_low": spread.low(ratio)}
-            row[f"{cost}_ratio_high"] = spread.high(ratio)
+            low, high = stats.interval(ratio)
+            row |= {f"{cost}_ratio": ratio.mean()}
+            row |= {f"{cost}_ratio_low": low, f"{cost}_ratio_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -87,12 +92,12 @@ def draw_ratios(
 ) -> list[Path]:
     """Draw `ratios` of the costs that have labels, a row of axes per panel; writes .pdf and .png.
 
-    What is modelled has hollow markers. Raises NotDrawn where nothing reached its target.
+    Modelled costs have hollow markers. Raises NotDrawn where no run reached its target.
     """
     if not (frame["num_reached"] > 0).any():
         raise NotDrawn("no run reached its target accuracy in an evaluated round")
     mixed = caveats.mixed_machines(campaign)
-    shown = [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+    shown = panels_in(campaign, frame)
     heights = [1 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
     names = _names(frame)
     with style.context():
@@ -125,7 +130,7 @@ def sentence(cost: str) -> str:
 
 
 def _is_drawn(frame: pd.DataFrame, cost: str) -> bool:
-    """Bytes and seconds always, so that a gap shows; joules only where somebody counted them."""
+    """Bytes and seconds always, so that a gap shows; joules only where they were counted."""
     return cost != "joules" or bool(frame["joules_ratio"].notna().any())
 
 
@@ -157,13 +162,13 @@ def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str, *, gap: str, modelled: bo
             markerfacecolor="white" if modelled else look.color,
             markersize=look.size(_MARKER_SIZE),
         )
-    ends = rows[[f"{cost}_ratio{end}" for end in ("", "_low", "_high")]]
+    limits = rows[[f"{cost}_ratio{end}" for end in ("", "_low", "_high")]]
     if found.max() >= 10 * found.min() > 0:
         ax.set_xscale("log")
         ax.margins(x=0.08)
         ax.xaxis.set_major_formatter(style.plain_number)
     else:  # a short logarithmic axis would have no number
-        ax.set_xlim(0, 1.1 * max(1.0, ends.fillna(0).max().max()))
+        ax.set_xlim(0, 1.1 * max(1.0, limits.fillna(0).max().max()))
     ax.axvline(1, color=style.GREY, linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(rows)))
     ax.set_ylim(len(rows) - 0.5, -0.5)

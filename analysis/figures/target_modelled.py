@@ -12,7 +12,7 @@ NAME = "target_modelled"
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """One row per line: `analysis.figures.target.ratios` of modelled_joules.D of each device D."""
+    """One row per line: `target.ratios` of modelled_joules.D of each device D."""
     devices = modelled_devices(campaign)
     if not devices:
         raise NotDrawn("no run has rounds that are modelled on devices")

@@ -1,4 +1,4 @@
-"""Read a campaign's records (run.json, rounds.jsonl, DONE) into two tidy data frames."""
+"""A campaign's records (run.json, rounds.jsonl, partition.json) as tidy data frames."""
 
 import json
 from collections.abc import Iterator
@@ -8,37 +8,27 @@ from typing import Any
 
 import pandas as pd
 
-SCHEMA_VERSION = 1
+from analysis.records import reader
+from analysis.records.settings import differing_keys, setting_texts
+from fedara_core.errors import InputError
+from fedara_core.schema import PARTITION_FILE, ROUNDS_FILE, RUN_FILE
 
 # What one panel of a figure, or one block of a table, shares; and what one line or row shares.
 PANEL = ["dataset", "partition"]
 SERIES = [*PANEL, "method", "setting"]
 
 _REQUIRED_IN_RUN = [
-    "run_id",
-    "seed",
-    "method.name",
-    "dataset.name",
-    "partition.scheme",
-    "federation.num_rounds",
+    *("seed", "method.name", "dataset.name", "partition.scheme", "federation.num_rounds"),
 ]
 _REQUIRED_IN_ROUND = ["round_index", "uplink_bytes", "downlink_bytes"]
 
-# Settings that older records lack, since they ran at these values, as most runs do.
-USUAL_SETTINGS = {
-    "clients.dropout": 0.0,
-    "clients.over_selection": 1.0,
-    "clients.speed_spread": 0.0,
-}
-
-# Columns that figures and tables name; one that no run measured is there, and empty.
+# Columns that figures and tables name. One that no run measured is there, and empty.
 _RUN_COLUMNS = ["total_seconds", "partition.alpha", "energy_source", "energy_joules"]
 _ROUND_COLUMNS = ["accuracy", "macro_f1", "live_triplets", "local_train_seconds", "flops"]
-
-_THEN = " then "  # joins what a run that was interrupted has in two ways
-
 _ADAPTER_COLUMNS = ["run_id", "round_index", "adapter", "live_triplets"]
 _CLIENT_COLUMNS = ["run_id", "client_id", "label", "num_examples"]
+
+THEN = " then "  # joins two values of an interrupted run
 
 # Nested keys of a round become columns that carry their unit.
 _UNITS = {
@@ -62,10 +52,6 @@ _CUMULATIVE = {
 _MODELLED = ("modelled_seconds.", "modelled_joules.")
 
 
-class AnalysisError(ValueError):
-    """The records can not be read or compared as they are; the message is one line for the user."""
-
-
 class NotDrawn(ValueError):
     """The records do not hold what one figure or table needs; the message says what."""
 
@@ -74,23 +60,22 @@ class NotDrawn(ValueError):
 class Campaign:
     """The records below one folder.
 
-    runs: one row per finished run. Keys of run.json keep their names, nested ones are joined by a
-        dot, and those of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
-        method, dataset, partition (labels), device (cpu, cuda), world_size as "2 then 4" where a
-        run went on with another number of processes, setting (what tells runs of one method apart
-        within a panel, seeds aside; "" when nothing does), and energy_joules of the whole run with
-        its energy_source: of the rounds' counters where every round has them, else of run.json.
-        Compare energy only after `one_energy_source`.
-    rounds: one row per (run_id, round_index) of the finished runs. Scalar keys keep their names;
-        seconds.X is X_seconds, energy_joules.X is X_joules, energy_net_joules.X is X_net_joules,
-        peak_memory_bytes_by_phase.X is X_peak_memory_bytes, of a GPU X_peak_device_memory_bytes,
-        and modelled_by_device.D.modelled_X is modelled_X.D. Added, each up to and including this
-        round, and missing from the first round on that does not hold it: cumulative_uplink_bytes,
-        cumulative_downlink_bytes, cumulative_total_bytes (up and down), cumulative_seconds and
-        cumulative_joules (of whole rounds), cumulative_local_train_seconds and
-        cumulative_local_train_joules, cumulative_flops, cumulative_modelled_seconds.D and
-        cumulative_modelled_joules.D.
-    adapters: live_triplets by run_id, round_index and adapter; empty where no run recorded it.
+    runs: one row per finished run. Columns are the keys of run.json. Nested keys are joined by a
+        dot, and keys of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
+        method, dataset, partition: labels.
+        setting: what tells runs of one method apart within a panel, seeds aside; often "".
+        device: cpu, cuda, or both.
+        world_size: "2 then 4" where a run was resumed on another number of processes.
+        energy_joules, energy_source: of the whole run, from the rounds' counters if every round has
+            them, else from run.json. Compare energy only after `energy.one_energy_source`.
+    rounds: one row per run_id and round_index. Scalar keys keep their names. Nested keys are
+        renamed: seconds.X is X_seconds, energy_joules.X is X_joules, energy_net_joules.X is
+        X_net_joules, peak_memory_bytes_by_phase.X is X_peak_memory_bytes (of a GPU
+        X_peak_device_memory_bytes), and modelled_by_device.D.modelled_X is modelled_X.D. Added are
+        the sums up to and including the round, under the names of _CUMULATIVE,
+        cumulative_total_bytes (up and down) and cumulative_modelled_X.D. A sum is missing from the
+        first round on that lacks the number.
+    adapters: live_triplets by run_id, round_index and adapter; empty if no run recorded it.
     clients: num_examples by run_id, client_id and label, of partition.json; empty without one.
     incomplete: folder names of the runs without DONE; they never enter a figure.
     """
@@ -103,84 +88,61 @@ class Campaign:
 
 
 def load_campaign(path: Path) -> Campaign:
-    """Read all records below `path`, any number of levels down.
+    """Read all runs at any depth below `path`.
 
-    Raises AnalysisError when there is none, when a run id comes twice, or when the record of a
-    finished run is corrupt or has lost rounds.
+    Raises InputError when there is none, when a run id comes twice, or when the record of a
+    finished run is damaged or has lost rounds.
     """
-    folders = _record_folders(Path(path))
-    runs: dict[str, dict[str, Any]] = {}
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder")
+    folders = reader.run_folders(path)
+    if not folders:
+        raise InputError(f"{path}: no records here (looked for */{RUN_FILE} at any depth)")
+    records, incomplete = reader.read_finished(folders)
+    runs: list[dict[str, Any]] = []
     rounds: list[pd.DataFrame] = []
     adapters: list[dict[str, Any]] = []
     clients: list[dict[str, Any]] = []
-    found_in: dict[str, Path] = {}
-    incomplete = []
-    for folder in folders:
-        if not (folder / "DONE").exists():
-            incomplete.append(folder.name)
-            continue
-        run = _read_run(folder / "run.json")
-        run_id = run["run_id"]
-        if run_id in runs:
-            raise AnalysisError(f"run {run_id} comes twice: {found_in[run_id]} and {folder}")
-        runs[run_id], found_in[run_id] = run, folder
-        frame, by_adapter = _read_rounds(folder / "rounds.jsonl", run)
-        run |= _energy(run, frame)
+    for folder, record in records.items():
+        run = _run_columns(record, folder / RUN_FILE)
+        rows = _read_rounds(folder / ROUNDS_FILE, run["federation.num_rounds"])
+        own = {"run_id": run["run_id"]}
+        frame = _with_sums(pd.DataFrame([own | _round_columns(row) for row in rows]))
+        runs.append(run | _energy(run, frame))
         rounds.append(frame)
-        adapters += by_adapter
-        clients += _read_clients(folder / "partition.json", run_id)
+        adapters += [
+            {**own, "round_index": row["round_index"], "adapter": name, "live_triplets": live}
+            for row in rows
+            for name, live in row.get("live_triplets_by_adapter", {}).items()
+        ]
+        clients += [
+            {**own, "client_id": client["client_id"], "label": label, "num_examples": number}
+            for client in reader.read_list(folder / PARTITION_FILE)
+            for label, number in client.get("label_counts", {}).items()
+        ]
+    empty = pd.DataFrame(columns=["run_id", *_REQUIRED_IN_ROUND])
     return Campaign(
-        runs=_runs_frame(list(runs.values())),
-        rounds=_with_columns(pd.concat(rounds, ignore_index=True), _ROUND_COLUMNS)
-        if rounds
-        else pd.DataFrame(columns=["run_id", *_REQUIRED_IN_ROUND, *_ROUND_COLUMNS]),
+        runs=_runs_frame(runs),
+        rounds=_with_columns(pd.concat(rounds or [empty], ignore_index=True), _ROUND_COLUMNS),
         adapters=pd.DataFrame(adapters, columns=_ADAPTER_COLUMNS),
         clients=pd.DataFrame(clients, columns=_CLIENT_COLUMNS),
         incomplete=incomplete,
     )
 
 
-def one_energy_source(campaign: Campaign) -> str | None:
-    """The source of all the energy in these records; None where no run has any.
-
-    Raises AnalysisError where runs, or parts of one run, differ in it: counted and modelled joules,
-    or joules of different counters, are never compared, averaged or put into one column.
-    """
-    found = campaign.runs.dropna(subset=["energy_source"]).groupby("energy_source")["run_id"]
-    examples = [f"{source} ({run_ids.iloc[0]})" for source, run_ids in found]
-    if len(examples) > 1 or any(_THEN in example for example in examples):
-        raise AnalysisError(
-            f"energy of different sources is not compared: {' and '.join(examples)}; "
-            "analyse the runs of each source by themselves"
-        )
-    return str(next(iter(found))[0]) if examples else None
-
-
-def known_energy(campaign: Campaign) -> tuple[str | None, str]:
-    """`one_energy_source`, and "" or, instead of a source, why no energy can be shown."""
-    try:
-        source = one_energy_source(campaign)
-    except AnalysisError as error:
-        return None, str(error)
-    return source, "" if source else "not measured in these runs"
-
-
-def energy_kind(source: str) -> str:
-    """Whether joules of this source are counted, modelled or partly modelled."""
-    modelled = [part.endswith("-model") for part in source.split("+")]
-    if not any(modelled):
-        return "counted"
-    return "modelled" if all(modelled) else "partly modelled"
-
-
 def panels(campaign: Campaign) -> list[tuple[str, str]]:
-    """(dataset, partition) pairs in the order to show them: by data set, scheme, then alpha."""
+    """(dataset, partition) pairs in the order of figures: by data set, scheme, then alpha."""
     order = campaign.runs.sort_values(["dataset", "partition.scheme", "partition.alpha"])
     return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
 
 
+def panels_in(campaign: Campaign, frame: pd.DataFrame) -> list[tuple[str, str]]:
+    """Those of `panels` that have rows in a frame."""
+    return [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+
+
 def is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
-    """Which rows are of this data set and partition."""
+    """Which rows belong to this data set and partition."""
     return (frame["dataset"] == panel[0]) & (frame["partition"] == panel[1])
 
 
@@ -191,7 +153,7 @@ def by_series(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def series_name(method: str, setting: str) -> str:
-    """What a row or line of one method and setting is called, in one line."""
+    """The name of a row or line, on one line."""
     return f"{method} ({setting})" if setting else method
 
 
@@ -202,90 +164,28 @@ def modelled_devices(campaign: Campaign) -> list[str]:
     return [name.removeprefix(first) for name in names if name.startswith(first)]
 
 
-def has_rounds(path: Path) -> bool:
-    """Whether there is a run's record below `path`, finished or not."""
-    return bool(_run_folders(path))
-
-
-def _run_folders(path: Path) -> list[Path]:
-    names = ("run.json", "rounds.jsonl")
-    found = {file.parent for name in names for file in path.rglob(name)}
-    # A folder with rows.jsonl is a micro-benchmark's, which has no rounds.
-    return sorted(folder for folder in found if not (folder / "rows.jsonl").exists())
-
-
-def _record_folders(path: Path) -> list[Path]:
-    if not path.is_dir():
-        raise AnalysisError(f"{path}: no such folder")
-    folders = _run_folders(path)
-    if not folders:
-        raise AnalysisError(f"{path}: no records here (looked for */run.json at any depth)")
-    return folders
-
-
-def _read_run(file: Path) -> dict[str, Any]:
-    record = parse_json(read_text(file), file, first_line=1)
-    run = _flatten(record)
-    version = run.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise AnalysisError(f"{file}: schema_version {version}, this code reads {SCHEMA_VERSION}")
-    run = {key.removeprefix("config."): value for key, value in run.items()}
-    missing = [key for key in _REQUIRED_IN_RUN if key not in run]
-    if missing:
-        raise AnalysisError(f"{file}: missing {', '.join(missing)}")
+def _run_columns(record: dict[str, Any], file: Path) -> dict[str, Any]:
+    run = {key.removeprefix("config."): value for key, value in _flatten(record).items()}
+    reader.require_keys(run, _REQUIRED_IN_RUN, str(file))
     run["method"] = run["method.name"]
     run["dataset"] = run["dataset.name"].removeprefix("file:").rstrip("/").split("/")[-1]
     run["partition"] = _partition_label(run)
     sizes = dict.fromkeys(part.get("world_size") for part in (record, *record.get("parts", [])))
     if len(sizes) > 1:
-        run["world_size"] = _THEN.join(map(str, sizes))
+        run["world_size"] = THEN.join(map(str, sizes))
     devices = {process.get("device", "").split(":")[0] for process in record.get("processes", [])}
     run["device"] = " and ".join(sorted(devices - {""})) or None
     return run
 
 
-def _read_rounds(file: Path, run: dict[str, Any]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """One row per round, and one per round and adapter."""
-    rows, by_adapter = [], []
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        record = parse_json(line, file, first_line=number)
-        missing = [key for key in _REQUIRED_IN_ROUND if key not in record]
-        if missing:
-            raise AnalysisError(f"{file}:{number}: missing {', '.join(missing)}")
-        rows.append({"run_id": run["run_id"], **_round_columns(record)})
-        place = {"run_id": run["run_id"], "round_index": record["round_index"]}
-        by_adapter += [
-            {**place, "adapter": name, "live_triplets": live}
-            for name, live in record.get("live_triplets_by_adapter", {}).items()
-        ]
+def _read_rounds(file: Path, num_rounds: int) -> list[dict[str, Any]]:
+    rows = reader.read_rows(file, _REQUIRED_IN_ROUND)
     # Cumulative bytes are wrong when a round is lost or written twice, so neither may pass.
-    if [row["round_index"] for row in rows] != list(range(run["federation.num_rounds"])):
-        raise AnalysisError(
-            f"{file}: a finished run must hold rounds 0 to {run['federation.num_rounds'] - 1}, "
-            f"each once and in order"
+    if [row["round_index"] for row in rows] != list(range(num_rounds)):
+        raise InputError(
+            f"{file}: a finished run must hold rounds 0 to {num_rounds - 1}, each once and in order"
         )
-    frame = pd.DataFrame(rows)
-    summed = {name: to for name, to in _CUMULATIVE.items() if name in frame}
-    modelled = [name for name in map(str, frame) if name.startswith(_MODELLED)]
-    summed |= {name: f"cumulative_{name}" for name in modelled}
-    # A sum that passed over a round without the number would look like a small one.
-    sums = {to: frame[name].cumsum(skipna=False) for name, to in summed.items()}
-    both = sums["cumulative_uplink_bytes"] + sums["cumulative_downlink_bytes"]
-    return frame.assign(**sums, cumulative_total_bytes=both), by_adapter
-
-
-def _read_clients(file: Path, run_id: str) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    try:
-        entries = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise AnalysisError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
-    return [
-        {"run_id": run_id, "client_id": entry["client_id"], "label": label, "num_examples": number}
-        for entry in entries
-        for label, number in entry.get("label_counts", {}).items()
-    ]
+    return rows
 
 
 def _round_columns(record: dict[str, Any]) -> dict[str, Any]:
@@ -301,14 +201,25 @@ def _round_columns(record: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
+def _with_sums(rounds: pd.DataFrame) -> pd.DataFrame:
+    """One run's rounds with their cumulative columns."""
+    summed = {name: to for name, to in _CUMULATIVE.items() if name in rounds}
+    modelled = [name for name in map(str, rounds) if name.startswith(_MODELLED)]
+    summed |= {name: f"cumulative_{name}" for name in modelled}
+    # A sum that skipped a round without the number would look like a small one.
+    sums = {to: rounds[name].cumsum(skipna=False) for name, to in summed.items()}
+    both = sums["cumulative_uplink_bytes"] + sums["cumulative_downlink_bytes"]
+    return rounds.assign(**sums, cumulative_total_bytes=both)
+
+
 def _energy(run: dict[str, Any], rounds: pd.DataFrame) -> dict[str, Any]:
-    """energy_source and energy_joules of a whole run; nothing where they are not known."""
+    """energy_source and energy_joules of a whole run; empty where they are not known."""
     counted = rounds.get("energy_source", pd.Series([None]))
     if counted.notna().all():
-        sources = _THEN.join(counted.unique())  # a source was lost, or another part had another
+        sources = THEN.join(counted.unique())  # several if a source was lost in between
         return {"energy_source": sources, "energy_joules": rounds["total_joules"].sum()}
-    parts = [value for key, value in run.items() if key.startswith("energy_joules.")]
-    return {"energy_joules": sum(parts)} if parts else {}
+    joules = [value for key, value in run.items() if key.startswith("energy_joules.")]
+    return {"energy_joules": sum(joules)} if joules else {}
 
 
 def _runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
@@ -321,44 +232,13 @@ def _runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
     return frame
 
 
-def differing_keys(group: pd.DataFrame) -> list[str]:
-    """Keys of the config, seeds aside, that change results and in which these runs differ."""
-    # [system] and evaluate.batch_size do not change results; dotted columns of other sections of
-    # run.json (package versions, hosts) are no settings.
-    sections = (
-        *("method", "adapter", "model", "dataset", "partition", "federation", "train"),
-        *("codec", "clients"),
-    )
-    for key, usual in USUAL_SETTINGS.items():
-        group = group.assign(**{key: group[key].fillna(usual) if key in group else usual})
-    names = list(map(str, group))
-    keys = [name for name in names if name.split(".")[0] in sections and "." in name]
-    keys += ["evaluate.every", "evaluate.split", "evaluate.eval_examples"]
-    if "clients.deadline_seconds" in group or (group["clients.over_selection"] > 1).any():
-        # Devices decide who is late.
-        keys += [name for name in names if name.startswith("devices.shares.")]
-    return [key for key in keys if key in group and group[key].nunique(dropna=False) > 1]
-
-
-def setting_texts(group: pd.DataFrame, keys: list[str]) -> pd.Series:
-    """What tells each of these runs apart, such as "lr=0.01".
-
-    Without it, runs at different settings would be averaged as if they were seeds.
-    """
-    texts = [
-        ", ".join(f"{key.split('.')[-1]}={setting_text(row.get(key), key)}" for key in keys)
-        for _, row in group.iterrows()
-    ]
-    return pd.Series(texts, index=group.index, dtype=object)
-
-
 def _partition_label(run: dict[str, Any]) -> str:
     scheme = str(run["partition.scheme"])
     if scheme == "shards" and "partition.labels_per_client" in run:
         return f"shards, {run['partition.labels_per_client']} labels per client"
     if scheme in ("dirichlet", "quantity") and "partition.alpha" in run:
         return f"{scheme}, alpha {run['partition.alpha']:g}"
-    return scheme  # the config writes alpha for every scheme, also where it plays no part
+    return scheme  # every config has an alpha, but the other schemes do not use it
 
 
 def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -367,7 +247,7 @@ def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list):
-            flat[f"{prefix}{key}"] = json.dumps(value)  # hashable, so that values can be compared
+            flat[f"{prefix}{key}"] = json.dumps(value)  # hashable, so that pandas can compare it
         elif value is not None:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -376,31 +256,3 @@ def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _with_columns(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     absent = [name for name in names if name not in frame]
     return frame.assign(**dict.fromkeys(absent, float("nan")))
-
-
-def setting_text(value: Any, key: str) -> str:
-    """A value of the config as a reader writes it; records from before the key meant the usual."""
-    value = USUAL_SETTINGS.get(key) if pd.isna(value) else value
-    if value is None:
-        return "unset"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def read_text(file: Path) -> str:
-    """A record's file. Raises AnalysisError."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnalysisError(f"{file}: cannot be read: {error}") from None
-
-
-def parse_json(text: str, file: Path, *, first_line: int) -> dict[str, Any]:
-    """A JSON object that starts in this line of `file`. Raises AnalysisError."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise AnalysisError(f"{file}:{line}: not valid JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise AnalysisError(f"{file}:{first_line}: a JSON object was expected")
-    return value

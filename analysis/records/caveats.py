@@ -1,4 +1,4 @@
-"""What in a campaign does not compare: unlike machines, unlike seeds, a method on its own."""
+"""Reasons why numbers of a campaign do not compare: other machines, other seeds, one method."""
 
 import json
 from functools import lru_cache
@@ -15,12 +15,12 @@ _MACHINE = {
     "device": "device",
     "world_size": "processes",
 }
-MARK = "machines differ: seconds do not compare"  # beside such seconds, or in their place
+MARK = "machines differ: seconds do not compare"  # stands beside such seconds, or for them
 
 
-@lru_cache(maxsize=1)  # each figure and table asks, and none changes the answer
+@lru_cache(maxsize=1)  # every figure and table of a report asks for it
 def mixed_machines(campaign: Campaign) -> dict[tuple[str, str], str]:
-    """By panel whose runs ran on unlike machines what differs, such as "CPU (A or B)"."""
+    """What differs between the machines of a panel's runs, such as "CPU (A or B)", by panel."""
     mixed = {}
     for panel, runs in _by_panel(campaign):
         found = {text: _values(runs, column) for column, text in _MACHINE.items()}
@@ -31,9 +31,9 @@ def mixed_machines(campaign: Campaign) -> dict[tuple[str, str], str]:
 
 
 def shared_processes(campaign: Campaign) -> set[tuple[str, str]]:
-    """Panels in which one process ran several runs, as a sweep in one job does.
+    """Panels in which one process executed several runs, as a sweep in one job does.
 
-    Its peak memory in a later run holds what the earlier ones left behind.
+    The peak memory of a later run then includes what the earlier ones left behind.
     """
     shared = set()
     for panel, runs in _by_panel(campaign):
@@ -46,7 +46,7 @@ def shared_processes(campaign: Campaign) -> set[tuple[str, str]]:
 
 @lru_cache(maxsize=1)
 def sentences(campaign: Campaign) -> list[str]:
-    """One sentence for each reason to read figures and tables with care, panel by panel."""
+    """One sentence for each reason to read the numbers with care, panel by panel."""
     mixed, shared = mixed_machines(campaign), shared_processes(campaign)
     lines = []
     for panel, runs in _by_panel(campaign):
@@ -74,7 +74,7 @@ def sentences(campaign: Campaign) -> list[str]:
 
 
 def warnings(campaign: Campaign) -> list[str]:
-    """`sentences` as they stand below tables and figures and on the page."""
+    """`sentences` as they are written below tables and figures and on the page."""
     return [f"Warning: {text}" for text in sentences(campaign)]
 
 
@@ -84,7 +84,7 @@ def _by_panel(campaign: Campaign) -> list[tuple[tuple[str, str], pd.DataFrame]]:
 
 
 def _values(runs: pd.DataFrame, column: str) -> list[str]:
-    """The values that occur, "none" among them where a run does not name one."""
+    """The values that occur; "none" where a run has no value."""
     if column not in runs:
         return []
     values = runs[column].astype(object)
@@ -96,7 +96,7 @@ def _text(value: object) -> str:
 
 
 def _unlike_devices(runs: pd.DataFrame) -> list[str]:
-    """Names of the devices whose profiles differ between runs, as with two files of one's own."""
+    """Names of the devices whose profiles differ between runs."""
     profiles = runs.filter(regex=r"^device_profiles\.")
     differing = [str(key) for key in profiles if profiles[key].nunique() > 1]
     names = [key.removeprefix("device_profiles.").rpartition(".")[0] for key in differing]
@@ -104,15 +104,14 @@ def _unlike_devices(runs: pd.DataFrame) -> list[str]:
 
 
 def _seeds(runs: pd.DataFrame) -> str:
-    """Who has which seeds, such as "0, 1 (fedara, lora); 0 (slora)"; empty where all are alike."""
+    """Seeds of the methods, such as "0, 1 (fedara, lora); 0 (slora)"; "" if all are the same."""
     methods_by_seeds: dict[tuple[int, ...], list[str]] = {}
     for method, setting, group in by_series(runs):
         seeds = tuple(sorted(group["seed"]))
         methods_by_seeds.setdefault(seeds, []).append(series_name(method, setting))
     if len(methods_by_seeds) == 1:
         return ""
-    parts = [
-        f"{', '.join(map(str, seeds))} ({', '.join(methods)})"
-        for seeds, methods in sorted(methods_by_seeds.items(), key=lambda item: -len(item[0]))
-    ]
-    return "; ".join(parts)
+    most_first = sorted(methods_by_seeds.items(), key=lambda item: -len(item[0]))
+    return "; ".join(
+        f"{', '.join(map(str, seeds))} ({', '.join(methods)})" for seeds, methods in most_first
+    )

@@ -1,4 +1,4 @@
-"""Where a run comes from, in words: its commit, and what it ran on."""
+"""In words: the commit of a run, and the machine that it ran on."""
 
 import json
 from typing import Any
@@ -7,13 +7,12 @@ import pandas as pd
 
 
 def joined(run_ids: pd.Series) -> str:
-    """The runs behind a cell, in one cell of a CSV file; for DataFrame.agg."""
+    """The run ids behind a number, in one cell of a CSV file; for DataFrame.agg."""
     return " ".join(sorted(set(run_ids)))
 
 
 def commit(run: pd.Series | dict[str, Any]) -> str:
-    """The commit of a row of Campaign.runs or of a run.json, and whether files differed from it; ""
-    if unknown."""
+    """The commit of a row of Campaign.runs or of a run.json; "" if unknown."""
     name = run.get("git_commit")
     if not isinstance(name, str):
         return ""
@@ -21,7 +20,7 @@ def commit(run: pd.Series | dict[str, Any]) -> str:
 
 
 def hardware(run: pd.Series) -> str:
-    """What seconds depend on: processor, GPU, device, processes and their threads."""
+    """What seconds depend on: CPU, GPU, device, processes and their threads."""
     processes = _processes(run)
     threads = sorted({process["threads"] for process in processes if "threads" in process})
     parts = [

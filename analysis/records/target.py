@@ -1,29 +1,23 @@
-"""What each run paid until it first reached its target: 95 % of lora's accuracy, seed by seed."""
+"""What each run paid until it reached its target: 95 % of lora's accuracy with the same seed."""
 
 import pandas as pd
 
-from analysis.records.campaign import (
-    PANEL,
-    SERIES,
-    Campaign,
-    NotDrawn,
-    known_energy,
-    modelled_devices,
-)
-from analysis.records.per_run import ends
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, modelled_devices
+from analysis.records.energy import known_energy
+from analysis.records.per_run import per_run
 
 PART_OF_LORA = 0.95
 _COSTS = ["uplink_bytes", "total_bytes", "seconds", "joules"]
 
 
 def targets(campaign: Campaign) -> pd.DataFrame:
-    """target_accuracy_percent by dataset, partition and seed: 95 % of lora's last accuracy there.
+    """Columns: dataset, partition, seed, target_accuracy_percent: 95 % of lora's last accuracy.
 
-    By seed, since a seed is a partition of its own, and some are harder by many points. Raises
-    NotDrawn without an evaluated run of lora.
+    Each seed has its own target: it is another partition, and some are harder by many points.
+    Raises NotDrawn without an evaluated run of lora.
     """
-    final = ends(campaign)
-    lora = final[(final["method"] == "lora") & final["accuracy_percent"].notna()]
+    runs = per_run(campaign)
+    lora = runs[(runs["method"] == "lora") & runs["accuracy_percent"].notna()]
     if lora.empty:
         raise NotDrawn("no evaluated run of lora, which sets the target accuracy")
     means = PART_OF_LORA * lora.groupby([*PANEL, "seed"])["accuracy_percent"].mean()
@@ -33,10 +27,10 @@ def targets(campaign: Campaign) -> pd.DataFrame:
 def costs_to_target(campaign: Campaign) -> pd.DataFrame:
     """One row per run whose panel and seed have a target.
 
-    Columns: run_id, dataset, partition, method, setting, seed, target_accuracy_percent, and of the
-    first evaluated round at or above it uplink_bytes, total_bytes (up and down), seconds, joules
-    (counted ones, of one source) and modelled_joules.D of each device, all summed up to that round
-    and missing where the target was never reached.
+    Columns: run_id, dataset, partition, method, setting, seed, target_accuracy_percent, and the
+    sums up to the first evaluated round at or above it of uplink_bytes, total_bytes (up and down),
+    seconds, joules (counted, of one source) and modelled_joules.D of each device D. The sums are
+    missing where the target was never reached.
     """
     costs = [*_COSTS, *(f"modelled_joules.{name}" for name in modelled_devices(campaign))]
     if known_energy(campaign)[0] is None:

@@ -3,10 +3,11 @@
 import pandas as pd
 
 from analysis.records import caveats
-from analysis.records.campaign import PANEL, SERIES, Campaign, energy_kind, known_energy
-from analysis.records.per_run import ends, in_panels, mean_of_all, series_cells
+from analysis.records.campaign import PANEL, SERIES, Campaign
+from analysis.records.energy import energy_kind, known_energy
+from analysis.records.per_run import in_panels, mean_of_all, per_run, series_cells
 from analysis.records.provenance import joined
-from analysis.tables.render import Table, number
+from analysis.tables.render import Table, rounded
 
 NAME = "cost"
 _MEGABYTES = {
@@ -23,10 +24,10 @@ def data(campaign: Campaign) -> pd.DataFrame:
 
     Columns: those, num_runs, uplink_bytes, downlink_bytes, total_seconds, local_train_seconds,
     flops (counted, of local training), peak_memory_bytes, peak_device_memory_bytes, energy_joules
-    of the whole run where all runs have one energy_source, and run_ids. A number that one of the
-    runs lacks is missing.
+    (of the whole run, where all runs have one source) and run_ids. A number is missing where one of
+    the runs lacks it.
     """
-    runs = ends(campaign)
+    runs = per_run(campaign)
     columns = {
         "uplink_bytes": "cumulative_uplink_bytes",
         "downlink_bytes": "cumulative_downlink_bytes",
@@ -52,16 +53,16 @@ def table(campaign: Campaign) -> Table:
     cells = series_cells(frame)
     for column, heading in _MEGABYTES.items():
         if frame[column].notna().any():
-            cells[heading] = (frame[column] / 1e6).map(lambda value: number(value, 2))
+            cells[heading] = rounded(frame[column] / 1e6, 2)
     mixed = caveats.mixed_machines(campaign)
     marks = [" *" if tuple(panel) in mixed else "" for panel in frame[PANEL].to_numpy()]
     source, reason = known_energy(campaign)
     joules = {"energy_joules": f"{energy_kind(source)} J"} if source else {}
     for column, heading in (_SECONDS | joules).items():
-        values = zip(frame[column], marks, strict=True)
-        cells[heading] = [f"{number(v, 1)}{mark}" if pd.notna(v) else "" for v, mark in values]
+        values = zip(rounded(frame[column], 1), marks, strict=True)
+        cells[heading] = [value and f"{value}{mark}" for value, mark in values]
     if frame["flops"].notna().any():
-        cells["local training TFLOP"] = (frame["flops"] / 1e12).map(lambda v: number(v, 2))
+        cells["local training TFLOP"] = rounded(frame["flops"] / 1e12, 2)
     energy = f"of the whole run, {energy_kind(source)} by {source}" if source else reason
     notes = [
         "Means over n runs, summed over all rounds; memory is the peak of a process. 1 MB = 10^6",

@@ -10,19 +10,17 @@ from analysis.records.campaign import (
     PANEL,
     Campaign,
     NotDrawn,
-    energy_kind,
     is_panel,
-    known_energy,
     modelled_devices,
     panels,
 )
-from analysis.records.per_run import LATE, ends, mean_of_all
+from analysis.records.energy import energy_kind, known_energy
+from analysis.records.per_run import LATE, mean_of_all, per_run
 from analysis.records.target import costs_to_target
 from analysis.tables.render import Table
 
 NAME = "headline"
-# Which baselines are weak and which strong is our reading of the paper: what it builds on, and what
-# was made to improve on that.
+# The grouping is our reading of the paper: weak is what it builds on, strong what improves on that.
 _WEAK = ["fedadapter", "lora"]
 _STRONG = ["slora", "adalora", "ffa_lora", "federa"]
 _ACCURACIES = {
@@ -36,11 +34,11 @@ def data(campaign: Campaign) -> pd.DataFrame:
     """One row per data set, partition, setting of the whole FedARA (no ablation) and reading.
 
     Columns: dataset, partition, setting, paper, reading, ours (text with unit, or why it is
-    missing), num_runs, run_ids. Panels in which LoRA has several settings, as in a tuning campaign,
-    are left out: they are no replicates of one result. Raises NotDrawn without fedara and a method
-    to compare it with.
+    missing), num_runs, run_ids. Panels in which LoRA has several settings are left out, as in a
+    tuning campaign: their runs do not replicate one result. Raises NotDrawn where fedara or a
+    method to compare it with is missing.
     """
-    runs = ends(campaign)
+    runs = per_run(campaign)
     try:
         reached = costs_to_target(campaign).set_index("run_id")["total_bytes"]
     except NotDrawn:
@@ -93,7 +91,7 @@ def table(campaign: Campaign) -> Table:
     return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)
 
 
-# The paper's number, the column of `ends`, its name, and whether unlike machines differ in it.
+# The paper's number, the column of `per_run`, its name, and whether unlike machines differ in it.
 _Reading = tuple[str, str, str, bool]
 _BYTES: list[_Reading] = [
     ("2.40x", "cumulative_total_bytes", "bytes up and down of LoRA to FedARA's, whole run", False),
@@ -102,29 +100,27 @@ _BYTES: list[_Reading] = [
 
 
 def _cost_readings(campaign: Campaign) -> list[_Reading]:
-    """Of time and energy; the names say what is measured, counted or modelled."""
+    """Readings of time and energy. Their names say what is measured, counted or modelled."""
     source = known_energy(campaign)[0]
     how = f"{energy_kind(source)} by {source}" if source else "measured"
     devices = modelled_devices(campaign)
     return [
         *_both_ways("-48.90 %", "local_train_seconds", "measured: seconds of local training", True),
         *_both_ways("-48.90 %", "flops", "counted: FLOPs of local training", False),
-        *(
-            reading
-            for name in devices
-            for reading in _both_ways(
-                "-48.90 %", f"modelled_seconds.{name}", f"modelled: seconds on {name}", False
-            )
-        ),
+        *_modelled("-48.90 %", "seconds", devices),
         ("-46.95 %", "energy_joules", f"{how}: joules of the whole run", True),
         *_both_ways("-46.95 %", "local_train_joules", "counted: joules of local training", True),
-        *(
-            reading
-            for name in devices
-            for reading in _both_ways(
-                "-46.95 %", f"modelled_joules.{name}", f"modelled: joules on {name}", False
-            )
-        ),
+        *_modelled("-46.95 %", "joules", devices),
+    ]
+
+
+def _modelled(paper: str, unit: str, devices: list[str]) -> list[_Reading]:
+    return [
+        reading
+        for name in devices
+        for reading in _both_ways(
+            paper, f"modelled_{unit}.{name}", f"modelled: {unit} on {name}", False
+        )
     ]
 
 
@@ -140,7 +136,7 @@ def _accuracies(fedara: pd.DataFrame, others: pd.DataFrame) -> list[dict[str, An
     for paper, kind, methods in (("+8.49 %", "weak", _WEAK), ("+6.95 %", "strong", _STRONG)):
         baselines = others[others["method"].isin(methods)]
         for column, when in _ACCURACIES.items():
-            # No mean where one run lacks the number: it would be of other runs than the row names.
+            # Where one run lacks the number, a mean would be over other runs than the row names.
             by_method = baselines.groupby(["method", "setting"])[column].agg(mean_of_all)
             base, ours = by_method.mean(skipna=False), mean_of_all(fedara[column])
             text = f"accuracy over {kind} baselines{when}"
@@ -160,9 +156,9 @@ def _against_lora(
     form: Callable[[float, float], str],
     gap: str = "",
 ) -> list[dict[str, Any]]:
-    """Readings of means over runs, FedARA's and LoRA's; no number where some run does not hold it.
+    """FedARA's mean over runs against LoRA's; no number where one run lacks it.
 
-    gap: why what depends on the machine does not compare, if it does not.
+    gap: why numbers that depend on the machine do not compare; "" if they do.
     """
     rows = []
     for paper, column, reading, of_a_machine in readings:

@@ -3,9 +3,9 @@
 import pandas as pd
 
 from analysis.records.campaign import SERIES, Campaign, NotDrawn, modelled_devices
-from analysis.records.per_run import ends, in_panels, mean_of_all, series_cells
+from analysis.records.per_run import in_panels, mean_of_all, per_run, series_cells
 from analysis.records.provenance import joined
-from analysis.tables.render import Table, number
+from analysis.tables.render import Table, rounded
 
 NAME = "modelled"
 
@@ -20,11 +20,14 @@ def data(campaign: Campaign) -> pd.DataFrame:
     if not devices:
         raise NotDrawn("no run has rounds that are modelled on devices")
     names = [f"modelled_{unit}.{device}" for device in devices for unit in ("seconds", "joules")]
-    groups = ends(campaign).groupby(SERIES, as_index=False)
-    frame = groups.agg(
-        num_runs=("run_id", "nunique"),
-        run_ids=("run_id", joined),
-        **{name: (f"all_{name}", mean_of_all) for name in ("flops", *names)},
+    frame = (
+        per_run(campaign)
+        .groupby(SERIES, as_index=False)
+        .agg(
+            num_runs=("run_id", "nunique"),
+            run_ids=("run_id", joined),
+            **{name: (f"all_{name}", mean_of_all) for name in ("flops", *names)},
+        )
     )
     return in_panels(campaign, frame)
 
@@ -33,11 +36,11 @@ def table(campaign: Campaign) -> Table:
     """The table and what must be said below it."""
     frame = data(campaign)
     cells = series_cells(frame)
-    cells["counted TFLOP"] = (frame["flops"] / 1e12).map(lambda value: number(value, 2))
+    cells["counted TFLOP"] = rounded(frame["flops"] / 1e12, 2)
     for device in modelled_devices(campaign):
         for unit, heading, digits in (("seconds", "s", 1), ("joules", "kJ", 3)):
             values = frame[f"modelled_{unit}.{device}"] / (1e3 if unit == "joules" else 1)
-            cells[f"{device}, {heading}"] = [number(value, digits) for value in values]
+            cells[f"{device}, {heading}"] = rounded(values, digits)
     notes = [
         "Nothing here is measured. FLOPs of local training are counted from shapes and live",
         "triplets; seconds and joules on the named devices are modelled from them and from the",

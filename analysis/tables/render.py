@@ -13,9 +13,10 @@ _LATEX = {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"
 class Table:
     """One table.
 
-    cells: what a reader sees, rounded. numbers: the same rows with all digits, and in run_ids the
-    runs behind a row, one blank between them. sources: for columns of `cells` that come from other
-    runs, which column of `numbers` names them. notes: what stands below.
+    cells: what a reader sees, rounded.
+    numbers: the same rows with all digits; run_ids names the runs behind a row, one blank between.
+    sources: for columns of `cells` that come from other runs, the column of `numbers` with these.
+    notes: what stands below.
     """
 
     name: str
@@ -39,6 +40,22 @@ def write(table: Table, out_dir: Path) -> list[Path]:
 def number(value: float, digits: int) -> str:
     """A rounded number, or nothing where it is missing."""
     return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def rounded(values: pd.Series, digits: int) -> list[str]:
+    """`number` of each value of a column."""
+    return [number(value, digits) for value in values]
+
+
+def median_and_range(row: pd.Series, median: str, of: str, form: str) -> str:
+    """A median over launches, followed by their smallest and largest value if there are several.
+
+    of: the columns min_X and max_X. form: a format specification.
+    """
+    text = f"{row[median]:{form}}"
+    if row["num_launches"] == 1:
+        return text
+    return f"{text} ({row[f'min_{of}']:{form}} to {row[f'max_{of}']:{form}})"
 
 
 def _markdown(table: Table) -> str:

@@ -8,12 +8,14 @@ from rich.table import Table
 
 from analysis.figures import caption
 from analysis.records import caveats
-from analysis.records.campaign import PANEL, SERIES, Campaign, known_energy, panels, series_name
+from analysis.records.campaign import PANEL, SERIES, Campaign, series_name
+from analysis.records.energy import known_energy
+from analysis.records.per_run import in_panels, per_run
 from analysis.records.provenance import joined
+from analysis.tables.render import number
 
 NAME = "summary"
 _SHOW_COLUMNS = 100
-_ENERGY_HEADING = ["energy\nJ"]
 _ENERGY = {"energy_joules": ("energy_joules", "mean"), "energy_source": ("energy_source", "first")}
 
 # Headings of summary.md (in one line) and of the screen (in two, to fit 100 columns).
@@ -29,6 +31,7 @@ _HEADINGS = [
     "train s\nfirst",
     "train s\nlast",
     "live\ntriplets",
+    "energy\nJ",  # left out where the table has no energy
 ]
 
 
@@ -38,43 +41,42 @@ def data(campaign: Campaign) -> pd.DataFrame:
     Columns: dataset, partition, method, setting, num_rounds, cohort, num_runs,
     accuracy_percent_{mean,std}, macro_f1_{mean,std} (of the last round with an evaluation; std is
     the sample standard deviation, missing for one run), uplink_bytes, downlink_bytes (sums over all
-    rounds), uplink_ratio_to_lora (missing without a caveats lora), total_seconds (of the whole
-    run), first_round_local_train_seconds, last_round_local_train_seconds, live_triplets of the last
-    round, where all runs' energy has one source energy_joules of the whole run and that
-    energy_source (not there where sources differ: see `energy_note`), and run_ids.
+    rounds), uplink_ratio_to_lora (missing without a comparable lora), total_seconds (of the whole
+    run), first_round_local_train_seconds, last_round_local_train_seconds, live_triplets (of the
+    last round) and run_ids. Where the energy of all runs has one source, also energy_joules of the
+    whole run and that energy_source; `energy_note` says why they are missing.
     """
-    groups = _per_run(campaign).groupby(SERIES, as_index=False)
-    measured = {} if known_energy(campaign)[0] is None else _ENERGY
-    frame = groups.agg(
-        num_rounds=("num_rounds", "first"),
-        cohort=("cohort", "first"),
-        num_runs=("run_id", "nunique"),
-        accuracy_percent_mean=("accuracy_percent", "mean"),
-        accuracy_percent_std=("accuracy_percent", "std"),
-        macro_f1_mean=("macro_f1", "mean"),
-        macro_f1_std=("macro_f1", "std"),
-        uplink_bytes=("cumulative_uplink_bytes", "mean"),
-        downlink_bytes=("cumulative_downlink_bytes", "mean"),
-        total_seconds=("total_seconds", "mean"),
-        first_round_local_train_seconds=("first_round_local_train_seconds", "mean"),
-        last_round_local_train_seconds=("local_train_seconds", "mean"),
-        live_triplets=("live_triplets", "mean"),
-        **measured,
-        run_ids=("run_id", joined),
+    source = known_energy(campaign)[0]
+    # In the order of the records, on which the last digit of a mean depends.
+    runs = per_run(campaign).set_index("run_id").loc[campaign.runs["run_id"]].reset_index()
+    frame = (
+        runs.assign(energy_source=source)
+        .groupby(SERIES, as_index=False)
+        .agg(
+            num_rounds=("num_rounds", "first"),
+            cohort=("cohort", "first"),
+            num_runs=("run_id", "nunique"),
+            accuracy_percent_mean=("accuracy_percent", "mean"),
+            accuracy_percent_std=("accuracy_percent", "std"),
+            macro_f1_mean=("macro_f1", "mean"),
+            macro_f1_std=("macro_f1", "std"),
+            uplink_bytes=("cumulative_uplink_bytes", "mean"),
+            downlink_bytes=("cumulative_downlink_bytes", "mean"),
+            total_seconds=("total_seconds", "mean"),
+            first_round_local_train_seconds=("first_local_train_seconds", "mean"),
+            last_round_local_train_seconds=("last_local_train_seconds", "mean"),
+            live_triplets=("live_triplets", "mean"),
+            **(_ENERGY if source else {}),
+            run_ids=("run_id", joined),
+        )
     )
     ratios = [_ratio_to_lora(row, frame) for _, row in frame.iterrows()]
     frame.insert(list(frame).index("total_seconds"), "uplink_ratio_to_lora", ratios)
-    order = {panel: place for place, panel in enumerate(panels(campaign))}
-    place = frame[PANEL].apply(lambda row: order[tuple(row)], axis=1)
-    return (
-        frame.assign(_place=place)
-        .sort_values(["_place", "method", "setting"], ignore_index=True)
-        .drop(columns="_place")
-    )
+    return in_panels(campaign, frame)
 
 
 def energy_note(campaign: Campaign) -> str:
-    """Whose joules the table has, or why it has none; empty where no run measured energy."""
+    """The source of the table's joules, or why it has none; empty where no run measured energy."""
     source, reason = known_energy(campaign)
     if source:
         return f"J: energy of the whole run by {source}; -model: modelled."
@@ -101,7 +103,7 @@ def show(campaign: Campaign) -> None:
         table = Table(
             title=f"{', '.join(panel)}{mark}", title_justify="left", padding=(0, 1, 0, 0), box=None
         )
-        for heading in _headings(rows):
+        for heading in _HEADINGS[: len(rows[0])]:
             text = heading == "method"
             table.add_column(heading, justify="left" if text else "right", no_wrap=not text)
         for row in rows:
@@ -112,32 +114,10 @@ def show(campaign: Campaign) -> None:
         console.print(note, soft_wrap=True)
 
 
-def _per_run(campaign: Campaign) -> pd.DataFrame:
-    own = ["run_id", *SERIES, "total_seconds", "energy_source", "energy_joules"]
-    runs = campaign.runs[own].assign(
-        num_rounds=campaign.runs["federation.num_rounds"],
-        cohort=campaign.runs.get("federation.cohort"),
-    )
-    rounds = campaign.rounds.sort_values(["run_id", "round_index"])
-    ends = rounds.groupby("run_id").tail(1)
-    first = rounds.groupby("run_id").head(1).set_index("run_id")["local_train_seconds"]
-    evaluated = rounds.dropna(subset=["accuracy"]).groupby("run_id").tail(1).set_index("run_id")
-    per_run = runs.merge(
-        ends.drop(
-            columns=["accuracy", "macro_f1", "total_seconds", "energy_source"], errors="ignore"
-        )
-    )
-    return per_run.assign(
-        accuracy_percent=100 * per_run["run_id"].map(evaluated["accuracy"]),
-        macro_f1=per_run["run_id"].map(evaluated["macro_f1"]),
-        first_round_local_train_seconds=per_run["run_id"].map(first),
-    )
-
-
 def _ratio_to_lora(row: pd.Series, frame: pd.DataFrame) -> float:
     """Uplink relative to lora's in the same panel, over as many rounds with as large a cohort.
 
-    Several lora rows that differ in uplink: the one at the same setting, or no ratio.
+    If several lora rows differ in uplink, the one at the same setting counts; else there is none.
     """
     keys = [*PANEL, "num_rounds", "cohort"]
     lora = frame[(frame["method"] == "lora") & (frame[keys] == row[keys]).all(axis=1)]
@@ -159,25 +139,17 @@ def _cells(row: pd.Series) -> list[str]:
     cells = [
         series_name(row["method"], row["setting"]),
         str(row["num_runs"]),
-        _number(row["accuracy_percent_mean"], 1) + _spread(row["accuracy_percent_std"], 1),
-        _number(row["macro_f1_mean"], 3),
+        number(row["accuracy_percent_mean"], 1) + _deviation(row["accuracy_percent_std"], 1),
+        number(row["macro_f1_mean"], 3),
         _megabytes(row["uplink_bytes"]),
         _megabytes(row["downlink_bytes"]),
-        _number(row["uplink_ratio_to_lora"], 3),
-        _number(row["total_seconds"], 1),
-        _number(row["first_round_local_train_seconds"], 2),
-        _number(row["last_round_local_train_seconds"], 2),
-        _number(row["live_triplets"], 0),
+        number(row["uplink_ratio_to_lora"], 3),
+        number(row["total_seconds"], 1),
+        number(row["first_round_local_train_seconds"], 2),
+        number(row["last_round_local_train_seconds"], 2),
+        number(row["live_triplets"], 0),
     ]
-    return cells + ([_number(row["energy_joules"], 0)] if "energy_joules" in row else [])
-
-
-def _headings(rows: list[list[str]]) -> list[str]:
-    return [*_HEADINGS, *_ENERGY_HEADING][: len(rows[0])]
-
-
-def _number(value: float, digits: int) -> str:
-    return "" if pd.isna(value) else f"{value:.{digits}f}"
+    return cells + ([number(row["energy_joules"], 0)] if "energy_joules" in row else [])
 
 
 def _megabytes(num_bytes: float) -> str:
@@ -185,7 +157,7 @@ def _megabytes(num_bytes: float) -> str:
     return f"{megabytes:.2f}" if megabytes >= 1 else f"{megabytes:.3g}"
 
 
-def _spread(std: float, digits: int) -> str:
+def _deviation(std: float, digits: int) -> str:
     return "" if pd.isna(std) else f" +- {std:.{digits}f}"
 
 
@@ -195,7 +167,7 @@ def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
     for panel, rows in _blocks(frame):
         mark = f" ({caveats.MARK})" if panel in mixed else ""
         lines += [f"## {', '.join(panel)}{mark}", ""]
-        headings = [heading.replace("\n", " ") for heading in _headings(rows)]
+        headings = [heading.replace("\n", " ") for heading in _HEADINGS[: len(rows[0])]]
         lines += [_line(headings), _line(["---", *["--:"] * (len(headings) - 1)])]
         lines += [*map(_line, rows), ""]
     lines += [

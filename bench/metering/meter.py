@@ -15,18 +15,7 @@ import torch
 from bench.metering.codecarbon import NullEnergy
 from bench.metering.counters import EnergyCounters
 from bench.metering.memory import Peaks
-
-PHASES = (
-    "download",
-    "local_train",
-    "pack",
-    "wait",
-    "exchange",
-    "aggregate",
-    "evaluate",
-    "checkpoint",
-    "meter",
-)
+from fedara_core.schema import PHASES
 
 
 @dataclass(frozen=True, kw_only=True)

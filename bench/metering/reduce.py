@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.metering.counters import net_joules
-from bench.metering.meter import PHASES, Measured
+from bench.metering.meter import Measured
+from fedara_core.schema import PHASES
 
 
 def reduce_seconds(parts: Sequence[Mapping[str, float]]) -> dict[str, Any]:

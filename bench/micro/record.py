@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 
 from bench.run.checkpoint import write_atomically
-from bench.run.provenance import SCHEMA_VERSION, library_fact, process_facts, surroundings, utc_now
+from bench.run.provenance import library_fact, process_facts, surroundings, utc_now
 from bench.run.record import append_row, write_json
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
+from fedara_core.schema import SCHEMA_VERSION
 
 # Variables that choose the transport, and with it the time: part of the record.
 _TRANSPORT_KEYS = (

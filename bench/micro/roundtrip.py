@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bench.config.load import parse_run
-from bench.metering.meter import PHASES, Measured, Meter
+from bench.metering.meter import Measured, Meter
+from fedara_core.schema import PHASES
 from bench.micro.bare import average, average_messages, bare_allgather
 from bench.micro.record import names, numbers, quantiles, record_rows, slowest
 from bench.run.clients import place

@@ -15,7 +15,8 @@ from typing import Any
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.metering.meter import PHASES, Measured, Meter
+from bench.metering.meter import Measured, Meter
+from fedara_core.schema import PHASES
 from bench.micro.record import quantiles, record_rows, slowest
 from bench.run.job import prepare
 from bench.run.rounds import advance

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from bench.config.schema import RunConfig
+from fedara_core.schema import SCHEMA_VERSION
 
-SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "mpi4py", "mpich", "transformers", "tokenizers", "datasets", "numpy", "peft")
 _SLURM_KEYS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_NODELIST")
 

@@ -1,16 +1,15 @@
 """`fedara reproduce`: run a record's config again and compare what comes out with the record."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
-from analysis import stats as spread
-from analysis.records.campaign import SERIES, AnalysisError, load_campaign
-from analysis.records.per_run import ends
+from analysis import stats
+from analysis.compare import changes
+from analysis.records import reader
+from analysis.records.campaign import SERIES, Campaign, load_campaign
+from analysis.records.per_run import per_run
 from bench.jobs.plan import load_points
 from bench.run.job import load_texts
 from bench.run.record import Recorder
@@ -18,25 +17,7 @@ from bench.run.runner import run_all
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
-
-_MACHINE = ("cpu", "gpu", "python", "package_versions")  # of run.json: what bits may depend on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What came out, in lines, and whether that is the record's result."""
-
-    lines: Sequence[str]
-    reproduced: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedInterval:
-    """The 95 % interval of the mean accuracy over a record's seeds, in percent."""
-
-    low: float
-    high: float
-    num_seeds: int
+from fedara_core.schema import RUN_FILE
 
 
 def reproduce(
@@ -44,14 +25,14 @@ def reproduce(
 ) -> bool:
     """Run the config of a finished record again, below `results`, and say how it compares.
 
-    True if every round has the record's bits, or the last accuracy is within so many points of the
-    record's, or inside the interval over its seeds. InputError if there is no finished record or
-    the data are others.
+    True if every round has the record's bits, or if the last accuracy is within so many points of
+    the record's, or inside the interval over its seeds. Raises InputError if there is no finished
+    record, or if the data are others.
     """
-    record = run_dir / "run.json"
+    record = run_dir / RUN_FILE
 
-    def check() -> SeedInterval | None:
-        if not (run_dir / "DONE").exists():
+    def check() -> Campaign:
+        if not reader.is_finished(run_dir):
             raise InputError(f"{run_dir}: no finished record (run.json and DONE)")
         (config,), (own,) = load_points(record, overrides), load_points(record, [])
         if config.result_settings() != own.result_settings():
@@ -59,7 +40,8 @@ def reproduce(
                 f"--set {' '.join(overrides)}: another run than the record's; allowed: what "
                 "changes no result, such as dataset.name=file:DIR for where its data lie"
             )
-        wanted, found = _read(run_dir)["dataset_digest"], load_texts(config.dataset).digest
+        wanted = reader.read_run(run_dir)["dataset_digest"]
+        found = load_texts(config.dataset).digest
         if wanted != found:
             raise InputError(
                 f"dataset.name = {config.dataset.name!r} has digest {found}; allowed: the record's "
@@ -67,82 +49,51 @@ def reproduce(
             )
         if Recorder(results, config).run_dir.resolve() == run_dir.resolve():
             raise InputError(f"--results {results}: the record's own folder; allowed: another one")
-        return seed_interval(run_dir)
+        return load_campaign(run_dir.resolve().parent)
 
-    interval = together(job, check)
+    beside = together(job, check)
     run_all(record, results, overrides, job)
     (config,) = load_points(record, overrides)
-    verdict = compare(run_dir, Recorder(results, config).run_dir, within_points, interval)
+    lines, reproduced = compare(run_dir, Recorder(results, config).run_dir, within_points, beside)
     console = Console(quiet=job.world_rank != 0, highlight=False, markup=False)
-    for line in verdict.lines:
+    for line in lines:
         console.print(line, soft_wrap=True)
-    return verdict.reproduced
-
-
-def seed_interval(run_dir: Path) -> SeedInterval | None:
-    """Of the finished runs beside this one that differ from it in the seed alone, and itself.
-
-    None if there is no other. Raises InputError where a record in that folder can not be read.
-    """
-    try:
-        runs = ends(load_campaign(run_dir.resolve().parent)).set_index("run_id")
-    except AnalysisError as error:
-        raise InputError(str(error)) from None
-    own = runs.loc[_read(run_dir)["run_id"], SERIES]
-    accuracies = runs[(runs[SERIES] == own).all(axis=1)]["accuracy_percent"]
-    if len(accuracies) < 2:
-        return None
-    low, high = spread.interval(accuracies)
-    return SeedInterval(low=low, high=high, num_seeds=len(accuracies))
+    return reproduced
 
 
 def compare(
-    record: Path, again: Path, within_points: float, interval: SeedInterval | None
-) -> Verdict:
-    """Two finished runs of one config: their bits round by round, and their last accuracy."""
-    theirs, ours = _rounds(record), _rounds(again)
-    pairs = list(zip(theirs, ours, strict=True))
-    same = [one["state_digest"] == other["state_digest"] for one, other in pairs]
+    record: Path, again: Path, within_points: float, beside: Campaign
+) -> tuple[list[str], bool]:
+    """Two finished runs of one config: what to say of bits and accuracy, and whether they agree.
+
+    beside: the runs in the record's folder; those that differ in the seed alone give an interval.
+    """
+    theirs, ours = load_campaign(record), load_campaign(again)
+    same = (theirs.rounds["state_digest"] == ours.rounds["state_digest"]).tolist()
     if all(same):
-        return Verdict(lines=[f"same bits as {record} in all {len(same)} rounds"], reproduced=True)
+        return [f"same bits as {record} in all {len(same)} rounds"], True
     lines = [f"other bits than {record} from round {same.index(False) + 1} of {len(same)} on"]
-    lines += _unlike(_read(record), _read(again))
-    old, new = (100 * rows[-1]["accuracy"] for rows in (theirs, ours))
+    lines += [f"changed: {text}" for text in changes(theirs, ours)]
+    old, new = (float(per_run(one)["accuracy_percent"].iloc[0]) for one in (theirs, ours))
     reproduced = abs(new - old) <= within_points
     lines.append(
         f"last accuracy {new:.2f} %, the record's {old:.2f} %: {new - old:+.2f} points, "
         f"{'within' if reproduced else 'outside'} the {within_points:g} that are allowed"
     )
-    if interval:
-        inside = interval.low <= new <= interval.high
+    seeds = _of_all_seeds(beside, theirs.runs["run_id"].iloc[0])
+    if len(seeds) > 1:
+        low, high = stats.interval(seeds)
+        inside = low <= new <= high
         reproduced = reproduced or inside
         lines.append(
             f"{'inside' if inside else 'outside'} the 95 % interval of the record's "
-            f"{interval.num_seeds} seeds, {interval.low:.2f} to {interval.high:.2f} %"
+            f"{len(seeds)} seeds, {low:.2f} to {high:.2f} %"
         )
-    return Verdict(lines=lines, reproduced=reproduced)
+    return lines, reproduced
 
 
-def _unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """What bits may depend on and is not as it was."""
-    found = []
-    for key in _MACHINE:
-        old, new = theirs.get(key), ours.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            parts = [
-                f"{k} {old[k]} then, {new[k]} now" for k in old if new.get(k, old[k]) != old[k]
-            ]
-            found += parts
-        elif old != new:
-            found.append(f"{key} {old} then, {new} now")
-    return found
-
-
-def _read(run_dir: Path) -> dict[str, Any]:
-    run: dict[str, Any] = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    return run
-
-
-def _rounds(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def _of_all_seeds(beside: Campaign, run_id: str) -> pd.Series:
+    """Last accuracies in percent of the runs that differ from this one in the seed alone."""
+    runs = per_run(beside).set_index("run_id")
+    same = (runs[SERIES] == runs.loc[run_id, SERIES]).all(axis=1)
+    return runs.loc[same, "accuracy_percent"]

@@ -1,5 +1,6 @@
 """Tests of analysis/ on synthetic records: numbers, refusals, reproducible files, the command."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,13 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.figures import accuracy_bytes as figure_accuracy_bytes
-from analysis.figures import accuracy_rounds as figure_accuracy_rounds
-from analysis.figures import caption, style
-from analysis.records.campaign import AnalysisError, load_campaign, one_energy_source
-from analysis.tables import summary as table_summary
-from support.launch import ROOT
-from support.records import add_energy, row_of, write_record
+from analysis.figures import accuracy_bytes, accuracy_rounds, caption, style
+from analysis.records.campaign import load_campaign
+from analysis.records.energy import one_energy_source
+from analysis.tables import summary
+from fedara_core.errors import InputError
+from support.records import ROOT, add_energy, row_of, write_record
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_load_cumulates_bytes_and_leaves_incomplete_runs_out(records: Path) -> N
 
 def test_figure_data_is_mean_and_interval_over_seeds(records: Path) -> None:
     campaign = load_campaign(records)
-    frame = figure_accuracy_rounds.data(campaign)
+    frame = accuracy_rounds.data(campaign)
     point = row_of(frame, method="fedara", round_index=2)
     assert point["rounds_completed"] == 3
     assert point["num_seeds"] == 2
@@ -59,14 +59,14 @@ def test_figure_data_is_mean_and_interval_over_seeds(records: Path) -> None:
     assert point["accuracy_percent_low"] == pytest.approx(70.0)
     assert point["accuracy_percent_high"] == pytest.approx(72.0)
     assert 1 not in frame["round_index"].values  # that round was not evaluated
-    frame = figure_accuracy_bytes.data(campaign)
+    frame = accuracy_bytes.data(campaign)
     lora, fedara = (frame[frame["method"] == name] for name in ("lora", "fedara"))
     assert lora["cumulative_uplink_bytes_mean"].tolist() == [1000, 3000]
     assert fedara["cumulative_uplink_bytes_mean"].tolist() == [1000, 1800]
 
 
 def test_summary_numbers(records: Path) -> None:
-    frame = table_summary.data(load_campaign(records))
+    frame = summary.data(load_campaign(records))
     assert frame["method"].tolist() == ["fedara", "head_only", "lora"]
     fedara = row_of(frame, method="fedara")
     assert fedara["num_runs"] == 2
@@ -85,8 +85,8 @@ def test_summary_numbers(records: Path) -> None:
 def test_summary_without_lora_has_no_ratio(tmp_path: Path) -> None:
     write_record(tmp_path, "fedara", 0)
     campaign = load_campaign(tmp_path)
-    assert table_summary.data(campaign)["uplink_ratio_to_lora"].isna().all()
-    markdown = table_summary.write(campaign, tmp_path / "out")[0].read_text()
+    assert summary.data(campaign)["uplink_ratio_to_lora"].isna().all()
+    markdown = summary.write(campaign, tmp_path / "out")[0].read_text()
     assert "nan" not in markdown
 
 
@@ -95,7 +95,7 @@ def test_settings_are_never_averaged_as_seeds(tmp_path: Path) -> None:
         write_record(tmp_path, "lora", 0, lr=lr)
         write_record(tmp_path, "lora", 0, lr=lr, alpha=10.0)
     campaign = load_campaign(tmp_path)
-    frame = table_summary.data(campaign)
+    frame = summary.data(campaign)
     assert frame["setting"].tolist() == ["lr=0.001", "lr=0.01"] * 2
     assert frame["num_runs"].tolist() == [1] * 4
     assert frame["partition"].unique().tolist() == ["dirichlet, alpha 0.1", "dirichlet, alpha 10"]
@@ -108,7 +108,7 @@ def test_clients_that_fail_are_a_setting_and_a_condition(tmp_path: Path) -> None
     write_record(tmp_path, "lora", 0)
     write_record(tmp_path, "lora", 1, clients=usual)
     campaign = load_campaign(tmp_path)
-    assert table_summary.data(campaign)["num_runs"].tolist() == [2]
+    assert summary.data(campaign)["num_runs"].tolist() == [2]
     assert "dropout" not in caption.conditions(campaign)[0]
     write_record(tmp_path, "lora", 2, clients=usual | {"dropout": 0.25}, devices={"shares": {}})
     write_record(
@@ -134,7 +134,7 @@ def test_clients_that_fail_are_a_setting_and_a_condition(tmp_path: Path) -> None
 
 
 def test_summary_fits_100_columns(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table_summary.show(load_campaign(records))
+    summary.show(load_campaign(records))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert any("head_only" in line for line in lines)
@@ -142,14 +142,14 @@ def test_summary_fits_100_columns(records: Path, capsys: pytest.CaptureFixture[s
 
 def test_duplicate_runs_are_refused(records: Path) -> None:
     write_record(records / "copy", "fedara", 0)
-    with pytest.raises(AnalysisError, match=r"synthetic-fedara-seed0.*comes twice"):
+    with pytest.raises(InputError, match=r"synthetic-fedara-seed0.*comes twice"):
         load_campaign(records)
 
 
 def test_folder_without_records_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnalysisError, match="no records here"):
+    with pytest.raises(InputError, match="no records here"):
         load_campaign(tmp_path)
-    with pytest.raises(AnalysisError, match="no such folder"):
+    with pytest.raises(InputError, match="no such folder"):
         load_campaign(tmp_path / "absent")
 
 
@@ -157,7 +157,7 @@ def test_corrupt_line_is_named(tmp_path: Path) -> None:
     file = write_record(tmp_path, "lora", 0) / "rounds.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], lines[1][:20], lines[2]]))
-    with pytest.raises(AnalysisError, match=r"rounds\.jsonl:2: not valid JSON"):
+    with pytest.raises(InputError, match=r"rounds\.jsonl:2: not valid JSON"):
         load_campaign(tmp_path)
 
 
@@ -166,15 +166,17 @@ def test_lost_and_repeated_rounds_are_refused(tmp_path: Path, keep: list[int]) -
     file = write_record(tmp_path, "lora", 0) / "rounds.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[index] for index in keep))
-    with pytest.raises(AnalysisError, match="rounds 0 to 2, each once"):
+    with pytest.raises(InputError, match="rounds 0 to 2, each once"):
         load_campaign(tmp_path)
 
 
 def test_looks_of_named_methods_all_differ() -> None:
-    names = list(style._LOOKS)
-    assert len({(style.look(name).color, style.look(name).marker) for name in names}) == len(names)
+    names = list(style._PUBLISHED_LOOKS)
     assert len({style.look(name).marker for name in names}) == len(names)  # readable in grey
-    assert style.look("not_yet_known") == style.look("not_yet_known")
+
+
+def test_a_new_method_has_a_look_without_a_row() -> None:
+    assert style.look("a_new_method").color in style._COLORS
 
 
 def run_command(*arguments: object, hash_seed: int = 0) -> subprocess.CompletedProcess[str]:
@@ -188,7 +190,6 @@ def run_command(*arguments: object, hash_seed: int = 0) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.slow
 def test_command_writes_the_same_bytes_twice(records: Path, tmp_path: Path) -> None:
     # Two processes with different hash seeds and clocks, as on two days.
     first = run_command(records, "--out", tmp_path / "first", hash_seed=1)
@@ -227,8 +228,27 @@ def test_only_incomplete_runs_is_an_error(tmp_path: Path) -> None:
     assert "no finished run" in result.stderr
 
 
+def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
+    file = write_record(tmp_path, "lora", 0) / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 2}))
+    with pytest.raises(InputError, match="schema_version 2, this code reads 1"):
+        load_campaign(tmp_path)
+
+
+def test_of_the_other_packages_only_names_and_costs_are_imported() -> None:
+    imported = {
+        line.split()[1]
+        for file in (ROOT / "analysis").rglob("*.py")
+        for line in file.read_text().splitlines()
+        if line.lstrip().startswith(("from fedara_core", "from bench", "import bench"))
+    }
+    assert imported == {"fedara_core.errors", "fedara_core.schema", "fedara_core.merge.cost"}
+
+
 def test_import_needs_neither_torch_nor_mpi() -> None:
-    code = "import sys, analysis.cli; print([m for m in ('torch', 'mpi4py') if m in sys.modules])"
+    code = (
+        "import sys, analysis.report; print([m for m in ('torch', 'mpi4py') if m in sys.modules])"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -244,23 +264,20 @@ def test_energy_of_one_source_is_in_the_summary(
     campaign = load_campaign(tmp_path)
     source = "rapl" if counted else "codecarbon-load-model"
     assert one_energy_source(campaign) == source
-    (row,) = table_summary.data(campaign).to_dict("records")
+    (row,) = summary.data(campaign).to_dict("records")
     assert (row["energy_joules"], row["energy_source"]) == (joules, source)
-    markdown = table_summary.write(campaign, tmp_path / "out")[0].read_text()
+    markdown = summary.write(campaign, tmp_path / "out")[0].read_text()
     assert "| energy J |" in markdown
     assert f"energy of the whole run by {source}" in markdown
 
 
-@pytest.mark.slow
 def test_energy_of_different_sources_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
     add_energy(write_record(tmp_path, "lora", 0), counted=True)
     add_energy(write_record(tmp_path, "fedara", 0), counted=False)
     campaign = load_campaign(tmp_path)
-    with pytest.raises(
-        AnalysisError, match=r"codecarbon-load-model \(.*fedara.* and rapl \(.*lora"
-    ):
+    with pytest.raises(InputError, match=r"codecarbon-load-model \(.*fedara.* and rapl \(.*lora"):
         one_energy_source(campaign)
-    frame = table_summary.data(campaign)
+    frame = summary.data(campaign)
     assert not [column for column in frame if "energy" in column]
     assert frame["accuracy_percent_mean"].notna().all()
     result = run_command(tmp_path, "--out", tmp_path / "out")

@@ -12,19 +12,21 @@ from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from analysis.cli import app
-from analysis.figures import alpha as figure_alpha
-from analysis.figures import client_spread as figure_client_spread
-from analysis.figures import live_triplets as figure_live_triplets
-from analysis.figures import local_train as figure_local_train
-from analysis.figures import partition as figure_partition
-from analysis.figures import phases as figure_phases
-from analysis.figures import target as figure_target
-from analysis.figures import target_modelled as figure_target_modelled
+from analysis.figures import (
+    alpha,
+    client_spread,
+    live_triplets,
+    local_train,
+    partition,
+    phases,
+    target,
+    target_modelled,
+)
 from analysis.records import caveats
-from analysis.records.campaign import AnalysisError, NotDrawn, load_campaign, one_energy_source
-from analysis.tables import cost as table_cost
-from analysis.tables import headline as table_headline
-from analysis.tables import modelled as table_modelled
+from analysis.records.campaign import NotDrawn, load_campaign
+from analysis.records.energy import one_energy_source
+from analysis.tables import cost, headline, modelled
+from fedara_core.errors import InputError
 from support.records import add_energy, row_of, write_record
 
 
@@ -55,13 +57,13 @@ def test_alpha(tmp_path: Path) -> None:
     change_run(by_shards, lambda facts: facts["config"]["partition"].update(scheme="shards"))
     other = write_record(tmp_path, "lora", 6, alpha=0.1)  # of its data set the only alpha
     change_run(other, lambda facts: facts["config"]["dataset"].update(name="other"))
-    frame = figure_alpha.data(load_campaign(tmp_path))
+    frame = alpha.data(load_campaign(tmp_path))
     assert len(frame) == 3
     assert set(frame["dataset"]) == {"synthetic"}
     point = row_of(frame, method="lora", alpha=0.1)
     assert point["num_seeds"] == 2
-    ends = ["accuracy_percent_mean", "accuracy_percent_low", "accuracy_percent_high"]
-    assert point[ends].tolist() == pytest.approx([71.0, 70.0, 72.0])
+    columns = ["accuracy_percent_mean", "accuracy_percent_low", "accuracy_percent_high"]
+    assert point[columns].tolist() == pytest.approx([71.0, 70.0, 72.0])
     single = row_of(frame, method="fedara", alpha=10.0)
     assert single["accuracy_percent_mean"] == pytest.approx(72.0)
     assert np.isnan(single["accuracy_percent_low"])
@@ -79,7 +81,7 @@ def test_client_spread(tmp_path: Path) -> None:
     for seed in (0, 1):
         change_rounds(write_record(tmp_path, "lora", seed), spread_of(seed))
     write_record(tmp_path, "fedara", 0)  # without these keys
-    (row,) = figure_client_spread.data(load_campaign(tmp_path)).to_dict("records")
+    (row,) = client_spread.data(load_campaign(tmp_path)).to_dict("records")
     assert (row["method"], row["num_runs"]) == ("lora", 2)
     found = [row[f"{name}_percent"] for name in ("mean", "p10", "std")]
     assert found == pytest.approx([70.0, 30.0, 20.0])
@@ -94,7 +96,7 @@ def test_partition_is_the_lowest_seeds(tmp_path: Path) -> None:
             for client_id, counts in enumerate(clients[seed])
         ]
         (run / "partition.json").write_text(json.dumps(entries))
-    frame = figure_partition.data(load_campaign(tmp_path))
+    frame = partition.data(load_campaign(tmp_path))
     found = frame[["seed", "client_id", "label", "num_examples", "share"]].values.tolist()
     assert found == [[0, 0, "a", 3, 0.75], [0, 0, "b", 1, 0.25], [0, 1, "b", 4, 1.0]]
 
@@ -112,7 +114,7 @@ def test_live_triplets_are_means_and_only_where_some_die(tmp_path: Path) -> None
                 "live_triplets_by_adapter": {name: counts[i] for name, counts in adapters.items()}
             },
         )
-    frame = figure_live_triplets.data(load_campaign(tmp_path))
+    frame = live_triplets.data(load_campaign(tmp_path))
     assert set(frame["method"]) == {"fedara"}
     by_adapter = frame.pivot(index="adapter", columns="round_index", values="live_triplets")
     assert by_adapter.loc["a"].tolist() == [4.0, 2.0, 1.0]
@@ -149,7 +151,7 @@ def test_local_train_by_round(tmp_path: Path) -> None:
     for seed in (0, 1):
         metered(tmp_path, "fedara", seed)
         metered(tmp_path, "lora", seed)
-    frame = figure_local_train.data(load_campaign(tmp_path))
+    frame = local_train.data(load_campaign(tmp_path))
     fedara = frame[frame["method"] == "fedara"]
     assert fedara["num_seeds"].tolist() == [2, 2, 2]
     assert fedara["flops_mean"].tolist() == [4e12, 2e12, 1e12]
@@ -168,10 +170,10 @@ def test_a_cost_that_one_round_lacks_is_no_cost_of_the_panel(tmp_path: Path) -> 
     del lines[1]["flops"]
     (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     campaign = load_campaign(tmp_path)
-    frame = figure_local_train.data(campaign)
+    frame = local_train.data(campaign)
     assert frame["flops_mean"].isna().all()
     assert frame["num_backward_layers_mean"].notna().all()
-    flops = table_cost.data(campaign).set_index("method")["flops"]
+    flops = cost.data(campaign).set_index("method")["flops"]
     assert flops["fedara"] == 7e12
     assert np.isnan(flops["lora"])
 
@@ -182,10 +184,10 @@ def test_joules_to_target(tmp_path: Path) -> None:
     metered(tmp_path, "fedara")
     metered(tmp_path, "lora")
     campaign = load_campaign(tmp_path)
-    counted = row_of(figure_target.data(campaign), method="fedara")
+    counted = row_of(target.data(campaign), method="fedara")
     assert counted["joules_ratio"] == pytest.approx(1.0)
     assert not [name for name in counted.index if "modelled" in name]
-    modelled = row_of(figure_target_modelled.data(campaign), method="fedara")
+    modelled = row_of(target_modelled.data(campaign), method="fedara")
     assert modelled["modelled_joules.board_ratio"] == pytest.approx(70 / 120)
     assert not [name for name in modelled.index if name.startswith("joules")]
 
@@ -195,11 +197,11 @@ def test_joules_of_a_model_are_no_counted_joules(tmp_path: Path) -> None:
         add_energy(write_record(tmp_path, method, 0), counted=False)
     campaign = load_campaign(tmp_path)
     assert one_energy_source(campaign) == "codecarbon-load-model"
-    assert figure_target.data(campaign)["joules_ratio"].isna().all()
-    assert figure_local_train.data(campaign)["local_train_joules_mean"].isna().all()
+    assert target.data(campaign)["joules_ratio"].isna().all()
+    assert local_train.data(campaign)["local_train_joules_mean"].isna().all()
     with pytest.raises(NotDrawn, match="modelled on devices"):
-        figure_target_modelled.data(campaign)
-    notes = table_cost.table(campaign).notes
+        target_modelled.data(campaign)
+    notes = cost.table(campaign).notes
     assert "Energy (J): of the whole run, modelled by codecarbon-load-model." in notes
 
 
@@ -207,11 +209,11 @@ def test_joules_of_two_sources_are_nowhere_compared(tmp_path: Path) -> None:
     metered(tmp_path, "fedara")
     add_energy(write_record(tmp_path, "lora", 0), counted=False)
     campaign = load_campaign(tmp_path)
-    assert figure_target.data(campaign)["joules_ratio"].isna().all()
-    assert figure_local_train.data(campaign)["local_train_joules_mean"].isna().all()
-    assert "energy_joules" not in table_cost.data(campaign)
-    assert "energy of different sources" in table_cost.table(campaign).notes[-1]
-    ours = table_headline.data(campaign).set_index("reading")["ours"]
+    assert target.data(campaign)["joules_ratio"].isna().all()
+    assert local_train.data(campaign)["local_train_joules_mean"].isna().all()
+    assert "energy_joules" not in cost.data(campaign)
+    assert "energy of different sources" in cost.table(campaign).notes[-1]
+    ours = headline.data(campaign).set_index("reading")["ours"]
     joules = ours[[reading for reading in ours.index if "joules" in reading]]
     assert (joules == "not in these records").sum() == 3
     assert set(joules) == {"not in these records", "not known of every run"}
@@ -220,7 +222,7 @@ def test_joules_of_two_sources_are_nowhere_compared(tmp_path: Path) -> None:
 def test_a_run_whose_source_changed_is_refused(tmp_path: Path) -> None:
     run = metered(tmp_path, "lora")
     change_rounds(run, lambda index: {"energy_source": "rapl" if index else "rapl+nvml"})
-    with pytest.raises(AnalysisError, match=r"rapl\+nvml then rapl \(synthetic-lora"):
+    with pytest.raises(InputError, match=r"rapl\+nvml then rapl \(synthetic-lora"):
         one_energy_source(load_campaign(tmp_path))
 
 
@@ -230,7 +232,7 @@ def test_a_run_whose_source_changed_is_refused(tmp_path: Path) -> None:
 def test_headline_names_how_each_number_is_known(tmp_path: Path) -> None:
     metered(tmp_path, "fedara")
     metered(tmp_path, "lora")
-    frame = table_headline.data(load_campaign(tmp_path))
+    frame = headline.data(load_campaign(tmp_path))
     ours = {
         (row["paper"], row["reading"]): row["ours"]
         for _, row in frame.iterrows()
@@ -261,22 +263,22 @@ def test_headline_has_a_block_for_each_setting_of_fedara(tmp_path: Path) -> None
         write_record(tmp_path, "fedara", 0, lr=lr)
     write_record(tmp_path, "lora", 0)
     campaign = load_campaign(tmp_path)
-    assert table_headline.data(campaign)["setting"].unique().tolist() == ["lr=0.001", "lr=0.01"]
-    assert "fedara's setting" in table_headline.table(campaign).cells
+    assert headline.data(campaign)["setting"].unique().tolist() == ["lr=0.001", "lr=0.01"]
+    assert "fedara's setting" in headline.table(campaign).cells
     write_record(tmp_path, "lora", 0, lr=0.01)  # now LoRA is no one number any more
     with pytest.raises(NotDrawn, match="at one setting"):
-        table_headline.data(load_campaign(tmp_path))
+        headline.data(load_campaign(tmp_path))
 
 
 def test_modelled_table(tmp_path: Path) -> None:
     for seed in (0, 1):
         metered(tmp_path, "fedara", seed)
-    frame = table_modelled.data(load_campaign(tmp_path))
+    frame = modelled.data(load_campaign(tmp_path))
     (row,) = frame.to_dict("records")
     assert (row["num_runs"], row["flops"]) == (2, 7e12)
     assert (row["modelled_seconds.board"], row["modelled_joules.board"]) == (4.75, 70.0)
     assert row["run_ids"].split() == [f"synthetic-fedara-seed{s}-0.1-0.001" for s in (0, 1)]
-    cells = table_modelled.table(load_campaign(tmp_path)).cells
+    cells = modelled.table(load_campaign(tmp_path)).cells
     assert cells["board, kJ"].tolist() == ["0.070"]
 
 
@@ -306,14 +308,14 @@ def test_unlike_machines_are_named_and_their_seconds_not_compared(
     assert caveats.mixed_machines(campaign) == {panel: text}
     (warning,) = caveats.sentences(campaign)
     assert f"runs differ in {text}" in warning
-    target = figure_target.data(campaign)
-    assert target[["seconds_ratio", "joules_ratio"]].isna().all(axis=None)
-    assert target["uplink_bytes_ratio"].notna().all()
-    ours = table_headline.data(campaign).set_index("reading")["ours"]
+    paid = target.data(campaign)
+    assert paid[["seconds_ratio", "joules_ratio"]].isna().all(axis=None)
+    assert paid["uplink_bytes_ratio"].notna().all()
+    ours = headline.data(campaign).set_index("reading")["ours"]
     assert ours["measured: seconds of local training, whole run"] == caveats.MARK
     assert ours["counted: joules of local training, whole run"] == caveats.MARK
     assert ours["counted: FLOPs of local training, whole run"] == "-41.67 %"
-    assert table_cost.table(campaign).cells["seconds"].tolist() == ["10.0 *", "10.0 *"]
+    assert cost.table(campaign).cells["seconds"].tolist() == ["10.0 *", "10.0 *"]
 
 
 def test_a_panel_of_one_machine_is_not_marked(tmp_path: Path) -> None:
@@ -346,7 +348,7 @@ def test_peak_memory_of_runs_in_one_process_is_not_compared(tmp_path: Path) -> N
     campaign = load_campaign(tmp_path)
     assert caveats.shared_processes(campaign) == {("synthetic", "dirichlet, alpha 0.1")}
     assert any("runs shared processes" in text for text in caveats.sentences(campaign))
-    frame = figure_local_train.data(campaign)
+    frame = local_train.data(campaign)
     assert frame["local_train_peak_memory_bytes_mean"].isna().all()
     assert frame["trained_bytes_mean"].notna().all()
 
@@ -391,7 +393,7 @@ def test_a_warning_is_on_screen_page_captions_and_tables(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize("figure", [figure_phases, figure_local_train, figure_target])
+@pytest.mark.parametrize("figure", [phases, local_train, target])
 def test_seconds_of_unlike_machines_are_marked_in_the_picture(
     figure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

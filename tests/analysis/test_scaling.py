@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from analysis.cli import app
 from analysis.cost_model import (
     Cost,
-    Exchange,
+    ExchangeSizes,
     fit,
     moved_bytes,
     num_messages,
@@ -22,23 +22,24 @@ from analysis.cost_model import (
     relative_errors,
     union_bytes,
 )
-from analysis.figures import collectives as figure_collectives
-from analysis.records.campaign import AnalysisError, has_rounds, load_campaign
-from analysis.records.micro import load_micro
-from analysis.tables import collectives as table_collectives
-from analysis.tables import render as tables
+from analysis.figures import collectives_scaling
+from analysis.figures.path_panels import path_points
+from analysis.records import reader
+from analysis.records.campaign import load_campaign
+from analysis.records.collectives import load_collectives, points
+from analysis.tables import allgather, render
 from fedara_core.errors import InputError
-from fedara_core.merge import collectives
-from fedara_core.merge.cost import PATHS, moved_values
-from support.launch import ROOT
+from fedara_core.merge.cost import moved_values
+from fedara_core.schema import PATHS
 from support.records import write_record
 
+ROOT = Path(__file__).resolve().parents[2]
 COST = Cost(overhead_seconds=3e-4, alpha_seconds=2e-5, beta_seconds_per_byte=1e-9)
 
 
-def make_exchange(world_size: int, part_bytes: float, density: float = 0.25) -> Exchange:
+def make_exchange(world_size: int, part_bytes: float, density: float = 0.25) -> ExchangeSizes:
     """One client a process, equal masks."""
-    return Exchange(
+    return ExchangeSizes(
         num_clients=world_size,
         world_size=world_size,
         part_bytes=part_bytes,
@@ -49,9 +50,8 @@ def make_exchange(world_size: int, part_bytes: float, density: float = 0.25) -> 
 
 
 def test_paths_and_bytes_are_those_of_the_collectives() -> None:
-    assert PATHS == collectives.PATHS
     sizes = {"num_clients": 12, "world_size": 4}
-    exchange = Exchange(**sizes, part_bytes=400, union_bytes=1000, layout_bytes=4000)
+    exchange = ExchangeSizes(**sizes, part_bytes=400, union_bytes=1000, layout_bytes=4000)
     moved = moved_values(
         num_parts=12, world_size=4, part_values=100, union_values=250, layout_values=1000
     )
@@ -91,7 +91,7 @@ def test_predictions_by_hand() -> None:
 def test_the_bytes_cross_at_density_2_over_p(world_size: int) -> None:
     """Of sparse allgather and dense allreduce, the masks aside."""
     for density, sparse_is_less in ((1.9 / world_size, True), (2.1 / world_size, False)):
-        exchange = Exchange(
+        exchange = ExchangeSizes(
             num_clients=world_size,
             world_size=world_size,
             part_bytes=1000,
@@ -215,53 +215,55 @@ def records(tmp_path: Path) -> Path:
 
 
 def test_figure_data_is_the_median_over_launches(records: Path) -> None:
-    micro = load_micro(records)
+    micro = load_collectives(records)
     assert micro is not None
     assert micro.incomplete == ["micro-collectives-mpi-p2-3"]
-    points = figure_collectives.density_data(micro)
-    assert len(points) == 2 * 2 * 2 * 4  # processes, payloads, densities, paths
-    assert set(points["num_launches"]) == {3}
-    assert set(points["backend"]) == {"MPICH"}
-    chosen = (points["world_size"] == 4) & (points["path"] == "dense")
-    row = points[chosen & (points["density"] == 0.25) & (points["payload_bytes"] == 1e6)].iloc[0]
+    measured = path_points(micro)
+    assert len(measured) == 2 * 2 * 2 * 4  # processes, payloads, densities, paths
+    assert set(measured["num_launches"]) == {3}
+    assert set(measured["backend"]) == {"MPICH"}
+    chosen = (measured["world_size"] == 4) & (measured["path"] == "dense")
+    row = measured[
+        chosen & (measured["density"] == 0.25) & (measured["payload_bytes"] == 1e6)
+    ].iloc[0]
     seconds = predict("dense", make_exchange(4, 1e6), COST)
     assert row["median_seconds"] == pytest.approx(2 * seconds)
     assert row["min_seconds"] == pytest.approx(seconds)
     assert row["max_seconds"] == pytest.approx(3 * seconds)
     assert row["crossing_density"] == 0.5
-    assert set(points.loc[points["world_size"] == 2, "crossing_density"]) == {1.0}
+    assert set(measured.loc[measured["world_size"] == 2, "crossing_density"]) == {1.0}
 
 
-def test_modelled_curves_go_on_where_the_points_end(records: Path) -> None:
-    micro = load_micro(records)
+def test_modelled_lines_go_on_where_the_points_end(records: Path) -> None:
+    micro = load_collectives(records)
     assert micro is not None
-    points = figure_collectives.density_data(micro)
-    costs = figure_collectives.fitted_costs(points)
+    measured = path_points(micro)
+    costs = collectives_scaling.fitted_costs(measured)
     assert costs["MPICH"]["split"].alpha_seconds == pytest.approx(2 * COST.alpha_seconds)
-    curves = figure_collectives.scaling_data(points, costs)
-    assert curves["num_processes"].max() == 10**6
-    shown = figure_collectives.modelled_points(points)
+    modelled = collectives_scaling.scaling_data(measured, costs)
+    assert modelled["num_processes"].max() == 10**6
+    shown = collectives_scaling.modelled_points(measured)
     assert set(shown["density"]) == {0.25}
     at_points = shown.merge(
-        curves.rename(columns={"num_processes": "world_size"}),
+        modelled.rename(columns={"num_processes": "world_size"}),
         on=["backend", "payload_bytes", "path", "world_size"],
     )
     assert len(at_points) == len(shown)
     ratios = at_points["modelled_seconds"] / at_points["median_seconds"]
     assert ratios.tolist() == pytest.approx([1.0] * len(shown))
-    last = curves[(curves["path"] == "allgather") & (curves["num_processes"] == 10**6)]
+    last = modelled[(modelled["path"] == "allgather") & (modelled["num_processes"] == 10**6)]
     expected = 2 * predict("allgather", make_exchange(10**6, 1e6), COST)
     assert last["modelled_seconds"].max() == pytest.approx(expected, rel=1e-5)
 
 
 def test_ratio_is_the_median_over_launches(records: Path, tmp_path: Path) -> None:
-    micro = load_micro(records)
+    micro = load_collectives(records)
     assert micro is not None
-    frame = table_collectives.data(micro)
+    frame = allgather.data(micro)
     assert frame["ratio"].tolist() == [2.0] * 4
     assert (frame["min_ratio"].tolist(), frame["max_ratio"].tolist()) == ([1.0] * 4, [3.0] * 4)
     assert frame["run_ids"][0] == " ".join(f"micro-collectives-mpi-p2-{i}" for i in range(3))
-    markdown = tables.write(table_collectives.table(micro), tmp_path / "out")[0].read_text()
+    markdown = render.write(allgather.table(micro), tmp_path / "out")[0].read_text()
     assert "| MPICH | 4 | 1e+06 | 3 |" in markdown
     assert "2.000 (1.000 to 3.000)" in markdown
 
@@ -274,22 +276,22 @@ def test_launches_with_another_transport_are_not_mixed(records: Path) -> None:
     run_dir = write_launch(records, 2, 8)
     run = json.loads((run_dir / "run.json").read_text())
     (run_dir / "run.json").write_text(json.dumps(run | {"comm": "mpi-node"}))
-    micro = load_micro(records)
+    micro = load_collectives(records)
     assert micro is not None
-    counts = micro.points.groupby("backend")["num_launches"].max()
+    counts = points(micro).groupby("backend")["num_launches"].max()
     others = {"MPICH, UCX_TLS=tcp,self": 1, "MPICH, mpi-node": 1}
     assert counts.to_dict() == {"MPICH": 3} | others
 
 
 def test_bad_records_are_refused(records: Path, tmp_path: Path) -> None:
-    assert load_micro(tmp_path / "none") is None
+    assert load_collectives(tmp_path / "none") is None
     write_launch(records / "copy", 2, 0)
-    with pytest.raises(AnalysisError, match="micro-collectives-mpi-p2-0 comes twice"):
-        load_micro(records)
+    with pytest.raises(InputError, match="micro-collectives-mpi-p2-0 comes twice"):
+        load_collectives(records)
     file = write_launch(tmp_path / "corrupt", 2, 0) / "rows.jsonl"
     file.write_text(file.read_text()[:-20])
-    with pytest.raises(AnalysisError, match=r"rows\.jsonl:18: not valid JSON"):
-        load_micro(tmp_path / "corrupt")
+    with pytest.raises(InputError, match=r"rows\.jsonl:18: not valid JSON"):
+        load_collectives(tmp_path / "corrupt")
 
 
 def test_command_writes_the_same_bytes_twice(records: Path, tmp_path: Path) -> None:
@@ -315,12 +317,12 @@ def test_command_writes_the_same_bytes_twice(records: Path, tmp_path: Path) -> N
 
 
 def test_costs_of_another_machine_are_named_as_given(records: Path, tmp_path: Path) -> None:
-    micro = load_micro(records)
+    micro = load_collectives(records)
     assert micro is not None
-    points = figure_collectives.density_data(micro)
+    measured = path_points(micro)
     cost = Cost(alpha_seconds=1e-6, beta_seconds_per_byte=1e-10)
     costs = {"MPICH": dict.fromkeys(PATHS, cost)}
-    texts = figure_collectives.scaling_caption(micro, points, costs, fitted=False)
+    texts = collectives_scaling.scaling_caption(micro, measured, costs, fitted=False)
     assert "given, not fitted" in texts[0]
     assert "alpha 1 us, beta 0.1 ns/byte" in texts[1]
     file = tmp_path / "costs.toml"
@@ -333,17 +335,17 @@ def test_costs_of_another_machine_are_named_as_given(records: Path, tmp_path: Pa
 def test_a_folder_may_hold_runs_and_launches(records: Path, tmp_path: Path) -> None:
     """Runs alone are left to tests/analysis/test_analysis.py, launches alone to the test above."""
     write_launch(tmp_path / "both", 2, 0)
-    assert not has_rounds(tmp_path / "both")
+    assert not reader.run_folders(tmp_path / "both")
     write_record(tmp_path / "both", "lora", 0)
-    assert has_rounds(tmp_path / "both")
+    assert reader.run_folders(tmp_path / "both")
     assert len(load_campaign(tmp_path / "both").runs) == 1
-    micro = load_micro(tmp_path / "both")
+    micro = load_collectives(tmp_path / "both")
     assert micro is not None
     assert len(micro.launches) == 1
 
 
 def test_points_without_a_measurement_are_missing(records: Path) -> None:
-    micro = load_micro(records)
+    micro = load_collectives(records)
     assert micro is not None
-    assert micro.points["measured_bytes"].isna().all()
+    assert points(micro)["measured_bytes"].isna().all()
     assert pd.isna(micro.launches["measured_bytes_source"].replace("", None)).all()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures import scaling as figure_scaling
-from analysis.records.campaign import AnalysisError
+from analysis.figures import scaling as figure
+from analysis.records.scaling import load_scaling, points
+from fedara_core.errors import InputError
 from support.documented import check_documented
 from support.launch import fedara_here
 
@@ -35,9 +36,9 @@ def test_a_launch_records_both_kinds(tmp_path: Path) -> None:
         assert len(row["iteration_seconds"]) == 2
         assert 0 < row["phase_seconds"]["local_train"] <= max(row["iteration_seconds"])
     check_documented(rows, "## Micro-benchmark of scaling")
-    scaling = figure_scaling.load(tmp_path)
+    scaling = load_scaling(tmp_path)
     assert scaling is not None
-    assert sorted(scaling.rows["per_round"]) == [2, 3]
+    assert sorted(points(scaling)["per_round"]) == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +86,10 @@ def test_ideal_and_efficiency_by_hand(tmp_path: Path) -> None:
     make_launch(tmp_path, 0, 1, strong=8.0, weak=4.0)
     for number, strong in enumerate((4.0, 5.0, 6.0)):
         make_launch(tmp_path, number, 2, strong=strong, weak=5.0)
-    scaling = figure_scaling.load(tmp_path)
+    scaling = load_scaling(tmp_path)
     assert scaling is not None
-    points = figure_scaling.data(scaling).set_index(["scaling", "world_size"])
-    strong_two, weak_two = points.loc[("strong", 2)], points.loc[("weak", 2)]
+    frame = points(scaling).set_index(["scaling", "world_size"])
+    strong_two, weak_two = frame.loc[("strong", 2)], frame.loc[("weak", 2)]
     assert (strong_two["seconds"], strong_two["ideal_seconds"], strong_two["efficiency"]) == (
         *(5.0, 4.0),
         0.8,
@@ -96,11 +97,11 @@ def test_ideal_and_efficiency_by_hand(tmp_path: Path) -> None:
     assert (strong_two["min_seconds"], strong_two["max_seconds"]) == (4.0, 6.0)
     assert strong_two["num_launches"] == 3
     assert (weak_two["ideal_seconds"], weak_two["efficiency"]) == (4.0, 0.8)
-    assert (points.loc[("strong", 1), "efficiency"], points.loc[("weak", 1), "efficiency"]) == (
+    assert (frame.loc[("strong", 1), "efficiency"], frame.loc[("weak", 1), "efficiency"]) == (
         1,
         1,
     )
-    files = figure_scaling.draw(scaling, tmp_path / "figures")
+    files = figure.draw(scaling, tmp_path / "figures")
     assert [file.name for file in files] == ["scaling.pdf", "scaling.png", "scaling.txt"]
     text = " ".join(files[-1].read_text().split())
     assert "strong scaling 8 clients a round and weak scaling 4 clients on each process" in text
@@ -111,11 +112,11 @@ def test_a_launch_that_did_not_finish_is_left_out(tmp_path: Path) -> None:
     make_launch(tmp_path, 0, 1, strong=8.0, weak=4.0)
     make_launch(tmp_path, 1, 1, strong=1.0, weak=1.0)
     (tmp_path / "micro-scaling-mpi-p1-1" / "DONE").unlink()
-    scaling = figure_scaling.load(tmp_path)
+    scaling = load_scaling(tmp_path)
     assert scaling is not None
     assert scaling.incomplete == ["micro-scaling-mpi-p1-1"]
     assert scaling.rows["median_seconds"].tolist() == [8.0, 4.0]
     twice = tmp_path / "again"
     make_launch(twice, 0, 1, strong=8.0, weak=4.0)
-    with pytest.raises(AnalysisError, match="comes twice"):
-        figure_scaling.load(tmp_path)
+    with pytest.raises(InputError, match="comes twice"):
+        load_scaling(tmp_path)

@@ -51,7 +51,7 @@ def test_other_bits_are_judged_by_the_accuracy(record: Path) -> None:
     done = again(record)
     assert done.code == 0
     assert f"other bits than {record} from round 5 of 6 on" in done.out
-    assert "torch 1.0 then, " in done.out
+    assert "changed: package_versions.torch 1.0 -> " in done.out
     assert "+0.00 points, within the 2 that are allowed" in done.out
     change(record, 5, accuracy=accuracy - 0.03)
     done = again(record)  # its run is finished; only the comparison is made again

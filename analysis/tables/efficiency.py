@@ -2,16 +2,16 @@
 
 import pandas as pd
 
-from analysis.figures import scaling as figure_scaling
-from analysis.figures.scaling import Scaling
-from analysis.tables.render import Table
+from analysis.records.launches import Launches
+from analysis.records.scaling import points
+from analysis.tables.render import Table, median_and_range
 
 NAME = "scaling"
 
 
-def table(scaling: Scaling) -> Table:
+def table(scaling: Launches) -> Table:
     """A row for each point of the figure."""
-    frame = figure_scaling.data(scaling)
+    frame = points(scaling)
     cells = pd.DataFrame(
         {
             "scaling": frame["scaling"],
@@ -22,7 +22,9 @@ def table(scaling: Scaling) -> Table:
             "clients": frame["per_round"].astype(str),
             "P": frame["world_size"].astype(str),
             "launches": frame["num_launches"].astype(str),
-            "seconds": [_seconds(row) for _, row in frame.iterrows()],
+            "seconds": [
+                median_and_range(row, "seconds", "seconds", ".3g") for _, row in frame.iterrows()
+            ],
             "efficiency": frame["efficiency"].map("{:.2f}".format),
         }
     )
@@ -31,11 +33,5 @@ def table(scaling: Scaling) -> Table:
         "(smallest to largest). clients: of a round (strong), of each process (weak). efficiency:",
         "ideal seconds, from the fewest processes, to measured ones.",
     ]
-    return Table(
-        name=NAME, title="Strong and weak scaling", cells=cells, numbers=frame, notes=notes
-    )
-
-
-def _seconds(row: pd.Series) -> str:
-    spread = f" ({row['min_seconds']:.3g} to {row['max_seconds']:.3g})"
-    return f"{row['seconds']:.3g}{spread if row['num_launches'] > 1 else ''}"
+    title = "Strong and weak scaling"
+    return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)

@@ -3,15 +3,16 @@
 import pandas as pd
 
 from analysis.records.campaign import NotDrawn
-from analysis.records.micro import MicroCampaign
-from analysis.tables.render import Table, number
+from analysis.records.collectives import points as measured_points
+from analysis.records.launches import Launches
+from analysis.tables.render import Table, median_and_range, rounded
 
 NAME = "collectives_allgather"
 
 
-def data(micro: MicroCampaign) -> pd.DataFrame:
+def data(collectives: Launches) -> pd.DataFrame:
     """One row per back end, number of processes and payload; medians over launches."""
-    points = micro.points
+    points = measured_points(collectives)
     rows = points[(points["call"] == "allgather") & points["ratio"].notna()]
     columns = [
         *("backend", "world_size", "payload_bytes", "num_launches", "bare_call"),
@@ -21,9 +22,9 @@ def data(micro: MicroCampaign) -> pd.DataFrame:
     return rows[columns].sort_values(columns[:3], ignore_index=True)
 
 
-def table(micro: MicroCampaign) -> Table:
-    """The table; NotDrawn where no launch has measured the bare call."""
-    frame = data(micro)
+def table(collectives: Launches) -> Table:
+    """The table. Raises NotDrawn where no launch measured the bare call."""
+    frame = data(collectives)
     if frame.empty:
         raise NotDrawn("no launch measured allgather against the bare call")
     cells = pd.DataFrame(
@@ -34,8 +35,10 @@ def table(micro: MicroCampaign) -> Table:
             "launches": frame["num_launches"].astype(str),
             "ours ms": (1e3 * frame["median_seconds"]).map("{:.4g}".format),
             "bare ms": (1e3 * frame["bare_median_seconds"]).map("{:.4g}".format),
-            "ratio": [_ratio(row) for _, row in frame.iterrows()],
-            "ratio, sizes first": frame["sizes_first_ratio"].map(lambda value: number(value, 3)),
+            "ratio": [
+                median_and_range(row, "ratio", "ratio", ".3f") for _, row in frame.iterrows()
+            ],
+            "ratio, sizes first": rounded(frame["sizes_first_ratio"], 3),
             "bare call": frame["bare_call"],
         }
     )
@@ -47,8 +50,3 @@ def table(micro: MicroCampaign) -> Table:
     ]
     title = "Allgather of packed rows against the bare call"
     return Table(name=NAME, title=title, cells=cells, numbers=frame, notes=notes)
-
-
-def _ratio(row: pd.Series) -> str:
-    spread = f" ({row['min_ratio']:.3f} to {row['max_ratio']:.3f})"
-    return f"{row['ratio']:.3f}{spread if row['num_launches'] > 1 else ''}"

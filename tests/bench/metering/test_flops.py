@@ -78,9 +78,7 @@ def rows_of(model: AdaptedModel) -> tuple[Tensors, Masks]:
     return rows, {name: torch.ones(4, dtype=torch.bool) for name in rows}
 
 
-def load_live(
-    model: AdaptedModel, rows: Tensors, masks: Masks, *, keep_dead: bool = False
-) -> None:
+def load_live(model: AdaptedModel, rows: Tensors, masks: Masks, *, keep_dead: bool = False) -> None:
     """Put the rows of the masks into the model, as LoRA pairs."""
     live = {name: own[masks[name]] for name, own in rows.items()}
     load_rows(model, live, LowRank(scale=1.0), keep_dead=keep_dead)
@@ -245,7 +243,10 @@ def test_a_local_step_counts_as_torch_does(name: str) -> None:
 def test_the_model_and_the_generators_stay_as_they_are() -> None:
     job = make_tiny_job()
     job.method.download(job.model, job.state, None)
-    before, rng = {k: v.clone() for k, v in job.model.module.state_dict().items()}, torch.get_rng_state()
+    before, rng = (
+        {k: v.clone() for k, v in job.model.module.state_dict().items()},
+        torch.get_rng_state(),
+    )
     job.model.module.train()
     StepFlops(job.model).now()
     assert torch.equal(torch.get_rng_state(), rng)

@@ -135,8 +135,6 @@ def test_an_encoder_without_biases_is_refused() -> None:
         num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
     )  # fmt: skip
     model = inject(transformers.AutoModel.from_config(settings), "all-linear", ())
-    adapter = AdapterSpec(
-        lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes
-    )
+    adapter = AdapterSpec(lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes)
     with pytest.raises(InputError, match="encoder has no bias; allowed: a model with biases"):
         BitFit().init(model, adapter, seed=0, num_rounds=1)

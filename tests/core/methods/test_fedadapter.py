@@ -156,9 +156,7 @@ def test_bottlenecks_follow_the_layers_that_end_a_sub_layer(architecture: str) -
     if hasattr(encoder, "pooler"):
         encoder.pooler = None
     model = inject(encoder, "all-linear", ())
-    adapter = AdapterSpec(
-        lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes
-    )
+    adapter = AdapterSpec(lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes)
     for placement, endings in {
         "houlsby": (attention, feed_forward),
         "pfeiffer": (feed_forward,),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.run.clients import draw_cohort
 from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank, inject
@@ -436,9 +436,9 @@ def test_clients_vote_for_the_budget() -> None:
 def test_module_pruning_changes_cost_alone() -> None:
     """Same bits with and without it; without it emptied adapters keep parameters.
 
-    The bits are the same while no gradient is clipped: zeros regroup the sum in the gradient norm.
+    Under clipping, too: rows of a dead adapter are outside the vector, and so of the gradient norm.
     """
-    common = ("method.final_budget=0.1", "train.max_grad_norm=1e9", *SHORT)
+    common = ("method.final_budget=0.1", "train.max_grad_norm=0.1", *SHORT)
     on, off = make_tiny_job(*common), make_tiny_job("method.module_pruning=false", *common)
     rounds = play_rounds(on)
     flops = []
@@ -464,15 +464,6 @@ def test_module_pruning_changes_cost_alone() -> None:
     assert torch.equal(logits[0], logits[1])
     shapes = on.model.shapes
     assert sizes[1] - sizes[0] == sum(sum(shapes[name]) + 1 for name in dead)
-
-
-def test_module_pruning_under_clipping_changes_rounding_alone() -> None:
-    common = ("method.final_budget=0.1", "evaluate.every=9", *SHORT)
-    on = play_rounds(make_tiny_job(*common))[-1].after
-    off = play_rounds(make_tiny_job("method.module_pruning=false", *common))[-1].after
-    assert sum(n == 0 for n in on.live_triplets.values()) >= 7
-    for name, tensor in on.tensors().items():
-        torch.testing.assert_close(tensor, off.tensors()[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.metering.flops import StepFlops, Uncountable
 from bench.models.encoders import MeanPooled, OwnHead
-from fedara_core.adapters import AdapterConfig, LowRank, Masks, Rows, inject, write_rows
-from fedara_core.factors import lora_rows
+from fedara_core.adapters import AdaptedModel, LowRank, inject
 from fedara_core.method import Client, load_method, method_names
 from fedara_core.train import start_client
+from fedara_core.values import Masks, Tensors
+from support.adapted import load_rows
 from support.rounds import make_tiny_job, play_rounds
 
 SHAPES = [(1, 1), (7, 12)]  # off the grid that the counts are interpolated from
@@ -43,40 +44,44 @@ ENCODERS: dict[str, Any] = {
 }
 
 
-def torch_counts(model: nn.Module, num_examples: int, length: int) -> tuple[int, int]:
+def torch_counts(model: AdaptedModel, num_examples: int, length: int) -> tuple[int, int]:
     """FLOPs of a forward pass and of a local step, by torch's counter."""
     ids = torch.full((num_examples, length), 5)
     labels = torch.zeros(num_examples, dtype=torch.long)
     with sdpa_kernel([SDPBackend.MATH]), FlopCounterMode(display=False) as counter:
-        logits = model.train()(ids, torch.ones_like(ids))
+        logits = model.module.train()(ids, torch.ones_like(ids))
         forward = counter.get_total_flops()
         functional.cross_entropy(logits, labels).backward()
     return forward, counter.get_total_flops()
 
 
-def assert_exact(flops: StepFlops, model: nn.Module) -> None:
+def assert_exact(flops: StepFlops, model: AdaptedModel) -> None:
     cost = flops.now()
     counted = [torch_counts(model, *shape) for shape in SHAPES]
     assert [(cost.forward_flops(*shape), cost.flops(*shape)) for shape in SHAPES] == counted
     assert cost.total(SHAPES) == sum(step for _, step in counted)
 
 
-def pooled(architecture: str) -> nn.Module:
+def pooled(architecture: str) -> AdaptedModel:
     """A small encoder with a linear head and an adapter on every linear layer."""
     torch.manual_seed(0)
     encoder = transformers.AutoModel.from_config(ENCODERS[architecture])
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
     model = MeanPooled(encoder, encoder.config.hidden_size, 3)
-    inject(model, "all-linear", ("classifier.weight", "classifier.bias"))
-    return model
+    return inject(model, "all-linear", ("classifier.weight", "classifier.bias"))
 
 
-def rows_of(model: nn.Module, lora_rank: int = 4) -> tuple[Rows, Masks]:
-    """LoRA's first rows, all of them live."""
-    config = AdapterConfig.of(model, lora_rank=lora_rank, lora_alpha=4.0, client_lora_ranks=(4,))
-    rows = lora_rows(config, 0)
-    return rows, {name: torch.ones(lora_rank, dtype=torch.bool) for name in rows}
+def rows_of(model: AdaptedModel) -> tuple[Tensors, Masks]:
+    """Four rows [A_i, B_i] of every adapter, all of them live."""
+    rows = {name: torch.ones(4, d_in + d_out) for name, (d_out, d_in) in model.shapes.items()}
+    return rows, {name: torch.ones(4, dtype=torch.bool) for name in rows}
+
+
+def load_live(model: AdaptedModel, rows: Tensors, masks: Masks, *, keep_dead: bool = False) -> None:
+    """Put the rows of the masks into the model, as LoRA pairs."""
+    live = {name: own[masks[name]] for name, own in rows.items()}
+    load_rows(model, live, LowRank(scale=1.0), keep_dead=keep_dead)
 
 
 def layer_of(name: str) -> int:
@@ -103,14 +108,14 @@ def test_every_architecture_and_mask_counts_as_torch_does(architecture: str) -> 
     draw = torch.Generator().manual_seed(1)
     for share in (1.0, 0.5, 0.1):
         drawn = {name: torch.rand(4, generator=draw) < share for name in masks}
-        write_rows(model, rows, drawn, LowRank(scale=1.0))
+        load_live(model, rows, drawn)
         assert_exact(flops, model)
     for lowest in range(1, NUM_LAYERS if architecture != "albert" else 1):
         upper = {name: mask & (layer_of(name) >= lowest) for name, mask in masks.items()}
-        write_rows(model, rows, upper, LowRank(scale=1.0))
+        load_live(model, rows, upper)
         assert_exact(flops, model)
         assert layer_of(str(flops.now().lowest)) == lowest
-    model.requires_grad_(True)
+    model.module.requires_grad_(True)
     assert_exact(flops, model)
 
 
@@ -120,12 +125,12 @@ def test_a_head_of_the_architecture_counts_as_torch_does(architecture: str) -> N
         transformers.AutoModelForSequenceClassification.from_config(ENCODERS[architecture])
     )
     prefix = f"model.{own.model.base_model_prefix}."
-    inject(own, "all-linear", [n for n, _ in own.named_parameters() if not n.startswith(prefix)])
-    flops = StepFlops(own)
-    assert_exact(flops, own)
-    rows, masks = rows_of(own)
-    write_rows(own, rows, masks, LowRank(scale=1.0))
-    assert_exact(flops, own)
+    head = [name for name, _ in own.named_parameters() if not name.startswith(prefix)]
+    model = inject(own, "all-linear", head)
+    flops = StepFlops(model)
+    assert_exact(flops, model)
+    load_live(model, *rows_of(model))
+    assert_exact(flops, model)
 
 
 class TwoLayers(nn.Module):
@@ -142,8 +147,7 @@ class TwoLayers(nn.Module):
 
 def test_two_linear_layers_by_hand() -> None:
     """n = 4 examples of 10 tokens: m = 40 rows of x; every matmul is 2 m d_in d_out."""
-    model = TwoLayers()
-    inject(model, "all-linear", ("head.weight", "head.bias"))
+    model = inject(TwoLayers(), "all-linear", ("head.weight", "head.bias"))
     flops = StepFlops(model)
     w1, w2, head = 2 * 40 * 8 * 6, 2 * 40 * 6 * 5, 2 * 4 * 5 * 3
     probe = flops.now()
@@ -152,14 +156,14 @@ def test_two_linear_layers_by_hand() -> None:
     assert (probe.lowest, probe.num_backward_layers, probe.num_layers) == ("head.weight", 0, 2)
     rows = {"first": torch.ones(2, 14), "second": torch.ones(3, 11)}
     masks = {"first": torch.zeros(2, dtype=torch.bool), "second": torch.ones(3, dtype=torch.bool)}
-    write_rows(model, rows, masks, LowRank(scale=1.0))
+    load_live(model, rows, masks)
     a2, b2 = 2 * 40 * 6 * 3, 2 * 40 * 3 * 5
     upper = flops.now()
     assert upper.forward_flops(4, 10) == w1 + w2 + head + a2 + b2
     # The head: weight and input; B: itself and its input; A: itself. W0 and what is below: nothing.
     assert upper.flops(4, 10) - upper.forward_flops(4, 10) == 2 * head + 2 * b2 + a2
     assert (upper.lowest, upper.num_backward_layers) == ("second", 1)
-    write_rows(model, rows, {name: mask | True for name, mask in masks.items()}, LowRank(scale=1.0))
+    load_live(model, rows, {name: mask | True for name, mask in masks.items()})
     a1, b1 = 2 * 40 * 8 * 2, 2 * 40 * 2 * 6
     both = flops.now()
     backward = 2 * head + 2 * b2 + 2 * a2 + w2 + 2 * b1 + a1
@@ -174,7 +178,7 @@ def test_fewer_live_triplets_never_cost_more() -> None:
     order = [(name, i) for name in masks for i in range(4)]
     seen = []
     for index in torch.randperm(len(order), generator=torch.Generator().manual_seed(2)).tolist():
-        write_rows(model, rows, masks, LowRank(scale=1.0))
+        load_live(model, rows, masks)
         seen.append(flops.now().flops(8, 16))
         masks[order[index][0]][order[index][1]] = False
     assert all(after < before for before, after in pairwise(seen))
@@ -185,10 +189,10 @@ def test_pruning_the_lowest_layers_saves_their_backward_pass() -> None:
     model = pooled("bert")
     flops, n, length = StepFlops(model), 8, 16
     rows, masks = rows_of(model)
-    write_rows(model, rows, masks, LowRank(scale=1.0))
+    load_live(model, rows, masks)
     whole = flops.now()
     upper = {name: mask & (layer_of(name) > 0) for name, mask in masks.items()}
-    write_rows(model, rows, upper, LowRank(scale=1.0))
+    load_live(model, rows, upper)
     pruned = flops.now()
     m, d, hidden, r = n * length, 16, 24, 4
     linear = 2 * m * (4 * d * d + 2 * d * hidden)
@@ -210,10 +214,10 @@ def test_an_adapter_that_stays_without_triplets_costs_one_row() -> None:
     flops = StepFlops(model)
     rows, masks = rows_of(model)
     dead = {name: mask & False for name, mask in masks.items()}
-    write_rows(model, rows, dead, LowRank(scale=1.0), keep_dead=True)
+    load_live(model, rows, dead, keep_dead=True)
     assert_exact(flops, model)
     kept = flops.now()
-    write_rows(model, rows, dead, LowRank(scale=1.0))
+    load_live(model, rows, dead)
     assert flops.now().flops(8, 16) < 0.6 * kept.flops(8, 16)
 
 
@@ -239,13 +243,16 @@ def test_a_local_step_counts_as_torch_does(name: str) -> None:
 def test_the_model_and_the_generators_stay_as_they_are() -> None:
     job = make_tiny_job()
     job.method.download(job.model, job.state, None)
-    before, rng = {k: v.clone() for k, v in job.model.state_dict().items()}, torch.get_rng_state()
-    job.model.train()
+    before, rng = (
+        {k: v.clone() for k, v in job.model.module.state_dict().items()},
+        torch.get_rng_state(),
+    )
+    job.model.module.train()
     StepFlops(job.model).now()
     assert torch.equal(torch.get_rng_state(), rng)
-    assert job.model.training
-    assert all(p.grad is None for p in job.model.parameters())
-    after = job.model.state_dict()
+    assert job.model.module.training
+    assert all(p.grad is None or not p.grad.any() for p in job.model.module.parameters())
+    after = job.model.module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -272,6 +279,6 @@ class Convolved(TwoLayers):
     ],
 )
 def test_a_model_beyond_the_rules_is_refused(model: nn.Module, message: str) -> None:
-    inject(model, "all-linear", ("head.weight", "head.bias"))
+    adapted = inject(model, "all-linear", ("head.weight", "head.bias"))
     with pytest.raises(Uncountable, match=message):
-        StepFlops(model)
+        StepFlops(adapted)

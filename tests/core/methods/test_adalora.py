@@ -13,23 +13,17 @@ from torch.nn import functional
 
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches, draw_cohort
-from fedara_core.adapters import (
-    Adapter,
-    AdapterConfig,
-    LowRank,
-    Masks,
-    Rows,
-    adapter_shapes,
-    named_adapters,
-    read_rows,
-)
+from fedara_core.adapters import AdapterSpec, LowRank, inject
 from fedara_core.errors import InputError
-from fedara_core.importance import ImportanceMeter, cubic_budget, top_k_masks
-from fedara_core.method import Client, ServerState
+from fedara_core.importance import ImportanceMeter, cubic_budget, top_k
+from fedara_core.method import Client
 from fedara_core.methods.adalora import AdaLora, mean_orthogonality
+from fedara_core.state import ServerState, with_parts
 from fedara_core.train import start_client
-from fedara_core.wire import Upload
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from fedara_core.values import EMPTY, Masks
+from fedara_core.wire import Upload, make_upload
+from support.adapted import join_rows, load_rows, split_rows
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 ADALORA = ("method.name=adalora", "train.local_steps=2")
 HEAD = ("classifier.bias", "classifier.weight")
@@ -51,22 +45,23 @@ def test_masks_equal_pefts_allocator_step_by_step() -> None:
     config = peft.AdaLoraConfig(
         init_r=6, target_r=2, lora_alpha=9, tinit=2, tfinal=3, total_step=total
     )
-    ours, theirs = nn.ModuleDict(), nn.ModuleDict()
+    layers, theirs, rows = nn.ModuleDict(), nn.ModuleDict(), {}
     for name, d_out in {"first": 10, "second": 7}.items():
-        base, rows = nn.Linear(10, d_out), torch.randn(6, 10 + 1 + d_out)
-        ours[name] = Adapter(name, base)
-        ours[name].write(rows, LowRank(scale=scale, singular=True))
-        theirs[name] = SVDLinear(base, "default", config=config, r=6, lora_alpha=9)
+        layers[name], rows[name] = nn.Linear(10, d_out), torch.randn(6, 10 + 1 + d_out)
+        theirs[name] = SVDLinear(layers[name], "default", config=config, r=6, lora_alpha=9)
         with torch.no_grad():
-            theirs[name].lora_A["default"].copy_(rows[:, :10])
-            theirs[name].lora_E["default"].copy_(rows[:, 10:11])
-            theirs[name].lora_B["default"].copy_(rows[:, 11:].T)
+            theirs[name].lora_A["default"].copy_(rows[name][:, :10])
+            theirs[name].lora_E["default"].copy_(rows[name][:, 10:11])
+            theirs[name].lora_B["default"].copy_(rows[name][:, 11:].T)
+    ours = inject(layers, ["first", "second"], ())
+    load_rows(ours, rows, LowRank(scale=scale, singular=True))
     allocator, meter = RankAllocator(theirs, config, "default"), ImportanceMeter("smoothed")
     num_kept = []
     for step in range(1, total + 1):
         x, y = torch.randn(5, 10), torch.randn(5, 7)
-        for model in (ours, theirs):
-            model.zero_grad()
+        ours.gradient.zero_()
+        theirs.zero_grad()
+        for model in (ours.module, theirs):
             hidden = torch.tanh(model["first"](x))
             functional.mse_loss(model["second"](hidden), y).backward()
         meter.observe(ours)
@@ -75,21 +70,21 @@ def test_masks_equal_pefts_allocator_step_by_step() -> None:
         budget = cubic_budget(step, first=first, last=last, num_rounds=total, warmup=2, final=3)
         their_budget, masks_now = allocator.budget_schedule(step)
         assert budget - their_budget in (0, 1)  # we round, they cut
-        for module in (*ours.values(), *theirs.values()):
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    if parameter.grad is not None and parameter.shape != (7, 10):
-                        parameter -= 0.01 * parameter.grad
-        kept = top_k_masks(meter.scores(ours), budget)
-        num_kept.append(sum(int(mask.sum()) for mask in kept.values()))
+        with torch.no_grad():
+            ours.vector -= 0.01 * ours.gradient
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter -= 0.01 * parameter.grad
+        bits = top_k(meter.scores(ours), budget)
+        num_kept.append(int(bits.sum()))
         if not masks_now:
             assert num_kept[-1] == first
             continue
         pattern = allocator.mask_to_budget(theirs, budget)
-        for name, adapter in ours.items():
-            assert kept[name].tolist() == pattern[f"{name}.lora_E.default"]
+        for (name, adapter), kept in zip(ours.adapters.items(), bits.split(6), strict=True):
+            assert kept.tolist() == pattern[f"{name}.lora_E.default"]
             with torch.no_grad():
-                adapter.parts["E"][~kept[name]] = 0
+                adapter.parts["E"][~kept] = 0
             expected = theirs[name].lora_E["default"]
             torch.testing.assert_close(adapter.parts["E"], expected, rtol=1e-4, atol=1e-5)
     assert num_kept == [12, 12, 8, 6, 5, 4, 4, 4, 4, 4]
@@ -129,8 +124,10 @@ def test_a_clients_round_equals_pefts(weight: float) -> None:
         *("train.local_steps=6", "train.lr=1e-3"),
     )
     torch.manual_seed(5)
-    rows = {name: 0.2 * torch.randn_like(values) for name, values in job.state.rows.items()}
-    state = replace(job.state, rows=rows, round_index=2)
+    shapes, form = job.model.shapes, job.method.form(job.state)
+    rows = {name: 0.2 * torch.randn(4, sum(shape) + 1) for name, shape in shapes.items()}
+    start = with_parts(job.state, form, split_rows(rows, form, shapes), job.state.whole)
+    state = replace(start, round_index=2)
     num_classes = job.label_counts.shape[1]
     fresh = build_model(job.config.model, num_classes=num_classes, seed=job.config.seed).model
     config = peft.AdaLoraConfig(
@@ -145,7 +142,7 @@ def test_a_clients_round_equals_pefts(weight: float) -> None:
     theirs = AdaLoraModel(WithLoss(fresh), config, "default")
     layers = {name: theirs.model.inner.get_submodule(name) for name in rows}
     with torch.no_grad():
-        for name, (_, d_in) in adapter_shapes(job.model).items():
+        for name, (_, d_in) in shapes.items():
             layers[name].lora_A["default"].copy_(rows[name][:, :d_in])
             layers[name].lora_E["default"].copy_(rows[name][:, d_in : d_in + 1])
             layers[name].lora_B["default"].copy_(rows[name][:, d_in + 1 :].T)
@@ -162,30 +159,34 @@ def test_a_clients_round_equals_pefts(weight: float) -> None:
     pattern = theirs.rankallocator.mask_to_budget(theirs.model, THIRD_BUDGET[2])
 
     upload = train_one_client(job, state, client_id)
-    expected, kept = [], []
+    expected: dict[str, list[Tensor]] = {"A": [], "E": [], "B": []}
+    kept = []
     for name in sorted(rows):
         (key,) = [key for key in pattern if f".{name}.lora_E" in f".{key}"]
         mask = torch.tensor(pattern[key])
         layer = layers[name]
-        a, e, b = (layer.__getattr__(f"lora_{part}")["default"] for part in "AEB")
+        a, e, b = (getattr(layer, f"lora_{part}")["default"] for part in "AEB")
         assert torch.equal(e.squeeze(1) != 0, mask)
-        expected.append(torch.cat([a, e, b.T], dim=1)[mask].reshape(-1))
+        for part, values in {"A": a, "E": e, "B": b.T}.items():
+            expected[part].append(values[mask].reshape(-1))
         kept.append(mask)
-    expected += [fresh.get_parameter(name).reshape(-1) for name in HEAD]
+    flat = [*expected["A"], *expected["E"], *expected["B"]]
+    flat += [fresh.get_parameter(name).reshape(-1) for name in HEAD]
     assert upload.bits.tolist() == torch.cat(kept).tolist()
     assert int(upload.bits.sum()) == 20
-    torch.testing.assert_close(upload.values, torch.cat(expected).detach(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(upload.values, torch.cat(flat).detach(), rtol=0, atol=2e-5)
 
 
 def test_the_penalty_by_hand() -> None:
     """A = [[1, -2], [0, 4]], B^T = [[.5, 1], [2, 0]]: sqrt(369), sqrt(11.0625), their mean."""
     rows = torch.tensor([[1.0, -2.0, 3.0, 0.5, 1.0], [0.0, 4.0, -0.5, 2.0, 0.0]])
-    adapter = Adapter("layer", nn.Linear(2, 2))
-    adapter.write(rows, LowRank(scale=1.0, singular=True))
-    model = nn.ModuleDict({"layer": adapter, "dead": Adapter("dead", nn.Linear(2, 2))})
+    layers = nn.ModuleDict({"layer": nn.Linear(2, 2), "dead": nn.Linear(2, 2)})
+    model, form = inject(layers, "all-linear", ()), LowRank(scale=1.0, singular=True)
+    load_rows(model, {"layer": rows}, form)
     penalty = (369**0.5 + 11.0625**0.5) / 2
     assert mean_orthogonality(model).item() == pytest.approx(penalty)
-    assert mean_orthogonality(nn.ModuleDict({"dead": model["dead"]})).item() == 0
+    load_rows(model, {}, form)
+    assert mean_orthogonality(model).item() == 0
 
 
 # ---- the server ----
@@ -195,24 +196,35 @@ def two_adapters(dead: Sequence[int] = ()) -> ServerState:
     """Adapters "a" (3 x 2) and "b" (2 x 4), three triplets each; rows of 6 and of 7 floats."""
     mask = torch.ones(6, dtype=torch.bool)
     mask[list(dead)] = False
-    shapes = {"a": (3, 2), "b": (2, 4)}
-    return ServerState(
-        adapter=AdapterConfig(
-            lora_rank=2, lora_alpha=2.0, client_lora_ranks=(2,) * 3, shapes=shapes
+    state = ServerState(
+        adapter=AdapterSpec(
+            lora_rank=2,
+            lora_alpha=2.0,
+            client_lora_ranks=(2,) * 3,
+            shapes={"a": (3, 2), "b": (2, 4)},
         ),
         seed=0,
         num_rounds=10,
-        rows={"a": torch.full((3, 6), 99.0), "b": torch.full((3, 7), 99.0)},
+        vector=torch.zeros(0),
+        index=EMPTY,
         rank_masks={"a": mask[:3], "b": mask[3:]},
-        whole={"head": torch.full((2,), 99.0)},
         last_round=torch.full((3,), -1),
         round_index=5,
     )
+    live, form = state.live_triplets, AdaLora().form(state)
+    rows = {"a": torch.full((live["a"], 6), 99.0), "b": torch.full((live["b"], 7), 99.0)}
+    parts = split_rows(rows, form, state.adapter.shapes)
+    return with_parts(state, form, parts, {"head": torch.full((2,), 99.0)})
+
+
+def aggregate(state: ServerState, uploads: Sequence[Upload]) -> ServerState:
+    method = AdaLora()
+    return method.aggregate(state, received(method, state, uploads))
 
 
 def sent(client_id: int, num_examples: int, value: float, bits: Sequence[int], num: int) -> Upload:
     """Rows full of `value`, a head full of 10 x value."""
-    return Upload(
+    return make_upload(
         client_id=client_id,
         num_examples=num_examples,
         train_loss=0.0,
@@ -226,10 +238,11 @@ def test_a_triplet_not_sent_counts_as_zero() -> None:
         sent(0, 1, 8.0, [1, 1, 0, 0, 0, 1], 2 * 6 + 7),
         sent(1, 3, 4.0, [1, 0, 0, 1, 0, 0], 6 + 7),
     ]
-    after = AdaLora().aggregate(two_adapters(), uploads)
+    after = aggregate(two_adapters(), uploads)
     # shares 1/4, 3/4: both sent a0 (2 + 3), only client 0 sent a1 and b2 (2), client 1 b0 (3).
-    assert after.rows["a"].tolist() == [[5.0] * 6, [2.0] * 6, [0.0] * 6]
-    assert after.rows["b"].tolist() == [[3.0] * 7, [0.0] * 7, [2.0] * 7]
+    rows = join_rows(after.parts)
+    assert rows["a"].tolist() == [[5.0] * 6, [2.0] * 6]
+    assert rows["b"].tolist() == [[3.0] * 7, [2.0] * 7]
     assert after.whole["head"].tolist() == [50.0, 50.0]
     live = {name: mask.tolist() for name, mask in after.rank_masks.items()}
     assert live == {"a": [True, True, False], "b": [True, False, True]}
@@ -240,12 +253,10 @@ def test_a_triplet_not_sent_counts_as_zero() -> None:
 def test_bits_are_about_live_triplets_only() -> None:
     """With a1 and all of b but b1 dead, an upload has three bits: a0, a2, b1."""
     uploads = [sent(0, 1, 8.0, [0, 1, 0], 6), sent(2, 1, 4.0, [0, 1, 1], 6 + 7)]
-    state = two_adapters(dead=[1, 3, 5])
-    state.rows["a"][1] = 0
-    state.rows["b"][[0, 2]] = 0
-    after = AdaLora().aggregate(state, uploads)
-    assert after.rows["a"].tolist() == [[0.0] * 6, [0.0] * 6, [6.0] * 6]
-    assert after.rows["b"].tolist() == [[0.0] * 7, [2.0] * 7, [0.0] * 7]
+    after = aggregate(two_adapters(dead=[1, 3, 5]), uploads)
+    rows = join_rows(after.parts)
+    assert rows["a"].tolist() == [[6.0] * 6]
+    assert rows["b"].tolist() == [[2.0] * 7]
     live = {name: mask.tolist() for name, mask in after.rank_masks.items()}
     assert live == {"a": [False, False, True], "b": [False, True, False]}
 
@@ -268,7 +279,7 @@ def by_adapter(state: ServerState, bits: Tensor) -> Masks:
 def test_bytes_of_a_run_by_hand() -> None:
     """Uploads of b(t) triplets, but not of the same ones, nor of the same length."""
     job = make_tiny_job(*ADALORA, *THIRD, *UNLIKE)
-    shapes = adapter_shapes(job.model)
+    shapes = job.model.shapes
     ragged = []
     for played in play_rounds(job):
         before, row = played.before, played.row
@@ -289,7 +300,9 @@ def test_bytes_of_a_run_by_hand() -> None:
         ragged.append(len(set(up)) > 1)
         for name, mask in played.after.rank_masks.items():
             assert torch.equal(mask, union[name])
-            assert not played.after.rows[name][~mask].any()
+            live = [own[name] for own in played.after.parts.values() if name in own]
+            assert {len(rows) for rows in live} <= {int(mask.sum())}
+            assert bool(live) == bool(mask.any())
         assert row["live_triplets"] >= THIRD_BUDGET[row["round_index"]]
     assert ragged[:3] == [False, False, True]
     assert 16 < row["live_triplets"] < 48
@@ -320,11 +333,13 @@ def test_what_is_sent_is_what_was_trained() -> None:
     start_client(client, job.method, job.training, state)
     for batch in client_batches(job, 4, 3):
         job.method.local_step(client, batch)
-        assert sum(adapter.num_live for _, adapter in named_adapters(job.model)) == 48
-    trained: Rows = read_rows(job.model)
+        assert sum(adapter.num_live for adapter in job.model.adapters.values()) == 48
+    trained = state.index.parts(job.model.vector.clone())
     upload = job.method.upload(client, state)
     masks = by_adapter(state, upload.bits)
-    expected = torch.cat([trained[name][masks[name]].reshape(-1) for name in sorted(trained)])
+    expected = torch.cat(
+        [rows[masks[name]].reshape(-1) for part in "AEB" for name, rows in trained[part].items()]
+    )
     assert torch.equal(upload.values[:-NUM_HEAD], expected)
     scores = client.notes["importance"]
     assert scores.kind == "smoothed"
@@ -348,9 +363,8 @@ def test_without_budget_and_penalty_it_is_svd_fedavg(init_std: float) -> None:
 
 def test_the_start_is_adaloras() -> None:
     job = make_tiny_job(*ADALORA)
-    for name, (_, d_in) in adapter_shapes(job.model).items():
-        rows = job.state.rows[name]
-        assert not rows[:, d_in].any()  # E = 0
+    for name, rows in join_rows(job.state.parts).items():
+        assert not job.state.parts["E"][name].any()
         assert rows.std() == pytest.approx(0.02, rel=0.3)
     assert job.method.form(job.state).scale == 1.0
 

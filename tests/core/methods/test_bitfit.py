@@ -1,7 +1,6 @@
 """BitFit: which parameters train, a plain loop, the reduction to full fine-tuning, bytes."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from torch.nn import functional
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches
 from bench.run.job import Job
-from fedara_core.adapters import AdapterConfig, inject
+from fedara_core.adapters import AdapterSpec, inject
 from fedara_core.errors import InputError
 from fedara_core.methods.bitfit import BitFit
+from fedara_core.state import with_parts
 from support.rounds import make_tiny_job, play_rounds
 
 BITFIT = ("method.name=bitfit", "model.dropout=0.0", "train.lr=1e-2", "train.local_steps=3")
@@ -38,10 +38,10 @@ def expected_names(prefix: str) -> set[str]:
 
 def test_the_biases_and_the_head_train() -> None:
     job = make_tiny_job(*BITFIT)
-    assert job.state.rows == {}
+    assert job.state.parts == {}
     head = {"classifier.bias", "classifier.weight"}
     assert set(job.state.whole) == expected_names("encoder.") | head
-    trained = {name for name, p in job.model.named_parameters() if p.requires_grad}
+    trained = {name for name, p in job.model.module.named_parameters() if p.requires_grad}
     assert trained == set(job.state.whole)
 
 
@@ -112,13 +112,11 @@ def test_rounds_equal_plain_loops_and_their_weighted_mean() -> None:
 
 def test_it_is_full_fine_tuning_with_all_else_frozen() -> None:
     bitfit, full = make_tiny_job(*BITFIT), make_tiny_job("method.name=full", *BITFIT[1:])
-    for name, parameter in full.model.named_parameters():
+    for name, parameter in full.model.module.named_parameters():
         parameter.requires_grad_(name in bitfit.state.whole)
     biases = {name: full.state.whole[name] for name in bitfit.state.whole}
-    ours, theirs = (
-        play_rounds(bitfit, None, 2),
-        play_rounds(full, replace(full.state, whole=biases), 2),
-    )
+    start = with_parts(full.state, full.method.form(full.state), {}, biases)
+    ours, theirs = play_rounds(bitfit, None, 2), play_rounds(full, start, 2)
     assert [r.row["state_digest"] for r in ours] == [r.row["state_digest"] for r in theirs]
 
 
@@ -136,8 +134,7 @@ def test_an_encoder_without_biases_is_refused() -> None:
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
     )  # fmt: skip
-    model = transformers.AutoModel.from_config(settings)
-    inject(model, "all-linear", ())
-    adapter = AdapterConfig.of(model, lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,))
+    model = inject(transformers.AutoModel.from_config(settings), "all-linear", ())
+    adapter = AdapterSpec(lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes)
     with pytest.raises(InputError, match="encoder has no bias; allowed: a model with biases"):
         BitFit().init(model, adapter, seed=0, num_rounds=1)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from bench.models.encoders import build_model
 from bench.run.clients import draw_cohort
-from fedara_core.adapters import LowRank, named_adapters
-from fedara_core.factors import join_pair, split_pair
-from fedara_core.method import Client, ServerState, load_method
+from fedara_core.adapters import LowRank
+from fedara_core.method import Client, load_method
+from fedara_core.state import ServerState, with_parts
 from fedara_core.train import start_client
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 FED_SB = ("method.name=fed_sb", "adapter.lora_alpha=8.0", "train.lr=2e-2")  # scale 2
 SHAPES = [(32, 32)] * 8 + [(64, 32), (32, 64)] * 2  # tiny.toml's model
@@ -28,7 +28,7 @@ def product(state: ServerState, name: str, core: Tensor) -> Tensor:
 
 def test_a_and_b_are_the_leading_singular_vectors() -> None:
     state = (job := make_tiny_job(*FED_SB)).state
-    for name, adapter in named_adapters(job.model):
+    for name, adapter in job.model.adapters.items():
         a, b = state.fixed["A"][name], state.fixed["B"][name]
         torch.testing.assert_close(a @ a.T, torch.eye(4), rtol=0, atol=1e-6)
         torch.testing.assert_close(b.T @ b, torch.eye(4), rtol=0, atol=1e-6)
@@ -36,8 +36,8 @@ def test_a_and_b_are_the_leading_singular_vectors() -> None:
         best = u[:, :4] @ np.diag(s[:4]) @ vt[:4]
         found = product(state, name, torch.from_numpy(np.diag(s[:4])))
         np.testing.assert_allclose(found.numpy(), best, atol=1e-6)
-        assert state.rows[name].shape == (4, 4)
-        assert not state.rows[name].any()
+        assert state.parts["R"][name].shape == (4, 4)
+        assert not state.parts["R"][name].any()
 
 
 def test_the_start_leaves_the_function_as_it_was() -> None:
@@ -45,10 +45,10 @@ def test_the_start_leaves_the_function_as_it_was() -> None:
     batch = job.train.batch(torch.arange(8), job.device)
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
     job.method.download(job.model, job.state, None)
-    job.model.eval()
+    job.model.module.eval()
     with torch.no_grad():
         before = plain(batch["input_ids"], batch["attention_mask"])
-        after = job.model(batch["input_ids"], batch["attention_mask"])
+        after = job.model.module(batch["input_ids"], batch["attention_mask"])
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
@@ -56,11 +56,13 @@ def test_a_layer_is_its_dense_weight() -> None:
     """With an R that is not symmetric: R[i] is row i, not column i."""
     job = make_tiny_job(*FED_SB)
     torch.manual_seed(2)
-    state = replace(job.state, rows={name: torch.randn(4, 4) for name in job.state.rows})
+    cores = {name: torch.randn(4, 4) for name in job.state.parts["R"]}
+    form = job.method.form(job.state)
+    state = with_parts(job.state, form, {"R": cores}, job.state.whole)
     job.method.download(job.model, state, None)
-    for name, adapter in named_adapters(job.model):
+    for name, adapter in job.model.adapters.items():
         x = torch.randn(3, 5, adapter.shape[1])
-        weight = adapter.base.weight + 2 * product(state, name, state.rows[name]).float()
+        weight = adapter.base.weight + 2 * product(state, name, cores[name]).float()
         expected = x @ weight.T + adapter.base.bias
         torch.testing.assert_close(adapter(x), expected, rtol=0, atol=1e-5)
         a, b = adapter.form.pair(adapter)
@@ -73,10 +75,10 @@ def test_only_r_and_the_head_train() -> None:
     job.method.download(job.model, job.state, client)
     start_client(client, job.method, job.training, job.state)
     job.method.local_step(client, job.train.batch(torch.arange(8), job.device))
-    trained = {name for name, p in job.model.named_parameters() if p.requires_grad}
-    layers = {name for name, _ in named_adapters(job.model)}
+    trained = {name for name, p in job.model.module.named_parameters() if p.requires_grad}
+    layers = set(job.model.adapters)
     assert trained == {f"{name}.parts.R" for name in layers} | set(job.state.whole)
-    for name, adapter in named_adapters(job.model):
+    for name, adapter in job.model.adapters.items():
         assert adapter.parts["R"].abs().max() > 1e-3  # from R = 0 it has a gradient
         assert torch.equal(adapter.fixed["A"], job.state.fixed["A"][name])
         assert torch.equal(adapter.fixed["B"], job.state.fixed["B"][name])
@@ -86,16 +88,16 @@ def test_the_mean_of_r_is_the_mean_update() -> None:
     job = make_tiny_job(*FED_SB)
     state = play_rounds(job, num_rounds=1)[-1].after
     uploads = [train_one_client(job, state, client_id) for client_id in draw_cohort(job, 1)]
-    after = job.method.aggregate(state, uploads)
+    after = job.method.aggregate(state, received(job.method, state, uploads))
     num_examples = sum(upload.num_examples for upload in uploads)
     assert len({upload.num_examples for upload in uploads}) > 1
-    for i, name in enumerate(sorted(state.rows)):
+    for i, name in enumerate(sorted(state.parts["R"])):
         cores = [upload.values[16 * i : 16 * i + 16].reshape(4, 4) for upload in uploads]
         mean = sum(
             upload.num_examples / num_examples * product(state, name, core)
             for upload, core in zip(uploads, cores, strict=True)
         )
-        server = product(after, name, after.rows[name])
+        server = product(after, name, after.parts["R"][name])
         assert (cores[0] - cores[1]).abs().max() > 1e-3
         torch.testing.assert_close(server, mean, rtol=0, atol=1e-5)
     assert after.fixed is state.fixed
@@ -118,11 +120,13 @@ def test_with_a_square_b_it_is_lora_with_a_frozen() -> None:
         make_tiny_job("method.name=lora", *same),
     )
     factors = fed_sb.state.fixed
-    rows = {name: join_pair(factors["A"][name], torch.zeros(32, 32)) for name in fed_sb.state.rows}
-    lora = replace(lora, method=FrozenA(), state=replace(lora.state, rows=rows))
+    zeros = {name: torch.zeros(32, 32) for name in factors["A"]}
+    parts, method = {"A": factors["A"], "B": zeros}, FrozenA()
+    start = with_parts(lora.state, method.form(lora.state), parts, lora.state.whole)
+    lora = replace(lora, method=method, state=start)
     for ours, theirs in zip(play_rounds(fed_sb, None, 2), play_rounds(lora, None, 2), strict=True):
-        for name, core in ours.after.rows.items():
-            _, b = split_pair(theirs.after.rows[name], (32, 32))
+        for name, core in ours.after.parts["R"].items():
+            b = theirs.after.parts["B"][name].T
             torch.testing.assert_close(factors["B"][name] @ core, b, rtol=0, atol=1e-5)
             assert b.abs().max() > 1e-3
         assert abs(ours.row["train_loss"] - theirs.row["train_loss"]) < 1e-5

@@ -1,7 +1,6 @@
 """Bottleneck adapters: a module written by hand, placements, the reduction to a probe, bytes."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +11,11 @@ from torch.nn import functional
 
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches
-from fedara_core.adapters import AdapterConfig, inject, named_adapters
+from fedara_core.adapters import AdapterSpec, inject
 from fedara_core.errors import InputError
 from fedara_core.methods.fedadapter import Bottleneck, FedAdapter
+from fedara_core.state import with_parts
+from support.adapted import join_rows
 from support.rounds import make_tiny_job, play_rounds
 
 FEDADAPTER = ("method.name=fedadapter", "method.width=5", "model.dropout=0.0", "train.lr=1e-2")
@@ -84,7 +85,7 @@ def test_one_client_trains_like_a_module_written_by_hand(
     model = build_model(job.config.model, num_classes=4, seed=job.config.seed).model
     model.requires_grad_(False)
     wrapped = {}
-    for name, rows in job.state.rows.items():
+    for name, rows in join_rows(job.state.parts).items():
         parent, _, child = name.rpartition(".")
         wrapped[name] = PlainBottleneck(model.get_submodule(name), rows, activation)
         setattr(model.get_submodule(parent), child, wrapped[name])
@@ -99,10 +100,11 @@ def test_one_client_trains_like_a_module_written_by_hand(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     after = play_rounds(job, num_rounds=1)[0].after
-    assert after.rows.keys() == wrapped.keys()
+    first, last = join_rows(job.state.parts), join_rows(after.parts)
+    assert last.keys() == wrapped.keys()
     for name, module in wrapped.items():
-        torch.testing.assert_close(after.rows[name], module.rows(), rtol=0, atol=1e-5)
-        moved = (after.rows[name] - job.state.rows[name]).abs().amax(dim=0)
+        torch.testing.assert_close(last[name], module.rows(), rtol=0, atol=1e-5)
+        moved = (last[name] - first[name]).abs().amax(dim=0)
         assert all(part.max() > 1e-3 for part in (moved[:32], moved[32], moved[33:]))
     for name in HEAD:
         torch.testing.assert_close(after.whole[name], model.get_parameter(name), rtol=0, atol=1e-5)
@@ -110,7 +112,7 @@ def test_one_client_trains_like_a_module_written_by_hand(
 
 def test_the_start_is_nearly_the_identity() -> None:
     job = make_tiny_job("method.name=fedadapter")
-    drawn = torch.cat(list(job.state.rows.values()))
+    drawn = torch.cat(list(join_rows(job.state.parts).values()))
     assert drawn.shape == (4 * 64, 65)
     assert not drawn[:, 32].any()
     for half in (drawn[:, :32], drawn[:, 33:]):
@@ -120,10 +122,10 @@ def test_the_start_is_nearly_the_identity() -> None:
     batch = job.train.batch(torch.arange(8), job.device)
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
     job.method.download(job.model, job.state, None)
-    job.model.eval()
+    job.model.module.eval()
     with torch.no_grad():
         before = plain(batch["input_ids"], batch["attention_mask"])
-        after = job.model(batch["input_ids"], batch["attention_mask"])
+        after = job.model.module(batch["input_ids"], batch["attention_mask"])
     assert 0 < (after - before).abs().max() < 1e-2
 
 
@@ -131,14 +133,18 @@ def test_the_start_is_nearly_the_identity() -> None:
 def test_without_a_living_unit_it_is_a_linear_probe(placement: str) -> None:
     """Zero rows never move, as each half's gradient is a product with the other."""
     job = make_tiny_job(*FEDADAPTER, f"method.placement={placement}")
-    zero = {name: torch.zeros_like(rows) for name, rows in job.state.rows.items()}
-    ours = play_rounds(job, replace(job.state, rows=zero), 2)
+    zero = {
+        part: {name: torch.zeros_like(rows) for name, rows in own.items()}
+        for part, own in job.state.parts.items()
+    }
+    start = with_parts(job.state, job.method.form(job.state), zero, job.state.whole)
+    ours = play_rounds(job, start, 2)
     probe = play_rounds(make_tiny_job("method.name=head_only", *FEDADAPTER[2:]), num_rounds=2)
     for our, their in zip(ours, probe, strict=True):
         assert our.row["train_loss"] == pytest.approx(their.row["train_loss"], abs=1e-6)
         for name, tensor in their.after.whole.items():
             torch.testing.assert_close(our.after.whole[name], tensor, rtol=0, atol=1e-6)
-    assert not any(rows.any() for rows in ours[-1].after.rows.values())
+    assert not any(rows.any() for rows in join_rows(ours[-1].after.parts).values())
     living = play_rounds(job, num_rounds=2)[-1].row["train_loss"]
     assert abs(living - probe[-1].row["train_loss"]) > 1e-4
 
@@ -146,22 +152,23 @@ def test_without_a_living_unit_it_is_a_linear_probe(placement: str) -> None:
 @pytest.mark.parametrize("architecture", list(ENCODERS))
 def test_bottlenecks_follow_the_layers_that_end_a_sub_layer(architecture: str) -> None:
     config, layers, attention, feed_forward = ENCODERS[architecture]
-    model = transformers.AutoModel.from_config(config)
-    if hasattr(model, "pooler"):
-        model.pooler = None
-    inject(model, "all-linear", ())
-    adapter = AdapterConfig.of(model, lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,))
+    encoder = transformers.AutoModel.from_config(config)
+    if hasattr(encoder, "pooler"):
+        encoder.pooler = None
+    model = inject(encoder, "all-linear", ())
+    adapter = AdapterSpec(lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes)
     for placement, endings in {
         "houlsby": (attention, feed_forward),
         "pfeiffer": (feed_forward,),
     }.items():
         method = FedAdapter(placement=placement, width=7)  # type: ignore[arg-type]
         state = method.init(model, adapter, seed=0, num_rounds=1)
-        assert set(state.rows) == {f"{layers}.{i}.{end}" for i in (0, 1) for end in endings}
-        assert {tuple(rows.shape) for rows in state.rows.values()} == {(7, 33)}
+        rows = join_rows(state.parts)
+        assert set(rows) == {f"{layers}.{i}.{end}" for i in (0, 1) for end in endings}
+        assert {tuple(own.shape) for own in rows.values()} == {(7, 33)}
         method.download(model, state, None)
-        for name, layer in named_adapters(model):
-            assert layer.num_live == (7 if name in state.rows else 0)
+        for name, layer in model.adapters.items():
+            assert layer.num_live == (7 if name in rows else 0)
 
 
 def test_a_model_of_its_own_head_has_no_bottleneck_in_pooler_or_head() -> None:
@@ -169,7 +176,7 @@ def test_a_model_of_its_own_head_has_no_bottleneck_in_pooler_or_head() -> None:
         *FEDADAPTER, "model.name=tiny", "model.pooling=model", "method.placement=pfeiffer"
     )
     layers = {f"model.bert.encoder.layer.{i}.output.dense" for i in (0, 1)}
-    assert set(job.state.rows) == layers
+    assert set(job.state.rank_masks) == set(job.state.parts["down"]) == layers
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.run.clients import draw_cohort
-from fedara_core.adapters import AdapterConfig, Rows, adapter_shapes, inject
+from fedara_core.adapters import AdapterSpec, inject
 from fedara_core.errors import InputError
-from fedara_core.method import ServerState
+from fedara_core.merge.received import Received
 from fedara_core.methods.fedara_exact import FedAraExact
-from fedara_core.wire import Upload
+from fedara_core.state import ServerState, relaid
+from fedara_core.values import Tensors
+from fedara_core.wire import Upload, make_upload
+from support.adapted import join_rows
 from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 EXACT = ("method.name=fedara_exact", "train.local_steps=2")
@@ -26,29 +29,31 @@ SCALE = 8.0 / 4
 
 def start(**settings: Any) -> tuple[FedAraExact, ServerState]:
     """Three layers of unlike shapes, lora_rank 4, a head of 3, and a budget of everything."""
-    model = nn.Module()
+    module = nn.Module()
     for name, (d_out, d_in) in SHAPES.items():
-        setattr(model, name, nn.Linear(d_in, d_out))
-    model.head = nn.Linear(3, 1, bias=False)
-    inject(model, list(SHAPES), ["head.weight"])
-    adapter = AdapterConfig.of(model, lora_rank=4, lora_alpha=8.0, client_lora_ranks=(4,) * 4)
+        setattr(module, name, nn.Linear(d_in, d_out))
+    module.head = nn.Linear(3, 1, bias=False)
+    model = inject(module, list(SHAPES), ["head.weight"])
+    adapter = AdapterSpec(
+        lora_rank=4, lora_alpha=8.0, client_lora_ranks=(4,) * 4, shapes=model.shapes
+    )
     method = FedAraExact(**{"final_budget": 1.0, **settings})
     return method, method.init(model, adapter, seed=0, num_rounds=10)
 
 
-def upload_of(client_id: int, num_examples: int, rows: Rows, head: float = 0.0) -> Upload:
-    """Live rows as they are, in name order, and a head full of one value."""
-    flat = [rows[name].reshape(-1) for name in sorted(rows)]
-    return Upload(
+def upload_of(client_id: int, num_examples: int, rows: Tensors, head: float = 0.0) -> Upload:
+    """Live rows as they are, A, E and B apart, in name order, and a head full of one value."""
+    parts = {name: rows[name].split([SHAPES[name][1], 1, SHAPES[name][0]], dim=1) for name in rows}
+    flat = [parts[name][part].reshape(-1) for part in range(3) for name in sorted(rows)]
+    return make_upload(
         client_id=client_id,
         num_examples=num_examples,
         train_loss=0.0,
         values=torch.cat([*flat, torch.full((3,), head)]),
-        bits=torch.zeros(0, dtype=torch.bool),
     )
 
 
-def drawn_rows(seed: int, num_live: int = 4, num_used: int = 4) -> Rows:
+def drawn_rows(seed: int, num_live: int = 4, num_used: int = 4) -> Tensors:
     """Gaussian rows (num_live, width), of which num_used have an E that is not zero."""
     torch.manual_seed(seed)
     rows = {n: torch.randn(num_live, d_in + 1 + d_out) for n, (d_out, d_in) in SHAPES.items()}
@@ -64,14 +69,25 @@ def change(rows: Tensor, d_in: int) -> np.ndarray:
     return SCALE * b @ np.diag(e) @ a
 
 
-def mean_change(clients: list[tuple[int, Rows]], name: str) -> np.ndarray:
+def mean_change(clients: list[tuple[int, Tensors]], name: str) -> np.ndarray:
     total = sum(n for n, _ in clients)
     d_in = SHAPES[name][1]
     return sum(n / total * change(rows[name], d_in) for n, rows in clients)
 
 
-def uploads_of(clients: list[tuple[int, Rows]]) -> list[Upload]:
-    return [upload_of(k, n, rows, head=float(k)) for k, (n, rows) in enumerate(clients)]
+def uploads_of(clients: list[tuple[int, Tensors]]) -> Received:
+    return Received.of(
+        [upload_of(k, n, rows, head=float(k)) for k, (n, rows) in enumerate(clients)]
+    )
+
+
+def rows_of(state: ServerState) -> Tensors:
+    """Live rows [A_i, E_i, B_i] (r_live, width) of every adapter, of a dead one none."""
+    shapes = state.adapter.shapes.items()
+    none = {name: torch.zeros(0, d_in + 1 + d_out) for name, (d_out, d_in) in shapes}
+    rows = none | join_rows(state.parts)
+    assert {name: len(own) for name, own in rows.items()} == state.live_triplets
+    return rows
 
 
 # ---- exactness ----
@@ -85,7 +101,7 @@ def test_the_mean_update_is_exact(num_clients: int, num_used: int) -> None:
     after = method.aggregate(state, uploads_of(clients))
     for name, (_, d_in) in SHAPES.items():
         exact = mean_change(clients, name)
-        np.testing.assert_allclose(change(after.rows[name], d_in), exact, atol=1e-5)
+        np.testing.assert_allclose(change(rows_of(after)[name], d_in), exact, atol=1e-5)
         total = sum(n for n, _ in clients)
         averaged = change(sum(n / total * rows[name] for n, rows in clients), d_in)
         assert num_clients == 1 or np.abs(averaged - exact).max() > 0.1
@@ -99,13 +115,13 @@ def test_rows_are_a_singular_value_decomposition() -> None:
     clients = [(1, drawn_rows(7)), (4, drawn_rows(8)), (2, drawn_rows(9))]
     after = method.aggregate(state, uploads_of(clients))
     for name, (_, d_in) in SHAPES.items():
-        rows = after.rows[name].double()
+        rows = rows_of(after)[name].double()
         a, e, b = rows[:, :d_in], rows[:, d_in], rows[:, d_in + 1 :]
         torch.testing.assert_close(a @ a.T, torch.eye(4).double(), rtol=0, atol=1e-6)
         torch.testing.assert_close(b @ b.T, torch.eye(4).double(), rtol=0, atol=1e-6)
         s = np.linalg.svd(mean_change(clients, name), compute_uv=False)
         np.testing.assert_allclose(SCALE * e.numpy(), s[:4], rtol=1e-5)
-        assert after.rows[name].dtype == torch.float32
+    assert after.vector.dtype == torch.float32
 
 
 @pytest.mark.parametrize("budget", [1, 5, 9, 12])
@@ -128,8 +144,7 @@ def test_the_truncation_is_the_best_by_dense_svds(budget: int) -> None:
         u, s, vt = decomposed[name]
         r = num_kept[name]
         nearest = u[:, :r] @ np.diag(s[:r]) @ vt[:r]
-        np.testing.assert_allclose(change(after.rows[name], d_in), nearest, atol=1e-5)
-        assert not after.rows[name][~after.rank_masks[name]].any()
+        np.testing.assert_allclose(change(rows_of(after)[name], d_in), nearest, atol=1e-5)
     if budget == 9:
         assert sorted(num_kept.values()) != [3, 3, 3]
 
@@ -149,10 +164,9 @@ def test_singular_values_of_zero_are_no_triplets() -> None:
     after = method.aggregate(state, uploads_of(clients))
     assert after.live_triplets == {"down": 2, "square": 2, "up": 1}
     for name, (_, d_in) in SHAPES.items():
-        assert torch.isfinite(after.rows[name]).all()
-        assert not after.rows[name][~after.rank_masks[name]].any()
+        assert torch.isfinite(rows_of(after)[name]).all()
         exact = mean_change(clients, name)
-        np.testing.assert_allclose(change(after.rows[name], d_in), exact, atol=1e-5)
+        np.testing.assert_allclose(change(rows_of(after)[name], d_in), exact, atol=1e-5)
     again = method.aggregate(state, uploads_of(clients))
     assert again.digest() == after.digest()
 
@@ -166,25 +180,21 @@ def test_updates_that_cancel_leave_nothing() -> None:
     for clients in ([(1, first), (1, second)], [(1, untouched), (2, untouched)]):
         after = method.aggregate(state, uploads_of(clients))
         for name, (_, d_in) in SHAPES.items():
-            assert torch.isfinite(after.rows[name]).all()
-            assert np.abs(change(after.rows[name], d_in)).max() < 1e-6
+            assert torch.isfinite(rows_of(after)[name]).all()
+            assert np.abs(change(rows_of(after)[name], d_in)).max() < 1e-6
         assert sum(after.live_triplets.values()) == 0
     # And then there is nothing to add up.
     nothing = {name: torch.zeros(0, sum(shape) + 1) for name, shape in SHAPES.items()}
     after = method.aggregate(after, uploads_of([(1, nothing), (1, nothing)]))
     assert sum(after.live_triplets.values()) == 0
-    assert not any(rows.any() for rows in after.rows.values())
+    assert after.parts == {}
 
 
 def test_triplets_move_but_do_not_grow_in_number() -> None:
     """With two live triplets per layer three clients could fill all four places."""
     method, state = start()
     mask = torch.tensor([True, False, True, False])
-    state = replace(
-        state,
-        rows={name: torch.where(mask[:, None], rows, 0.0) for name, rows in state.rows.items()},
-        rank_masks={name: mask for name in state.rank_masks},
-    )
+    state = relaid(state, method.form(state), {name: mask for name in state.rank_masks})
     clients = [(1, drawn_rows(seed, num_live=2)) for seed in range(3)]
     for _, rows in clients:
         rows["down"][:, 9] *= 100
@@ -203,23 +213,23 @@ def test_one_client_moves_the_function_as_in_fedara() -> None:
     ours = make_tiny_job("method.name=fedara_exact", *common)
     (expected,), (played,) = play_rounds(theirs, num_rounds=1), play_rounds(ours, num_rounds=1)
     assert played.before.digest() == expected.before.digest()
-    for name, (_, d_in) in adapter_shapes(ours.model).items():
-        product = change(expected.after.rows[name], d_in)
+    for name, (_, d_in) in ours.model.shapes.items():
+        product = change(rows_of(expected.after)[name], d_in)
         assert np.abs(product).max() > 1e-3
-        np.testing.assert_allclose(change(played.after.rows[name], d_in), product, atol=1e-6)
+        np.testing.assert_allclose(change(rows_of(played.after)[name], d_in), product, atol=1e-6)
     logits = []
     batch = ours.train.batch(torch.arange(8), ours.device)
     for job, after in ((theirs, expected.after), (ours, played.after)):
         job.method.download(job.model, after, None)
-        job.model.eval()
+        job.model.module.eval()
         with torch.no_grad():
-            logits.append(job.model(batch["input_ids"], batch["attention_mask"]))
+            logits.append(job.model.module(batch["input_ids"], batch["attention_mask"]))
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
 
 
 def test_bytes_and_masks_of_a_run() -> None:
     job = make_tiny_job(*EXACT)
-    shapes = adapter_shapes(job.model)
+    shapes = job.model.shapes
     for played in play_rounds(job):
         before, row = played.before, played.row
         floats = sum(n * (sum(shapes[name]) + 1) for name, n in before.live_triplets.items())
@@ -227,39 +237,29 @@ def test_bytes_and_masks_of_a_run() -> None:
         assert row["uplink_bytes"] == 5 * size
         assert row["downlink_bytes"] == 5 * (size + 48 // 8)
         assert row["live_triplets"] == TINY_BUDGET[row["round_index"]]
-        for name, mask in played.after.rank_masks.items():
-            assert torch.isfinite(played.after.rows[name]).all()
-            assert not played.after.rows[name][~mask].any()
-            assert played.after.rows[name][mask].any(dim=1).all()
+        for rows in rows_of(played.after).values():
+            assert torch.isfinite(rows).all()
+            assert rows.any(dim=1).all()
     assert len(set(played.after.live_triplets.values())) > 1
 
 
 def test_every_round_is_the_best_truncation() -> None:
     """What a round loses is what the smallest singular values weigh; of real uploads."""
     job = make_tiny_job(*EXACT, "adapter.lora_alpha=8", "train.lr=2e-2")
-    shapes = adapter_shapes(job.model)
+    shapes = job.model.shapes
     for played in play_rounds(job, num_rounds=4)[1:]:
         before, after = played.before, played.after
         uploads = [train_one_client(job, before, k) for k in draw_cohort(job, before.round_index)]
-        total, offset, lost, left_out, pooled = (
-            sum(u.num_examples for u in uploads),
-            0,
-            0.0,
-            0.0,
-            [],
-        )
-        for name, (d_out, d_in) in shapes.items():
-            num_live, width = before.live_triplets[name], d_in + 1 + d_out
-            sent = [
-                u.values[offset : offset + num_live * width].reshape(num_live, width)
-                for u in uploads
-            ]
-            offset += num_live * width
+        sent = [join_rows(before.index.parts(u.values)) for u in uploads]
+        total, lost, left_out, pooled = sum(u.num_examples for u in uploads), 0.0, 0.0, []
+        for name, (_, d_in) in shapes.items():
+            if not before.live_triplets[name]:
+                continue
             exact = sum(
-                u.num_examples / total * change(rows, d_in)
+                u.num_examples / total * change(rows[name], d_in)
                 for u, rows in zip(uploads, sent, strict=True)
             )
-            lost += np.square(exact - change(after.rows[name], d_in)).sum()
+            lost += np.square(exact - change(rows_of(after)[name], d_in)).sum()
             s = np.linalg.svd(exact, compute_uv=False)
             left_out += np.square(s[4:]).sum()
             pooled += list(np.square(s[:4]))

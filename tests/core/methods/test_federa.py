@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bench.models.encoders import build_model
 from bench.run.job import Job
-from fedara_core.adapters import adapter_shapes, named_adapters
+from fedara_core.state import with_parts
+from support.adapted import join_rows
 from support.rounds import make_tiny_job, play_rounds
 
 FEDERA = ("method.name=federa", "adapter.lora_alpha=8.0", "train.local_steps=2")  # scale 2
@@ -26,14 +27,13 @@ def logits(job: Job, model: torch.nn.Module) -> Tensor:
 
 def test_the_start_is_the_best_low_rank_part_of_each_weight() -> None:
     job = make_tiny_job(*FEDERA)
-    assert len(job.state.rows) == 12
-    for name, adapter in named_adapters(job.model):
+    assert len(job.state.rank_masks) == 12
+    for name, adapter in job.model.adapters.items():
         weight = adapter.base.weight.detach().double().numpy()
-        d_in = weight.shape[1]
         u, s, vt = np.linalg.svd(weight)
         best = u[:, :4] @ np.diag(s[:4]) @ vt[:4]
-        rows = job.state.rows[name].double().numpy()
-        a, b = rows[:, :d_in], rows[:, d_in:].T
+        a = job.state.parts["A"][name].double().numpy()
+        b = job.state.parts["B"][name].double().numpy().T
         np.testing.assert_allclose(2.0 * b @ a, best, atol=1e-6)
         np.testing.assert_allclose(job.state.fixed["delta"][name].numpy(), -best, atol=1e-6)
         # Both factors get sqrt(S / scale): neither is left with all of S, or with none of it.
@@ -46,9 +46,9 @@ def test_the_start_leaves_the_function_as_it_was() -> None:
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model
     before = logits(job, plain)
     job.method.download(job.model, job.state, None)
-    torch.testing.assert_close(logits(job, job.model), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(job, job.model.module), before, rtol=0, atol=1e-5)
     job.method.download(job.model, replace(job.state, fixed={}), None)
-    assert (logits(job, job.model) - before).abs().max() > 1e-2  # the delta does it
+    assert (logits(job, job.model.module) - before).abs().max() > 1e-2  # the delta does it
 
 
 def test_the_start_does_not_hang_on_the_signs_of_an_svd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +68,12 @@ def test_training_moves_the_low_rank_part_only() -> None:
     job = make_tiny_job(*FEDERA, "train.lr=2e-2")
     state = play_rounds(job, num_rounds=2)[-1].after
     job.method.download(job.model, state, None)
-    for name, adapter in named_adapters(job.model):
+    for name, adapter in job.model.adapters.items():
         d_in = adapter.shape[1]
-        start, now = job.state.rows[name], state.rows[name]
-        moved = 2 * (now[:, d_in:].T @ now[:, :d_in] - start[:, d_in:].T @ start[:, :d_in])
+        (start_a, start_b), (a, b) = (
+            (one.parts["A"][name], one.parts["B"][name].T) for one in (job.state, state)
+        )
+        moved = 2 * (b @ a - start_b @ start_a)
         with torch.no_grad():  # the rows of the identity give the columns of the weight
             weight = (adapter(torch.eye(d_in)) - adapter.base.bias).T
         assert moved.abs().max() > 1e-3
@@ -81,14 +83,16 @@ def test_training_moves_the_low_rank_part_only() -> None:
 def test_from_loras_start_it_is_lora() -> None:
     lora = make_tiny_job("method.name=lora", *FEDERA[1:])
     federa = make_tiny_job(*FEDERA)
-    zero = {name: torch.zeros(shape) for name, shape in adapter_shapes(federa.model).items()}
-    start = replace(federa.state, rows=lora.state.rows, fixed={"delta": zero})
+    zero = {name: torch.zeros(shape) for name, shape in federa.model.shapes.items()}
+    form, whole = federa.method.form(federa.state), federa.state.whole
+    start = with_parts(federa.state, form, lora.state.parts, whole)
+    start = replace(start, fixed={"delta": zero})
     ours, theirs = play_rounds(federa, start, 2)[-1], play_rounds(lora, num_rounds=2)[-1]
     assert ours.row["train_loss"] == theirs.row["train_loss"]
-    for name, rows in theirs.after.rows.items():
-        assert torch.equal(ours.after.rows[name], rows)
-        assert not torch.equal(rows, lora.state.rows[name])
-    assert all(torch.equal(ours.after.whole[n], theirs.after.whole[n]) for n in theirs.after.whole)
+    assert torch.equal(ours.after.vector, theirs.after.vector)
+    first = join_rows(lora.state.parts)
+    for name, rows in join_rows(theirs.after.parts).items():
+        assert not torch.equal(rows, first[name])
 
 
 def test_the_start_factors_travel_once_to_each_client() -> None:

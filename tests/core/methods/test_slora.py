@@ -12,10 +12,9 @@ from torch.nn import functional
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches
 from bench.run.job import Job
-from fedara_core.adapters import named_adapters
 from fedara_core.errors import InputError
-from fedara_core.method import ServerState
 from fedara_core.seeds import generator
+from fedara_core.state import ServerState
 from support.rounds import make_tiny_job, play_rounds
 
 DENSITY, SCALE = 0.05, 8.0 / 4  # lora_alpha / lora_rank
@@ -36,13 +35,13 @@ def model_of(job: Job, state: ServerState) -> dict[str, Tensor]:
     with torch.no_grad():  # the rows of the identity give the columns of the weight
         weights = {
             name: (adapter(torch.eye(adapter.shape[1])) - adapter.base.bias).T
-            for name, adapter in named_adapters(job.model)
+            for name, adapter in job.model.adapters.items()
         }
-    return weights | {name: job.model.get_parameter(name).detach().clone() for name in HEAD}
+    return weights | {name: job.model.module.get_parameter(name).detach().clone() for name in HEAD}
 
 
 def base_weights(job: Job) -> dict[str, Tensor]:
-    return {name: adapter.base.weight.detach() for name, adapter in named_adapters(job.model)}
+    return {name: adapter.base.weight.detach() for name, adapter in job.model.adapters.items()}
 
 
 def places(name: str, weight: Tensor, seed: int = 0) -> Tensor:
@@ -133,7 +132,7 @@ def test_both_stages_by_hand(lr_factor: float) -> None:
         *("federation.cohort=3", "train.lr=1e-2"),
     )
     base = base_weights(job)
-    head = {name: job.model.get_parameter(name).detach().clone() for name in HEAD}
+    head = {name: job.model.module.get_parameter(name).detach().clone() for name in HEAD}
     changes: dict[str, Callable[..., Tensor]] = {
         name: partial(sparse_change, places(name, weight), tuple(weight.shape))
         for name, weight in base.items()

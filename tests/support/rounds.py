@@ -1,6 +1,8 @@
 """Jobs of tests/tiny.toml and their federated rounds, in memory and without files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bench.config.load import load_runs
@@ -9,6 +11,9 @@ from bench.run import clients
 from bench.run.job import Job, prepare
 from bench.run.rounds import one_round
 from fedara_core.comm.base import Communicator
+from fedara_core.merge.masked import MaskedAveraging
+from fedara_core.merge.received import Received
+from fedara_core.method import Method
 from fedara_core.state import ServerState
 from fedara_core.wire import Upload
 from support.launch import TINY
@@ -52,3 +57,17 @@ def train_one_client(job: Job, state: ServerState, client_id: int) -> Upload:
     sent: list[Upload] = []
     clients.train_client(job, state, client_id, Meter(job.device), sent.append)
     return sent[0]
+
+
+def received(method: Method, state: ServerState, uploads: Sequence[Upload]) -> Received:
+    """These uploads as one process's exchange hands them to the method's `aggregate`."""
+    if method.combine != "masked":
+        return Received.of(uploads)
+    sent_bits = partial(method.sent_bits, state)
+    exchange = MaskedAveraging(Communicator(), "allgather", state.index, sent_bits)
+    for upload in uploads:
+        exchange.add(upload)
+    exchange.exchange()
+    result = exchange.result()
+    assert result is not None
+    return result

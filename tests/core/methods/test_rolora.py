@@ -1,11 +1,13 @@
 """RoLoRA: which half trains and travels when, exact averaging, LoRA with one half held still."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
+from bench.run.arrivals import Fleet
 from bench.run.clients import draw_cohort
 from fedara_core.method import Method, load_method
 from fedara_core.state import relaid
@@ -108,3 +110,16 @@ def test_who_missed_a_round_downloads_both_halves() -> None:
         sent = NUM_B if len(cohorts) % 2 == 0 else NUM_A
         assert played.row["uplink_bytes"] == 5 * (24 + 4 * (sent + NUM_HEAD))
     assert kinds == {"back", "new", "late"}
+
+
+def test_a_round_without_uploads_leaves_the_halves_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A's round 1 is lost; round 2 is B's all the same, and everybody needs both halves."""
+    monkeypatch.setattr(Fleet, "vanishes", lambda self, round_index, client_id: round_index == 1)
+    rounds = play_rounds(make_tiny_job(*ROLORA, "clients.dropout=0.1"), num_rounds=4)
+    for played, moving in zip(rounds, ("B", "", "B", "A"), strict=True):
+        before, after = played.before.parts, played.after.parts
+        for part, name in product("AB", played.before.adapter.shapes):
+            moved = not torch.equal(before[part][name], after[part][name])
+            assert moved == (part == moving)
+    assert rounds[2].row["uplink_bytes"] == 5 * (24 + 4 * (NUM_B + NUM_HEAD))
+    assert rounds[2].row["downlink_bytes"] == 5 * (24 + 4 * (NUM_A + NUM_B + NUM_HEAD))

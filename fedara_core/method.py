@@ -178,8 +178,16 @@ class Method:
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         """The next state. Pure: needs no model."""
         after = next_state(state, received, vector=with_mean(state, received.mean))
-        form = self.form(after)
-        return after if form == self.form(state) else relaid(after, form)
+        return self._laid_out(after, self.form(state))
+
+    def skip(self, state: ServerState) -> ServerState:
+        """The next state where no upload came: the same values, in the next round's layout."""
+        return self._laid_out(replace(state, round_index=state.round_index + 1), self.form(state))
+
+    def _laid_out(self, after: ServerState, form: Form) -> ServerState:
+        """A state that lies in this form, in its own."""
+        own = self.form(after)
+        return after if own == form else relaid(after, own)
 
     @property
     def own_rows(self) -> bool:

@@ -1,6 +1,6 @@
 """Parity: with PEFT on the same weights, with plain PyTorch loops, and between methods."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,20 +15,15 @@ from torch.nn import functional
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches, draw_cohort
 from bench.run.job import Job
-from fedara_core.adapters import (
-    Adapter,
-    LowRank,
-    Rows,
-    adapter_shapes,
-    named_adapters,
-    read_rows,
-    write_rows,
-)
+from fedara_core.adapters import AdaptedModel, LowRank, inject
 from fedara_core.importance import ImportanceMeter
-from fedara_core.method import Client, ServerState, whole_parameters, write_whole
+from fedara_core.method import Client
 from fedara_core.methods.slora import Sparse, num_sparse, weight_mask
+from fedara_core.state import ServerState, relaid
 from fedara_core.train import start_client
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from fedara_core.values import Index, Parts, Tensors, bits_of_masks, make_index
+from support.pairs import model_parts, pair
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 HEAD = ("classifier.bias", "classifier.weight")
 
@@ -53,10 +48,11 @@ def test_a_lora_step_equals_pefts() -> None:
         *("method.name=lora", "adapter.targets=['query', 'value']", "adapter.lora_alpha=6.0"),
         *("model.dropout=0.0", "train.weight_decay=0.1", "train.max_grad_norm=1e9"),
     )
-    assert len(job.state.rows) == 4
+    assert len(job.state.adapter.shapes) == 4
     torch.manual_seed(3)
-    rows = {name: 0.2 * torch.randn_like(values) for name, values in job.state.rows.items()}
-    state = replace(job.state, rows=rows)
+    vector = job.state.vector.clone()
+    vector[: job.state.index.num_row_values].normal_(0, 0.2)
+    state = replace(job.state, vector=vector)
     client = Client(client_id=0, num_examples=8, model=job.model)
     job.method.download(job.model, state, client)
     start_client(client, job.method, job.training, state)
@@ -67,12 +63,11 @@ def test_a_lora_step_equals_pefts() -> None:
     theirs = LoraModel(fresh_model(job), config, "default")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
-        for name, values in rows.items():
+        for name in state.adapter.shapes:
             layer = theirs.model.get_submodule(name)
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            d_in = a.shape[1]
-            a.copy_(values[:, :d_in])
-            b.copy_(values[:, d_in:].T)
+            a.copy_(state.parts["A"][name])
+            b.copy_(state.parts["B"][name].T)
             pairs[name] = (a, b)
     theirs.model.classifier.requires_grad_(True)
     theirs.train()
@@ -83,7 +78,7 @@ def test_a_lora_step_equals_pefts() -> None:
     batch = first_batch(job)
     with torch.no_grad():
         expected = theirs(batch["input_ids"], batch["attention_mask"])
-        logits = job.model(batch["input_ids"], batch["attention_mask"])
+        logits = job.model.module(batch["input_ids"], batch["attention_mask"])
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     loss = functional.cross_entropy(
         theirs(batch["input_ids"], batch["attention_mask"]), batch["labels"]
@@ -91,7 +86,7 @@ def test_a_lora_step_equals_pefts() -> None:
     loss.backward()
     client.backward(batch)
     assert client.train_loss == pytest.approx(loss.item(), abs=1e-6)
-    for name, adapter in named_adapters(job.model):
+    for name, adapter in job.model.adapters.items():
         a, b = pairs[name]
         assert a.grad is not None
         assert a.grad.abs().max() > 1e-4
@@ -99,17 +94,18 @@ def test_a_lora_step_equals_pefts() -> None:
         torch.testing.assert_close(adapter.parts["B"].grad, b.grad.T, rtol=1e-4, atol=1e-6)
     optimizer.step()
     client.step()
-    for name, values in read_rows(job.model).items():
-        a, b = pairs[name]
-        torch.testing.assert_close(values, torch.cat([a, b.T], dim=1), rtol=0, atol=1e-5)
-        assert (values - rows[name]).abs().max() > 1e-3
-    for name, parameter in whole_parameters(job.model).items():
+    ours = model_parts(job.model)
+    for name, (a, b) in pairs.items():
+        for part, expected in (("A", a), ("B", b.T)):
+            torch.testing.assert_close(ours[part][name], expected, rtol=0, atol=1e-5)
+            assert (ours[part][name] - state.parts[part][name]).abs().max() > 1e-3
+    for name, parameter in job.model.whole_parameters.items():
         expected = theirs.model.get_parameter(name)
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-5)
 
 
-def adalora_pair(seed: int = 0) -> tuple[Adapter, SVDLinear, Tensor]:
-    """An Adapter without rows and PEFT's layer with the rows (6, 10 + 1 + 7) returned."""
+def adalora_pair(seed: int = 0) -> tuple[AdaptedModel, SVDLinear, Parts]:
+    """A model of one layer without rows, and PEFT's layer with the six triplets returned."""
     torch.manual_seed(seed)
     base = nn.Linear(10, 7)
     rows = torch.randn(6, 18)
@@ -119,17 +115,29 @@ def adalora_pair(seed: int = 0) -> tuple[Adapter, SVDLinear, Tensor]:
         theirs.lora_A["default"].copy_(rows[:, :10])
         theirs.lora_E["default"].copy_(rows[:, 10:11])
         theirs.lora_B["default"].copy_(rows[:, 11:].T)
-    return Adapter("layer", base), theirs, rows
+    parts = {
+        part: {"layer": half}
+        for part, half in zip("AEB", rows.split([10, 1, 7], dim=1), strict=True)
+    }
+    return inject(nn.ModuleDict({"layer": base}), ["layer"], []), theirs, parts
 
 
 # PEFT divides by ranknum + 1e-5, which stays 6 whatever is pruned; so does our scale.
 ADALORA_FORM = LowRank(scale=9 / (6 + 1e-5), singular=True)
 
 
+def load_layer(model: AdaptedModel, parts: Parts, live: Tensor) -> None:
+    """Put the live ones of the six triplets into the model."""
+    index = make_index(ADALORA_FORM, model.shapes, {"layer": int(live.sum())}, {})
+    vector = index.pack({part: {"layer": own["layer"][live]} for part, own in parts.items()}, {})
+    model.load(vector, index, ADALORA_FORM)
+
+
 def test_pruned_triplets_equal_adaloras_masked_e() -> None:
-    ours, theirs, rows = adalora_pair()
+    model, theirs, parts = adalora_pair()
     live = torch.tensor([True, False, True, True, False, False])
-    ours.write(rows[live], ADALORA_FORM)
+    load_layer(model, parts, live)
+    ours = model.adapters["layer"]
     with torch.no_grad():
         theirs.lora_E["default"].masked_fill_(~live[:, None], 0.0)
     x = torch.randn(5, 10)
@@ -147,23 +155,23 @@ def test_pruned_triplets_equal_adaloras_masked_e() -> None:
 
 
 def test_smoothed_scores_equal_adaloras_allocator() -> None:
-    ours, theirs, rows = adalora_pair()
-    ours.write(rows, ADALORA_FORM)
-    our_model = nn.ModuleDict({"layer": ours})
+    model, theirs, parts = adalora_pair()
+    load_layer(model, parts, torch.ones(6).bool())
     config = peft.AdaLoraConfig(init_r=6, target_r=2, total_step=10, beta1=0.85, beta2=0.85)
     their_model = nn.ModuleDict({"layer": theirs})
     allocator = RankAllocator(their_model, config, "default")
     meter = ImportanceMeter("smoothed")
     for _ in range(3):
         x = torch.randn(5, 10)
-        for model in (our_model, their_model):
-            model.zero_grad()
-            model["layer"](x).square().mean().backward()
-        meter.observe(our_model)
+        model.gradient.zero_()
+        their_model.zero_grad()
+        for module in (model.module, their_model):
+            module["layer"](x).square().mean().backward()
+        meter.observe(model)
         allocator.update_ipt(their_model)
     a, e, b = (allocator._element_score(f"layer.lora_{part}.default") for part in "AEB")
     expected = e.view(-1) + a.mean(dim=1) + b.mean(dim=0)
-    scores = meter.scores(our_model)["layer"]
+    scores = meter.scores(model)
     assert len(set(scores.tolist())) == 6
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=0)
 
@@ -174,16 +182,17 @@ def test_smoothed_scores_equal_adaloras_allocator() -> None:
 class PlainLowRank(nn.Module):
     """W0 x + scale B (E * A x), written with nn.Linear; E only for the SVD form."""
 
-    def __init__(self, base: nn.Linear, rows: Tensor, scale: float, *, singular: bool) -> None:
+    def __init__(self, base: nn.Linear, rows: Tensors, scale: float) -> None:
+        """rows: by part, as the adapter would have them."""
         super().__init__()
-        d_in, d_out = base.in_features, base.out_features
+        (lora_rank, d_in), (_, d_out) = rows["A"].shape, rows["B"].shape
         self.base, self.scale = base, scale
-        self.A = nn.Linear(d_in, len(rows), bias=False)
-        self.B = nn.Linear(len(rows), d_out, bias=False)
-        self.E = nn.Parameter(rows[:, d_in].clone()) if singular else None
+        self.A = nn.Linear(d_in, lora_rank, bias=False)
+        self.B = nn.Linear(lora_rank, d_out, bias=False)
+        self.E = nn.Parameter(rows["E"][:, 0].clone()) if "E" in rows else None
         with torch.no_grad():
-            self.A.weight.copy_(rows[:, :d_in])
-            self.B.weight.copy_(rows[:, -d_out:].T)
+            self.A.weight.copy_(rows["A"])
+            self.B.weight.copy_(rows["B"].T)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.A(x)
@@ -191,23 +200,22 @@ class PlainLowRank(nn.Module):
             hidden = hidden * self.E
         return self.base(x) + self.scale * self.B(hidden)
 
-    def rows(self) -> Tensor:
-        e = [] if self.E is None else [self.E[:, None]]
-        return torch.cat([self.A.weight, *e, self.B.weight.T], dim=1).detach()
+    def rows(self) -> Tensors:
+        e = {} if self.E is None else {"E": self.E[:, None].detach()}
+        return {"A": self.A.weight.detach(), **e, "B": self.B.weight.T.detach()}
 
 
 def plain_client(
-    job: Job, rows: Rows, head: Mapping[str, Tensor], round_index: int, client_id: int
-) -> tuple[nn.Module, Rows, dict[str, Tensor], float]:
+    job: Job, parts: Parts, head: Mapping[str, Tensor], round_index: int, client_id: int
+) -> tuple[nn.Module, Parts, Tensors, float]:
     """One client's local training without a line of fedara_core but its batches."""
     model = fresh_model(job).requires_grad_(False)
-    singular = job.config.method.name == "fedara"
     scale = job.config.adapter.lora_alpha / job.config.adapter.lora_rank
     wrapped = {}
-    for name, values in rows.items():
+    for name in parts["A"]:
         parent, _, child = name.rpartition(".")
         base = model.get_submodule(name)
-        wrapped[name] = PlainLowRank(base, values, scale, singular=singular)
+        wrapped[name] = PlainLowRank(base, {part: parts[part][name] for part in parts}, scale)
         setattr(model.get_submodule(parent), child, wrapped[name])
     for name in HEAD:
         with torch.no_grad():
@@ -227,14 +235,17 @@ def plain_client(
         optimizer.step()
         losses.append(loss.item())
     new_rows = {name: module.rows() for name, module in wrapped.items()}
+    new_parts = {part: {name: rows[part] for name, rows in new_rows.items()} for part in parts}
     new_head = {name: model.get_parameter(name).detach().clone() for name in HEAD}
-    return model, new_rows, new_head, sum(losses) / len(losses)
+    return model, new_parts, new_head, sum(losses) / len(losses)
 
 
-def assert_state(state: ServerState, rows: Rows, head: Mapping[str, Tensor]) -> None:
-    assert state.rows.keys() == rows.keys()
-    for name, values in rows.items():
-        torch.testing.assert_close(state.rows[name], values, rtol=0, atol=1e-6)
+def assert_state(state: ServerState, parts: Parts, head: Mapping[str, Tensor]) -> None:
+    assert state.parts.keys() == parts.keys()
+    for part, tensors in parts.items():
+        assert state.parts[part].keys() == tensors.keys()
+        for name, rows in tensors.items():
+            torch.testing.assert_close(state.parts[part][name], rows, rtol=0, atol=1e-6)
     for name in HEAD:
         torch.testing.assert_close(state.whole[name], head[name], rtol=0, atol=1e-6)
 
@@ -246,13 +257,15 @@ def test_one_client_is_plain_fine_tuning() -> None:
         *("train.local_steps=6", "train.lr=1e-2"),
     )
     plain = fresh_model(job)
-    rows: Rows = job.state.rows
+    parts: Parts = job.state.parts
     head: Mapping[str, Tensor] = {name: plain.get_parameter(name).detach() for name in HEAD}
     for played in play_rounds(job):
-        model, rows, head, loss = plain_client(job, rows, head, played.before.round_index, 0)
-        assert_state(played.after, rows, head)
+        model, parts, head, loss = plain_client(job, parts, head, played.before.round_index, 0)
+        assert_state(played.after, parts, head)
         assert played.row["train_loss"] == pytest.approx(loss, abs=1e-6)
-    assert not torch.allclose(rows[next(iter(rows))], job.state.rows[next(iter(rows))], atol=1e-3)
+    first = next(iter(job.state.adapter.shapes))
+    moved = played.after.parts["B"][first] - job.state.parts["B"][first]
+    assert moved.abs().max() > 1e-3
     model.eval()
     with torch.no_grad():
         batch = job.evaluated.batch(torch.arange(len(job.evaluated)), job.device)
@@ -266,12 +279,13 @@ def test_fedara_without_pruning_is_svd_fedavg() -> None:
         *("method.rank_allocation=false", "method.module_pruning=false", "model.dropout=0.0"),
         *("federation.cohort=3", "federation.num_rounds=2", "train.lr=1e-2"),
     )
-    rows: Rows = job.state.rows
-    for name, (d_out, d_in) in adapter_shapes(job.model).items():
-        assert rows[name].shape == (4, d_in + 1 + d_out)
-        assert not rows[name][:, d_in].any()  # E = 0
-        assert rows[name][:, :d_in].std() == pytest.approx(0.1, rel=0.3)
-        assert rows[name][:, d_in + 1 :].std() == pytest.approx(0.1, rel=0.3)
+    parts: Parts = job.state.parts
+    for name, (d_out, d_in) in job.model.shapes.items():
+        a, e, b = (parts[part][name] for part in "AEB")
+        assert (a.shape, e.shape, b.shape) == ((4, d_in), (4, 1), (4, d_out))
+        assert not e.any()
+        assert a.std() == pytest.approx(0.1, rel=0.3)
+        assert b.std() == pytest.approx(0.1, rel=0.3)
     head: Mapping[str, Tensor] = job.state.whole
     for played in play_rounds(job):
         cohort = played.row["cohort"]
@@ -279,22 +293,16 @@ def test_fedara_without_pruning_is_svd_fedavg() -> None:
         num_examples = [len(job.shards[client_id]) for client_id in cohort]
         shares = [n / sum(num_examples) for n in num_examples]
         round_index = played.before.round_index
-        clients = [plain_client(job, rows, head, round_index, k)[1:3] for k in cohort]
-        rows = {
-            name: sum(p * client[0][name] for p, client in zip(shares, clients, strict=True))
-            for name in rows
+        clients = [plain_client(job, parts, head, round_index, k)[1:3] for k in cohort]
+        both = list(zip(shares, clients, strict=True))
+        parts = {
+            part: {name: sum(p * client[0][part][name] for p, client in both) for name in own}
+            for part, own in parts.items()
         }
-        head = {
-            name: sum(p * client[1][name] for p, client in zip(shares, clients, strict=True))
-            for name in HEAD
-        }
-        assert_state(played.after, rows, head)
+        head = {name: sum(p * client[1][name] for p, client in both) for name in HEAD}
+        assert_state(played.after, parts, head)
         assert played.row["live_triplets"] == 48
-    assert all((values[:, d_in] != 0).all() for values, d_in in _with_d_in(job, rows))
-
-
-def _with_d_in(job: Job, rows: Rows) -> Sequence[tuple[Tensor, int]]:
-    return [(rows[name], d_in) for name, (_, d_in) in adapter_shapes(job.model).items()]
+    assert all((e != 0).all() for e in parts["E"].values())
 
 
 # ---- reductions and continuity ----
@@ -314,32 +322,33 @@ def test_dropping_triplets_does_not_move_the_function() -> None:
     state = play_rounds(job, num_rounds=3)[-1].after
     cohort = draw_cohort(job, state.round_index)
     uploads = [train_one_client(job, state, client_id) for client_id in cohort]
-    after = job.method.aggregate(state, uploads)
-    dropped = {name: state.rank_masks[name] & ~after.rank_masks[name] for name in state.rows}
-    assert sum(int(mask.sum()) for mask in dropped.values()) > 5
+    after = job.method.aggregate(state, received(job.method, state, uploads))
+    kept = bits_of_masks(after.rank_masks, state.rank_masks)
+    assert int((~kept).sum()) > 5
 
-    whole = replace(job.method, rank_allocation=False).aggregate(state, uploads)
-    zeroed = {name: values.clone() for name, values in whole.rows.items()}
-    for name, (_, d_in) in adapter_shapes(job.model).items():
-        zeroed[name][~after.rank_masks[name], d_in] = 0
-    full_size = {name: torch.ones_like(mask) for name, mask in state.rank_masks.items()}
+    all_live = replace(job.method, rank_allocation=False)
+    whole = all_live.aggregate(state, received(all_live, state, uploads))
+    assert whole.index == state.index
+    zeroed = whole.vector.clone()
+    zeroed[whole.index.runs["E"]][~kept] = 0
     form = LowRank(scale=1.0, singular=True)
     batch = first_batch(job)
-    job.model.eval()
+    module = job.model.module.eval()
 
-    def logits(rows: Rows, rank_masks: Mapping[str, Tensor]) -> Tensor:
-        write_rows(job.model, rows, dict(rank_masks), form)
-        write_whole(job.model, after.whole)
+    def logits(vector: Tensor, index: Index) -> Tensor:
+        job.model.load(vector, index, form)
         with torch.no_grad():
-            return job.model(batch["input_ids"], batch["attention_mask"])
+            return module(batch["input_ids"], batch["attention_mask"])
 
-    expected = logits(zeroed, full_size)
+    expected = logits(zeroed, whole.index)
     job.method.download(job.model, after, None)
     with torch.no_grad():
-        evaluated = job.model(batch["input_ids"], batch["attention_mask"])
+        evaluated = module(batch["input_ids"], batch["attention_mask"])
     torch.testing.assert_close(evaluated, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(logits(whole.rows, after.rank_masks), expected, rtol=0, atol=1e-6)
-    assert (logits(whole.rows, full_size) - expected).abs().max() > 1e-5  # they did something
+    pruned = relaid(whole, form, after.rank_masks)
+    torch.testing.assert_close(logits(pruned.vector, pruned.index), expected, rtol=0, atol=1e-6)
+    change = logits(whole.vector, whole.index) - expected
+    assert change.abs().max() > 1e-5  # they did something
 
 
 # ---- SLoRA's two stages ----
@@ -370,7 +379,7 @@ def test_stage_1_takes_a_round_and_leaves_one(
     job = make_tiny_job(
         *SLORA, f"method.stage1_fraction={fraction}", f"federation.num_rounds={num_rounds}"
     )
-    assert sum(len(rows) for rows in job.state.rows.values()) == 12
+    assert job.state.num_live == 12
     (played,) = play_rounds(job, num_rounds=1)
     assert played.after.round_index == first_pairs
     assert played.row["live_triplets"] == 48
@@ -380,20 +389,19 @@ def test_the_switch_starts_from_the_best_low_rank_approximation() -> None:
     job = make_tiny_job(*SLORA)
     state = play_rounds(job, num_rounds=2)[-1].after
     uploads = [train_one_client(job, state, k) for k in draw_cohort(job, 2)]
-    after = job.method.aggregate(state, uploads)
+    after = job.method.aggregate(state, received(job.method, state, uploads))
     num_examples = np.array([upload.num_examples for upload in uploads], dtype=float)
     stacked = np.stack([upload.values.numpy().astype(float) for upload in uploads])
     mean = num_examples @ stacked / num_examples.sum()
     start = 0
-    for name, (d_out, d_in) in adapter_shapes(job.model).items():
+    for name, (d_out, d_in) in job.model.shapes.items():
         index = weight_mask(0, 0.05, name, (d_out, d_in)).numpy()
         delta = np.zeros(d_out * d_in)
         delta[index] = mean[start : start + len(index)]
         start += len(index)
         u, s, vt = np.linalg.svd(delta.reshape(d_out, d_in))
         best = u[:, :4] @ np.diag(s[:4]) @ vt[:4]
-        rows = after.rows[name].double().numpy()
-        a, b = rows[:, :d_in], rows[:, d_in:].T
+        a, b = pair(after.parts, name)
         assert s[3] > 1e-3
         np.testing.assert_allclose(2.0 * b @ a, best, atol=1e-6)
         # S is shared evenly: neither factor is left with all of it.
@@ -423,7 +431,7 @@ def test_stage_1_changes_masked_weights_only() -> None:
     state = play_rounds(job, num_rounds=1)[-1].after
     assert isinstance(job.method.form(state), Sparse)
     job.method.download(job.model, state, None)
-    for name, adapter in named_adapters(job.model):
+    for name, adapter in job.model.adapters.items():
         d_out, d_in = adapter.shape
         with torch.no_grad():  # the rows of the identity give the columns of the weight
             weight = (adapter(torch.eye(d_in)) - adapter.base.bias).T
@@ -432,9 +440,9 @@ def test_stage_1_changes_masked_weights_only() -> None:
         assert set(changed.tolist()) <= set(index.tolist())
         assert len(changed) > 0.9 * len(index)
         difference = (weight - adapter.base.weight).reshape(-1)[index]
-        torch.testing.assert_close(difference, state.rows[name][0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(difference, state.parts["delta"][name][0], rtol=0, atol=1e-6)
 
 
 def test_a_single_round_has_no_stage_1() -> None:
     job = make_tiny_job(*SLORA, "method.stage1_fraction=0.9", "federation.num_rounds=1")
-    assert sum(len(rows) for rows in job.state.rows.values()) == 48
+    assert job.state.num_live == 48

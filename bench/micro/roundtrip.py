@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bench.config.load import parse_run
 from bench.metering.meter import Measured, Meter
-from fedara_core.schema import PHASES
 from bench.micro.bare import average, average_messages, bare_allgather
 from bench.micro.record import names, numbers, quantiles, record_rows, slowest
 from bench.run.clients import place
@@ -33,6 +32,7 @@ from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.merge.cost import PATHS
 from fedara_core.method import load_method, method_names
+from fedara_core.schema import PHASES
 
 BENCHMARK = "micro-roundtrip"
 NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats

@@ -16,7 +16,6 @@ from typing import Any
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
 from bench.metering.meter import Measured, Meter
-from fedara_core.schema import PHASES
 from bench.micro.record import quantiles, record_rows, slowest
 from bench.run.job import prepare
 from bench.run.rounds import advance
@@ -24,6 +23,7 @@ from bench.run.runner import set_threads
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
+from fedara_core.schema import PHASES
 
 BENCHMARK = "micro-scaling"
 _WARM_UP = 1

@@ -54,8 +54,9 @@ def advance(
         received = exchange.result()
     with meter.phase("aggregate"):
         check_received(received, arrivals.arrived, state.round_index)
-        next_state = replace(state, round_index=state.round_index + 1)  # where nobody arrives
-        if received is not None:
+        if received is None:  # nobody arrives
+            next_state = job.method.skip(state)
+        else:
             next_state = job.method.aggregate(sent, received)
         if residual is not None and next_state.index == state.index:
             next_state = replace(next_state, extra={**next_state.extra, RESIDUAL: residual})

@@ -131,8 +131,7 @@ class MaskedAveraging:
         )
 
     def result(self) -> Received | None:
-        assert self._sum is not None
-        if not self._sum.headers:
+        if self._sum is None or not self._sum.headers:  # no chunk of clients, or an empty one
             return None
         mean = torch.zeros(self._index.num_sent)
         mean[self._sum.union.repeat_interleave(self._index.row_widths)] = self._sum.values

@@ -22,9 +22,10 @@ from bench.run.checkpoint import (
     write_atomically,
 )
 from bench.run.record import append_row
-from fedara_core.adapters import AdapterConfig
+from fedara_core.adapters import AdapterSpec, LowRank
 from fedara_core.errors import InputError
-from fedara_core.method import ServerState
+from fedara_core.state import ServerState, with_parts
+from fedara_core.values import EMPTY
 from support.launch import TINY, Finished, digests_in, fedara_here, launch
 
 pytestmark = pytest.mark.xdist_group("jobs")
@@ -36,22 +37,28 @@ CONFIG = (
 )
 
 
-def state(round_index: int, fill: float = 1.0) -> ServerState:
-    adapter = AdapterConfig(
+def state(round_index: int, fill: float = 1.0, num_live: int = 1) -> ServerState:
+    adapter = AdapterSpec(
         lora_rank=2, lora_alpha=2.0, client_lora_ranks=(2, 2), shapes={"layer": (3, 4)}
     )
-    return ServerState(
+    empty = ServerState(
         adapter=adapter,
         seed=0,
         num_rounds=5,
-        rows={"layer": torch.full((2, 8), fill)},
-        rank_masks={"layer": torch.tensor([True, False])},
-        whole={"head.weight": torch.arange(6.0).reshape(2, 3)},
+        vector=torch.zeros(0),
+        index=EMPTY,
+        rank_masks={"layer": torch.tensor([i < num_live for i in range(2)])},
         fixed={"delta": {"layer": torch.full((3, 4), fill)}},
         extra={"history": torch.tensor([round_index])},
         last_round=torch.tensor([-1, round_index - 1]),
         round_index=round_index,
     )
+    parts = {
+        "A": {"layer": torch.full((num_live, 4), fill)},
+        "B": {"layer": torch.full((num_live, 3), fill)},
+    }
+    whole = {"head.weight": torch.arange(6.0).reshape(2, 3)}
+    return with_parts(empty, LowRank(scale=1.0, frozen=("A",)), parts, whole)
 
 
 def test_write_atomically_leaves_no_part(tmp_path: Path) -> None:
@@ -84,8 +91,10 @@ def test_a_checkpoint_gives_back_the_same_bits(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, state(1), {}, OWN)
     save_checkpoint(tmp_path, state(3, fill=0.1), {7: {"layer": torch.ones(2, 3)}}, OWN)
     assert {path.name for path in tmp_path.iterdir()} == {FILE, PREVIOUS}
-    found, kept = restore(state(0), newest(tmp_path).data, OWN)
+    before = state(0, num_live=2)  # since then a triplet has died
+    found, kept = restore(before, newest(tmp_path).data, OWN)
     assert found.round_index == 3
+    assert found.index == state(3).index != before.index
     assert list(kept) == [7]
     assert torch.equal(kept[7]["layer"], torch.ones(2, 3))
     assert found.digest() == state(3, fill=0.1).digest() != state(0).digest()
@@ -157,7 +166,7 @@ def test_an_older_version_s_checkpoint_is_refused(
 ) -> None:
     tensors: dict[str, Tensor] = {"rows/layer": torch.ones(2)}
     (tmp_path / FILE).write_bytes(save(tensors, metadata=metadata))
-    with pytest.raises(InputError, match="has format None; allowed: 1"):
+    with pytest.raises(InputError, match="has format None; allowed: 2"):
         find_checkpoint(tmp_path)
 
 

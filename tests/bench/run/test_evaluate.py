@@ -7,7 +7,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.run.evaluate import Evaluation, Judge
+from bench.run.evaluate import Evaluation, Evaluator
+from fedara_core.adapters import AdaptedModel
 from fedara_core.comm.base import Communicator
 from fedara_core.train import Encoded
 from support.rounds import make_tiny_job
@@ -41,13 +42,13 @@ def scripted(num_examples: int, num_classes: int) -> tuple[Script, Encoded]:
 
 
 def run(
-    model: nn.Module,
+    model: AdaptedModel,
     data: Encoded,
     communicator: Communicator | None = None,
     index: Tensor | None = None,
     num_classes: int = 5,
 ) -> Evaluation:
-    judge = Judge(
+    evaluator = Evaluator(
         model=model,
         data=data,
         label_counts=np.ones((1, num_classes), dtype=np.int64),
@@ -56,7 +57,7 @@ def run(
         device=torch.device("cpu"),
         communicator=communicator or Communicator(),
     )
-    return judge.shared_model(torch.arange(len(data)) if index is None else index)
+    return evaluator.shared_model(torch.arange(len(data)) if index is None else index)
 
 
 def test_metrics_equal_scikit_learn() -> None:
@@ -64,7 +65,7 @@ def test_metrics_equal_scikit_learn() -> None:
     model, data = scripted(60, 5)
     model.logits[:, 3] = -9.0
     data.labels[data.labels == 3] = 2
-    result = run(model, data)
+    result = run(AdaptedModel(model), data)
     labels, predicted = data.labels.numpy(), model.logits.argmax(dim=1).numpy()
     assert set(predicted) == {0, 1, 2, 4}
     assert set(labels) == {0, 1, 2}
@@ -92,7 +93,7 @@ def test_metrics_by_hand() -> None:
 def test_only_the_examples_asked_for_count() -> None:
     model, data = scripted(60, 5)
     index = torch.tensor([5, 59, 0, 17])
-    result = run(model, data, index=index)
+    result = run(AdaptedModel(model), data, index=index)
     assert result.num_examples == 4
     right = (model.logits[index].argmax(dim=1) == data.labels[index]).double().mean()
     assert result.accuracy == float(right)
@@ -161,11 +162,12 @@ def test_shards_equal_one_process(world_size: int) -> None:
 def test_dropout_is_off_and_nothing_gets_a_gradient() -> None:
     job = make_tiny_job("method.name=lora", "model.dropout=0.5")
     job.method.download(job.model, job.state, None)
-    job.model.train()
+    job.model.module.train()
     first = run(job.model, job.evaluated, num_classes=4)
-    job.model.train()
+    job.model.module.train()
     assert run(job.model, job.evaluated, num_classes=4).loss == first.loss
-    assert all(p.grad is None for p in job.model.parameters())
+    assert job.model.gradient.numel()
+    assert not any(p.grad is not None and p.grad.any() for p in job.model.module.parameters())
 
 
 def test_no_client_keys_when_no_client_has_an_evaluated_class() -> None:
@@ -197,8 +199,8 @@ def client_models(
     ids = torch.zeros(num_examples, 2, dtype=torch.int32)
     data = Encoded(input_ids=ids, lengths=torch.full((num_examples,), 2), labels=labels)
     model = Chosen()
-    judge = Judge(
-        model=model,
+    evaluator = Evaluator(
+        model=AdaptedModel(model),
         data=data,
         label_counts=np.array(label_counts),
         batch_size=5,
@@ -207,10 +209,10 @@ def client_models(
         communicator=communicator,
     )
 
-    def become(client_id: int) -> None:
+    def load_client(client_id: int) -> None:
         model.answer = client_id % 3
 
-    return judge.client_models(torch.arange(num_examples), mine, become, seed=0)
+    return evaluator.client_models(torch.arange(num_examples), mine, load_client, seed=0)
 
 
 def test_each_client_is_judged_with_its_own_model() -> None:

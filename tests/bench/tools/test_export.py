@@ -15,7 +15,7 @@ from bench.models.encoders import build_model
 from bench.run.checkpoint import save_checkpoint
 from bench.run.resume import identity
 from bench.tools.export import export, load_trained, lora_pairs
-from fedara_core.adapters import Adapter, named_adapters
+from fedara_core.adapters import Adapter
 from fedara_core.errors import InputError
 from fedara_core.method import load_method, method_names
 from support.rounds import make_tiny_job, play_rounds
@@ -41,7 +41,7 @@ def finished_run(folder: Path, *overrides: str) -> Path:
         "dataset_digest": job.dataset_digest,
     }
     (folder / "run.json").write_text(json.dumps(run))
-    save_checkpoint(folder, last, job.kept, identity(config, job.dataset_digest, {}))
+    save_checkpoint(folder, last, job.client_state, identity(config, job.dataset_digest, {}))
     return folder
 
 
@@ -104,7 +104,7 @@ def test_an_exported_run_has_the_same_logits(
     trained = load_trained(run_dir, chosen)
     with torch.no_grad():
         expected = trained.model(**tokens())
-    if not all(is_linear(adapter) for _, adapter in named_adapters(trained.model)):
+    if not all(is_linear(adapter) for adapter in trained.adapted.adapters.values()):
         with pytest.raises(InputError, match="is no linear layer after training"):
             export(run_dir, tmp_path / "out", chosen)
         assert not (tmp_path / "out").exists()
@@ -139,7 +139,7 @@ def test_a_pruned_run_has_a_rank_pattern(tmp_path: Path) -> None:
     assert config["rank_pattern"]
     for name, n in config["rank_pattern"].items():
         assert config["alpha_pattern"][name] / n == trained.state.adapter.scale
-    assert set(lora_pairs(trained.model)) == {f"encoder.{name}" for name, n in live.items() if n}
+    assert set(lora_pairs(trained.adapted)) == {f"encoder.{name}" for name, n in live.items() if n}
 
 
 def test_a_model_of_ours_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.run.clients import draw_cohort
-from fedara_core.adapters import read_rows
 from fedara_core.methods.fedsvd import refactor
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from support.pairs import model_parts, update
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 # Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
 TARGETS = "adapter.targets=['query', 'intermediate.dense']"
@@ -19,11 +19,6 @@ NUM_A = 4 * (2 * 32 + 2 * 32)
 NUM_B = 4 * (2 * 32 + 2 * 64)
 NUM_HEAD = 4 * 32 + 4
 FEDSVD = ("method.name=fedsvd", TARGETS, "adapter.lora_alpha=8.0", "train.local_steps=2")
-
-
-def update(rows: Tensor, d_in: int, scale: float = 2.0) -> Tensor:
-    """scale B A (d_out, d_in) of LoRA rows, in float64."""
-    return scale * rows[:, d_in:].double().T @ rows[:, :d_in].double()
 
 
 def assert_orthonormal(a: Tensor) -> None:
@@ -38,28 +33,29 @@ def test_refactored_rows_by_hand() -> None:
     mix, unmix = torch.tensor([[2.0, 1.0], [1.0, 1.0]]), torch.tensor([[1.0, -1.0], [-1.0, 2.0]])
     a = mix @ torch.stack([v, z])
     b = torch.stack([6 * u, 2 * w], dim=1) @ unmix
-    new = refactor(torch.cat([a, b.T], dim=1), (3, 2))
-    new = new * torch.stack([new[0, 1].sign(), new[1, 0].sign()])[:, None]
-    expected = torch.stack([torch.cat([v, 6 * u]), torch.cat([z, 2 * w])])
-    torch.testing.assert_close(new, expected, rtol=0, atol=1e-6)
+    bt = b.T.contiguous()
+    refactor(a, bt)
+    signs = torch.stack([a[0, 1].sign(), a[1, 0].sign()])[:, None]
+    torch.testing.assert_close(signs * a, torch.stack([v, z]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(signs * bt, torch.stack([6 * u, 2 * w]), rtol=0, atol=1e-6)
 
 
 def test_a_is_orthonormal_from_the_start_and_spans_the_same_rows() -> None:
     job = make_tiny_job(*FEDSVD)
     lora = make_tiny_job(*FEDSVD, "method.name=lora")
     rounds = play_rounds(job, num_rounds=3)
-    for name, (_, d_in) in job.state.adapter.shapes.items():
-        start = job.state.rows[name]
-        assert not start[:, d_in:].any()
+    for name in job.state.adapter.shapes:
+        start = job.state.parts["A"][name]
+        assert not job.state.parts["B"][name].any()
         states = [rounds[0].before, *(played.after for played in rounds)]
         for state in states:
-            assert_orthonormal(state.rows[name][:, :d_in])
+            assert_orthonormal(state.parts["A"][name])
         for before, after in pairwise(states):
-            turned = before.rows[name][:, :d_in] @ after.rows[name][:, :d_in].T
+            turned = before.parts["A"][name] @ after.parts["A"][name].T
             assert_orthonormal(turned)  # (r, r): a rotation within the same row space
             assert (turned.abs() - torch.eye(4)).abs().max() > 1e-2
-        drawn = lora.state.rows[name][:, :d_in]
-        inside = drawn @ start[:, :d_in].T @ start[:, :d_in]
+        drawn = lora.state.parts["A"][name]
+        inside = drawn @ start.T @ start
         torch.testing.assert_close(inside, drawn, rtol=0, atol=1e-6)
 
 
@@ -70,21 +66,21 @@ def test_the_server_gets_the_mean_update() -> None:
     uploads, models = [], []
     for client_id in draw_cohort(job, state.round_index):
         uploads.append(train_one_client(job, state, client_id))
-        models.append(read_rows(job.model))
+        models.append(model_parts(job.model))
     num_examples = [upload.num_examples for upload in uploads]
     assert len(set(num_examples)) > 1
-    after = job.method.aggregate(state, uploads)
-    for name, (_, d_in) in job.state.adapter.shapes.items():
+    after = job.method.aggregate(state, received(job.method, state, uploads))
+    for name in job.state.adapter.shapes:
         mean = sum(
-            n / sum(num_examples) * update(rows[name], d_in)
-            for n, rows in zip(num_examples, models, strict=True)
+            n / sum(num_examples) * update(parts, name, 2.0)
+            for n, parts in zip(num_examples, models, strict=True)
         )
-        ours = update(after.rows[name], d_in)
-        assert (ours - update(state.rows[name], d_in)).abs().max() > 1e-2
+        ours = update(after.parts, name, 2.0)
+        assert (ours - update(state.parts, name, 2.0)).abs().max() > 1e-2
         torch.testing.assert_close(ours, mean, rtol=0, atol=1e-5)
         # The scale stays outside: S is that of B A, and all of it is in B.
         s = np.linalg.svd(mean.numpy() / 2.0, compute_uv=False)
-        b = after.rows[name][:, d_in:].double().numpy()  # (r, d_out)
+        b = after.parts["B"][name].double().numpy()  # (r, d_out)
         np.testing.assert_allclose(b @ b.T, np.diag(s[:4] ** 2), atol=1e-5)
 
 
@@ -94,21 +90,23 @@ def test_sgd_can_not_tell_it_from_a_fixed_a(optimizer: str, lr: float) -> None:
     common = (*FEDSVD, f"train.optimizer={optimizer}", f"train.lr={lr}", "evaluate.every=9")
     ours, theirs = make_tiny_job(*common), make_tiny_job(*common, "method.name=ffa_lora")
     turned = play_rounds(ours)[-1].after
-    fixed = play_rounds(theirs, replace(theirs.state, rows=ours.state.rows))[-1].after
-    for name, (_, d_in) in ours.state.adapter.shapes.items():
-        expected = update(fixed.rows[name], d_in)
-        gap = (update(turned.rows[name], d_in) - expected).norm() / expected.norm()
+    assert ours.state.index == theirs.state.index
+    fixed = play_rounds(theirs, replace(theirs.state, vector=ours.state.vector))[-1].after
+    for name in ours.state.adapter.shapes:
+        expected = update(fixed.parts, name, 2.0)
+        gap = (update(turned.parts, name, 2.0) - expected).norm() / expected.norm()
         assert gap < 1e-4 if optimizer == "sgd" else gap > 1e-2
-        assert (turned.rows[name] - fixed.rows[name])[:, :d_in].abs().max() > 0.1
+        assert (turned.parts["A"][name] - fixed.parts["A"][name]).abs().max() > 0.1
 
 
 def test_without_an_update_a_stays_orthonormal() -> None:
     """A mean B of zero, or of rank one, leaves no direction undefined."""
-    a = torch.eye(3)[:2]
     for b in (torch.zeros(4, 2), torch.ones(4, 2)):
-        new = refactor(torch.cat([a, b.T], dim=1), (4, 3))
-        assert_orthonormal(new[:, :3])
-        torch.testing.assert_close(new[:, 3:].T @ new[:, :3], b @ a, rtol=0, atol=1e-6)
+        a, bt = torch.eye(3)[:2], b.T.contiguous()
+        expected = b @ a
+        refactor(a, bt)
+        assert_orthonormal(a)
+        torch.testing.assert_close(bt.T @ a, expected, rtol=0, atol=1e-6)
 
 
 def test_b_goes_up_and_both_come_down() -> None:

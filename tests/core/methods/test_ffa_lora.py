@@ -4,25 +4,20 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench.run.clients import draw_cohort
-from fedara_core.adapters import named_adapters, read_rows
 from fedara_core.errors import InputError
-from fedara_core.factors import lora_rows
+from fedara_core.factors import lora_parts
 from fedara_core.method import load_method
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from fedara_core.state import relaid
+from support.pairs import model_parts, update
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 # Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
 TARGETS = "adapter.targets=['query', 'intermediate.dense']"
 NUM_B = 4 * (2 * 32 + 2 * 64)
 NUM_HEAD = 4 * 32 + 4
 FFA = ("method.name=ffa_lora", TARGETS, "adapter.lora_alpha=8.0", "train.local_steps=2")
-
-
-def update(rows: Tensor, d_in: int, scale: float = 2.0) -> Tensor:
-    """scale B A (d_out, d_in) of LoRA rows, in float64."""
-    return scale * rows[:, d_in:].double().T @ rows[:, :d_in].double()
 
 
 @pytest.mark.parametrize(("name", "exact"), [("ffa_lora", True), ("lora", False)])
@@ -33,32 +28,32 @@ def test_the_server_gets_the_mean_update(name: str, exact: bool) -> None:
     uploads, models = [], []
     for client_id in draw_cohort(job, state.round_index):
         uploads.append(train_one_client(job, state, client_id))
-        models.append(read_rows(job.model))
+        models.append(model_parts(job.model))
     num_examples = [upload.num_examples for upload in uploads]
     assert len(set(num_examples)) > 1
-    after = job.method.aggregate(state, uploads)
+    after = job.method.aggregate(state, received(job.method, state, uploads))
     errors = []
-    for adapter, (_, d_in) in job.state.adapter.shapes.items():
+    for adapter in job.state.adapter.shapes:
         mean = sum(
-            n / sum(num_examples) * update(rows[adapter], d_in)
-            for n, rows in zip(num_examples, models, strict=True)
+            n / sum(num_examples) * update(parts, adapter, 2.0)
+            for n, parts in zip(num_examples, models, strict=True)
         )
-        moved = update(after.rows[adapter], d_in) - update(state.rows[adapter], d_in)
-        assert moved.abs().max() > 1e-2
-        errors.append(float((update(after.rows[adapter], d_in) - mean).abs().max()))
+        ours = update(after.parts, adapter, 2.0)
+        assert (ours - update(state.parts, adapter, 2.0)).abs().max() > 1e-2
+        errors.append(float((ours - mean).abs().max()))
     assert (max(errors) < 1e-5) == exact, errors
 
 
 def test_a_is_the_seeds_draw_for_good() -> None:
     job = make_tiny_job(*FFA)
-    drawn = lora_rows(job.state.adapter, seed=0)
+    drawn = lora_parts(job.state.adapter, seed=0)["A"]
     rounds = play_rounds(job, num_rounds=3)
-    for name, (_, d_in) in job.state.adapter.shapes.items():
-        assert not rounds[0].before.rows[name][:, d_in:].any()
+    for name in job.state.adapter.shapes:
+        assert not rounds[0].before.parts["B"][name].any()
         for played in rounds:
-            assert torch.equal(played.after.rows[name][:, :d_in], drawn[name][:, :d_in])
-            assert played.after.rows[name][:, d_in:].any()
-    for _, adapter in named_adapters(job.model):
+            assert torch.equal(played.after.parts["A"][name], drawn[name])
+            assert played.after.parts["B"][name].any()
+    for adapter in job.model.adapters.values():
         assert not adapter.parts["A"].requires_grad
         assert adapter.parts["B"].requires_grad
 
@@ -72,9 +67,13 @@ def test_it_is_lora_whose_a_does_not_move() -> None:
             return 0.0 if part == "A" else 1.0
 
     common = ("train.max_grad_norm=1e9", "train.weight_decay=0.1", "federation.num_rounds=3")
-    ours = play_rounds(make_tiny_job(*FFA, *common))
+    job = make_tiny_job(*FFA, *common)
+    ours = play_rounds(job)
     theirs = play_rounds(replace(make_tiny_job(*FFA, *common, "method.name=lora"), method=StillA()))
-    assert [r.row["state_digest"] for r in ours] == [r.row["state_digest"] for r in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.row["train_loss"] == other.row["train_loss"]
+        after = relaid(other.after, job.method.form(job.state))  # A rests, and so lies elsewhere
+        assert after.digest() == one.row["state_digest"]
 
 
 def test_only_b_and_the_head_travel() -> None:
@@ -90,7 +89,8 @@ def test_only_b_and_the_head_travel() -> None:
 
 def test_a_frozen_head_neither_trains_nor_travels() -> None:
     job = make_tiny_job(*FFA, "method.freeze_head=true")
-    head = {n: p.clone() for n, p in job.model.named_parameters() if n.startswith("classifier")}
+    module = job.model.module
+    head = {n: p.clone() for n, p in module.named_parameters() if n.startswith("classifier")}
     assert len(head) == 2
     rounds = play_rounds(job, num_rounds=2)
     for played in rounds:
@@ -98,9 +98,9 @@ def test_a_frozen_head_neither_trains_nor_travels() -> None:
         assert played.row["uplink_bytes"] == 5 * (24 + 4 * NUM_B)
         assert played.row["downlink_bytes"] == 5 * (24 + 4 * NUM_B)
     for name, before in head.items():
-        assert torch.equal(before, job.model.get_parameter(name))
-    for name, rows in rounds[-1].after.rows.items():
-        assert not torch.equal(rows, rounds[0].before.rows[name])
+        assert torch.equal(before, module.get_parameter(name))
+    for name, rows in rounds[-1].after.parts["B"].items():
+        assert not torch.equal(rows, rounds[0].before.parts["B"][name])
 
 
 def test_by_default_the_head_trains() -> None:

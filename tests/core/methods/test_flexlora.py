@@ -1,27 +1,22 @@
 """FlexLoRA: the server's truncated SVD against numpy on dense matrices, and what travels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.models.encoders import build_model
 from bench.run.clients import draw_cohort
-from fedara_core.adapters import (
-    AdapterConfig,
-    LowRank,
-    adapter_shapes,
-    inject,
-    named_adapters,
-    read_rows,
-)
-from fedara_core.method import Client, ServerState
+from fedara_core.adapters import AdapterSpec, LowRank, inject
+from fedara_core.merge.received import Received
+from fedara_core.method import Client
 from fedara_core.methods.flexlora import FlexLora
-from fedara_core.wire import Upload
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from fedara_core.state import ServerState
+from fedara_core.wire import Upload, make_upload
+from support.pairs import model_parts, pair, sent_pairs, with_random_rows
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 NUM_HEAD = 4 * 32 + 4
@@ -32,27 +27,23 @@ SHAPES = {"a": (3, 5), "b": (4, 4)}
 
 def small_state(client_lora_ranks: Sequence[int]) -> ServerState:
     """Adapters "a" (3 x 5) and "b" (4 x 4), two random triplets each, scale 3; a head of three."""
-    model = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(4, 4), "head": nn.Linear(2, 1)})
-    inject(model, ["a", "b"], ["head.weight", "head.bias"])
-    adapter = AdapterConfig.of(
-        model, lora_rank=2, lora_alpha=6.0, client_lora_ranks=client_lora_ranks
+    module = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(4, 4), "head": nn.Linear(2, 1)})
+    model = inject(module, ["a", "b"], ["head.weight", "head.bias"])
+    adapter = AdapterSpec(
+        lora_rank=2,
+        lora_alpha=6.0,
+        client_lora_ranks=tuple(client_lora_ranks),
+        shapes=model.shapes,
     )
-    state = FlexLora().init(model, adapter, seed=0, num_rounds=4)
-    generator = torch.Generator().manual_seed(5)
-    rows = {name: torch.randn(rows.shape, generator=generator) for name, rows in state.rows.items()}
-    return replace(state, rows=rows)
+    return with_random_rows(FlexLora().init(model, adapter, seed=0, num_rounds=4), seed=5)
 
 
 def small_upload(client_id: int, num_examples: int, client_lora_rank: int) -> Upload:
     values = torch.randn(
         client_lora_rank * (8 + 8) + 3, generator=torch.Generator().manual_seed(client_id)
     )
-    return Upload(
-        client_id=client_id,
-        num_examples=num_examples,
-        train_loss=0.0,
-        values=values,
-        bits=torch.zeros(0, dtype=torch.bool),
+    return make_upload(
+        client_id=client_id, num_examples=num_examples, train_loss=0.0, values=values
     )
 
 
@@ -66,12 +57,10 @@ def mean_of_products(
     total = sum(upload.num_examples for upload in uploads)
     dense = {name: np.zeros(shape) for name, shape in shapes.items()}
     for upload in uploads:
-        values, r = upload.values.double().numpy(), client_lora_ranks[upload.client_id]
-        for name, (d_out, d_in) in shapes.items():
-            rows, values = np.split(values, [r * (d_in + d_out)])
-            rows = rows.reshape(r, d_in + d_out)
-            share = upload.num_examples / total
-            dense[name] += share * scale * rows[:, d_in:].T @ rows[:, :d_in]
+        share = upload.num_examples / total
+        pairs = sent_pairs(upload.values, client_lora_ranks[upload.client_id], shapes)
+        for name, (a, b) in pairs.items():
+            dense[name] += share * scale * b @ a
     return dense
 
 
@@ -79,11 +68,6 @@ def best(dense: np.ndarray, lora_rank: int) -> np.ndarray:
     """The best approximation of that rank (Eckart-Young)."""
     u, s, vt = np.linalg.svd(dense)
     return (u[:, :lora_rank] * s[:lora_rank]) @ vt[:lora_rank]
-
-
-def pair(rows: Tensor, d_in: int) -> tuple[np.ndarray, np.ndarray]:
-    rows = rows.double().numpy()
-    return rows[:, :d_in], rows[:, d_in:].T
 
 
 # ---- the server's SVD ----
@@ -96,10 +80,10 @@ def test_aggregate_is_the_truncated_svd_of_the_dense_sum(
     """Non-square and square layers, unequal capacities; also more stacked rows than d_out."""
     state = small_state(client_lora_ranks)
     uploads = [small_upload(k, 1 + 2 * k, client_lora_ranks[k]) for k in range(3)]
-    after = FlexLora().aggregate(state, uploads)
+    after = FlexLora().aggregate(state, Received.of(uploads))
     dense = mean_of_products(uploads, client_lora_ranks, SHAPES, 3.0)
-    for name, (_, d_in) in SHAPES.items():
-        a, b = pair(after.rows[name], d_in)
+    for name in SHAPES:
+        a, b = pair(after.parts, name)
         np.testing.assert_allclose(3.0 * b @ a, best(dense[name], 2), atol=1e-5)
         assert np.abs(best(dense[name], 2) - dense[name]).max() > 0.01  # it did truncate
         assert after.rank_masks[name].all()
@@ -112,10 +96,10 @@ def test_all_of_s_is_on_one_side() -> None:
     """A has orthonormal rows and B the norms S / scale: not sqrt(S) on one side only."""
     ranks = (2, 2, 2)
     uploads = [small_upload(k, 1, 2) for k in range(3)]
-    after = FlexLora().aggregate(small_state(ranks), uploads)
+    after = FlexLora().aggregate(small_state(ranks), Received.of(uploads))
     dense = mean_of_products(uploads, ranks, SHAPES, 3.0)
-    for name, (_, d_in) in SHAPES.items():
-        a, b = pair(after.rows[name], d_in)
+    for name in SHAPES:
+        a, b = pair(after.parts, name)
         s = np.linalg.svd(dense[name], compute_uv=False)[:2]
         np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-6)
         np.testing.assert_allclose(3.0 * np.linalg.norm(b, axis=0), s, rtol=1e-5)
@@ -126,13 +110,13 @@ def test_triplets_that_the_sum_lacks_can_still_train() -> None:
     """One client with one triplet: the second keeps its A, and B = 0."""
     state = small_state([1])
     upload = small_upload(0, 2, 1)
-    after = FlexLora().aggregate(state, [upload])
+    after = FlexLora().aggregate(state, Received.of([upload]))
     dense = mean_of_products([upload], [1], SHAPES, 3.0)
-    for name, (_, d_in) in SHAPES.items():
-        a, b = pair(after.rows[name], d_in)
+    for name in SHAPES:
+        a, b = pair(after.parts, name)
         np.testing.assert_allclose(3.0 * b @ a, dense[name], atol=1e-5)
-        assert torch.equal(after.rows[name][1, :d_in], state.rows[name][1, :d_in])
-        assert not after.rows[name][1, d_in:].any()
+        assert torch.equal(after.parts["A"][name][1], state.parts["A"][name][1])
+        assert not after.parts["B"][name][1].any()
 
 
 def test_the_servers_model_is_that_truncation() -> None:
@@ -141,8 +125,8 @@ def test_the_servers_model_is_that_truncation() -> None:
     state = play_rounds(job, num_rounds=1)[-1].after
     cohort = draw_cohort(job, 1)
     uploads = [train_one_client(job, state, client_id) for client_id in cohort]
-    after = job.method.aggregate(state, uploads)
-    shapes = adapter_shapes(job.model)
+    after = job.method.aggregate(state, received(job.method, state, uploads))
+    shapes = job.model.shapes
     dense = mean_of_products(uploads, state.adapter.client_lora_ranks, shapes, 6.0 / 4)
     plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
     with torch.no_grad():
@@ -151,9 +135,9 @@ def test_the_servers_model_is_that_truncation() -> None:
         for name, tensor in after.whole.items():
             plain.get_parameter(name).copy_(tensor)
         job.method.download(job.model, after, None)
-        job.model.eval()
+        module = job.model.module.eval()
         batch = job.evaluated.batch(torch.arange(20), job.device)
-        ours, theirs = (m(batch["input_ids"], batch["attention_mask"]) for m in (job.model, plain))
+        ours, theirs = (m(batch["input_ids"], batch["attention_mask"]) for m in (module, plain))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -163,10 +147,9 @@ def test_one_client_is_lora_for_a_round() -> None:
     (ours,) = play_rounds(make_tiny_job(FLEXLORA, *common), num_rounds=1)
     (theirs,) = play_rounds(make_tiny_job("method.name=lora", *common), num_rounds=1)
     assert ours.before.digest() == theirs.before.digest()
-    for name, rows in theirs.after.rows.items():
-        _, d_in = ours.after.adapter.shapes[name]
-        a, b = pair(ours.after.rows[name], d_in)
-        their_a, their_b = pair(rows, d_in)
+    for name in ours.after.adapter.shapes:
+        a, b = pair(ours.after.parts, name)
+        their_a, their_b = pair(theirs.after.parts, name)
         assert np.abs(their_b @ their_a).max() > 1e-3
         np.testing.assert_allclose(b @ a, their_b @ their_a, atol=1e-6)
     assert all(torch.equal(ours.after.whole[k], theirs.after.whole[k]) for k in ours.after.whole)
@@ -182,15 +165,16 @@ def test_clients_get_the_first_triplets() -> None:
     assert sorted(state.adapter.client_lora_ranks) == [1] * 4 + [4] * 4
     for client_id, client_lora_rank in enumerate(state.adapter.client_lora_ranks):
         client = Client(client_id=client_id, num_examples=1, model=job.model)
-        num_bytes = job.method.download(job.model, state, client)
-        assert num_bytes == 24 + 4 * (client_lora_rank * ROW_FLOATS + NUM_HEAD)
-        for name, rows in read_rows(job.model).items():
-            assert torch.equal(rows, state.rows[name][:client_lora_rank])
-            _, d_in = state.adapter.shapes[name]
-            a, b = pair(rows, d_in)
-            full_a, full_b = pair(state.rows[name], d_in)
+        size = job.method.download(job.model, state, client)
+        assert size.num_bytes("fp32") == 24 + 4 * (client_lora_rank * ROW_FLOATS + NUM_HEAD)
+        own = model_parts(job.model)
+        for name in state.adapter.shapes:
+            for part in "AB":
+                assert torch.equal(own[part][name], state.parts[part][name][:client_lora_rank])
+            a, b = pair(own, name)
+            full_a, full_b = pair(state.parts, name)
             np.testing.assert_allclose(b @ a, best(full_b @ full_a, client_lora_rank), atol=1e-6)
-        assert {adapter.form for _, adapter in named_adapters(job.model)} == {LowRank(scale=1.0)}
+        assert {adapter.form for adapter in job.model.adapters.values()} == {LowRank(scale=1.0)}
 
 
 def test_bytes_of_a_run() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,18 +11,14 @@ from torch import nn
 
 from bench.models.encoders import build_model
 from bench.run.clients import draw_cohort
-from fedara_core.adapters import (
-    AdapterConfig,
-    LowRank,
-    adapter_shapes,
-    inject,
-    named_adapters,
-    read_rows,
-)
-from fedara_core.method import Client, ServerState, missed_values
+from fedara_core.adapters import AdapterSpec, LowRank, inject
+from fedara_core.merge.received import Received
+from fedara_core.method import Client, missed_values
 from fedara_core.methods.flora import FLora
-from fedara_core.wire import Upload
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from fedara_core.state import ServerState
+from fedara_core.wire import Upload, make_upload
+from support.pairs import model_parts, sent_pairs, update
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 DENSE = 8 * 32 * 32 + 4 * 64 * 32
@@ -33,22 +30,24 @@ SHAPES = {"a": (3, 5), "b": (4, 4)}
 
 def small_state(client_lora_ranks: Sequence[int]) -> ServerState:
     """Adapters "a" (3 x 5) and "b" (4 x 4), two triplets each, scale 3; a head of three."""
-    model = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(4, 4), "head": nn.Linear(2, 1)})
-    inject(model, ["a", "b"], ["head.weight", "head.bias"])
-    adapter = AdapterConfig.of(
-        model, lora_rank=2, lora_alpha=6.0, client_lora_ranks=client_lora_ranks
+    module = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(4, 4), "head": nn.Linear(2, 1)})
+    model = inject(module, ["a", "b"], ["head.weight", "head.bias"])
+    adapter = AdapterSpec(
+        lora_rank=2,
+        lora_alpha=6.0,
+        client_lora_ranks=tuple(client_lora_ranks),
+        shapes=model.shapes,
     )
     return FLora().init(model, adapter, seed=0, num_rounds=4)
 
 
 def small_upload(client_id: int, num_examples: int, client_lora_rank: int, draw: int = 0) -> Upload:
     generator = torch.Generator().manual_seed(100 * draw + client_id)
-    return Upload(
+    return make_upload(
         client_id=client_id,
         num_examples=num_examples,
         train_loss=0.0,
         values=torch.randn(client_lora_rank * (8 + 8) + 3, generator=generator),
-        bits=torch.zeros(0, dtype=torch.bool),
     )
 
 
@@ -59,12 +58,10 @@ def mean_update(
     total = sum(upload.num_examples for upload in uploads)
     dense = {name: np.zeros(shape) for name, shape in state.adapter.shapes.items()}
     for upload in uploads:
-        values, r = upload.values.double().numpy(), client_lora_ranks[upload.client_id]
-        for name, (d_out, d_in) in state.adapter.shapes.items():
-            rows, values = np.split(values, [r * (d_in + d_out)])
-            rows = rows.reshape(r, d_in + d_out)
-            share = upload.num_examples / total
-            dense[name] += share * state.adapter.scale * rows[:, d_in:].T @ rows[:, :d_in]
+        share = upload.num_examples / total
+        pairs = sent_pairs(upload.values, client_lora_ranks[upload.client_id], state.adapter.shapes)
+        for name, (a, b) in pairs.items():
+            dense[name] += share * state.adapter.scale * b @ a
     return dense
 
 
@@ -78,9 +75,9 @@ def test_the_merged_delta_is_the_exact_mean() -> None:
     expected = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     for draw, clients in enumerate([(0, 1, 2), (1, 2)]):
         uploads = [small_upload(k, 1 + 3 * k, ranks[k], draw) for k in clients]
-        for name, update in mean_update(state, uploads, ranks).items():
-            expected[name] += update
-        state = FLora().aggregate(state, uploads)
+        for name, change in mean_update(state, uploads, ranks).items():
+            expected[name] += change
+        state = FLora().aggregate(state, Received.of(uploads))
         for name, change in expected.items():
             assert state.fixed["delta"][name].dtype == torch.float32
             np.testing.assert_allclose(state.fixed["delta"][name], change, atol=1e-5)
@@ -98,11 +95,11 @@ def test_the_servers_model_computes_the_mean() -> None:
     for round_index in range(2):
         uploads = [train_one_client(job, state, k) for k in draw_cohort(job, round_index)]
         with torch.no_grad():
-            for name, update in mean_update(
+            for name, change in mean_update(
                 state, uploads, state.adapter.client_lora_ranks
             ).items():
-                plain.get_submodule(name).weight += torch.from_numpy(update).float()
-        state = job.method.aggregate(state, uploads)
+                plain.get_submodule(name).weight += torch.from_numpy(change).float()
+        state = job.method.aggregate(state, received(job.method, state, uploads))
     batch = job.evaluated.batch(torch.arange(20), job.device)
     with torch.no_grad():
         for name, tensor in state.whole.items():
@@ -110,8 +107,7 @@ def test_the_servers_model_computes_the_mean() -> None:
         expected = plain(batch["input_ids"], batch["attention_mask"])
         for client in (None, Client(client_id=0, num_examples=1, model=job.model)):
             job.method.download(job.model, state, client)
-            job.model.eval()
-            logits = job.model(batch["input_ids"], batch["attention_mask"])
+            logits = job.model.module.eval()(batch["input_ids"], batch["attention_mask"])
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
@@ -121,11 +117,11 @@ def test_every_round_starts_afresh() -> None:
     other = play_rounds(make_tiny_job(FLORA, "train.local_steps=1", "train.lr=1e-4"), num_rounds=2)
     starts = [rounds[0].before, rounds[1].before, rounds[1].after]
     for name, (_, d_in) in starts[0].adapter.shapes.items():
-        drawn = [state.rows[name][:, :d_in] for state in starts]
-        assert all(not state.rows[name][:, d_in:].any() for state in starts)
+        drawn = [state.parts["A"][name] for state in starts]
+        assert all(not state.parts["B"][name].any() for state in starts)
         assert all(a.abs().max() <= d_in**-0.5 and a.std() > 0.5 * d_in**-0.5 for a in drawn)
         assert len({a.sum().item() for a in drawn}) == 3
-        assert torch.equal(other[1].after.rows[name], starts[2].rows[name])
+        assert torch.equal(other[1].after.parts["A"][name], drawn[2])
 
 
 def test_one_client_is_lora_for_a_round() -> None:
@@ -134,12 +130,11 @@ def test_one_client_is_lora_for_a_round() -> None:
     (ours,) = play_rounds(make_tiny_job(FLORA, *common), num_rounds=1)
     (theirs,) = play_rounds(make_tiny_job("method.name=lora", *common), num_rounds=1)
     assert ours.row["train_loss"] == theirs.row["train_loss"]
-    for name, rows in theirs.after.rows.items():
-        _, d_in = ours.after.adapter.shapes[name]
-        product = 1.5 * rows[:, d_in:].T.double() @ rows[:, :d_in].double()
-        assert product.abs().max() > 1e-3
+    for name in theirs.after.adapter.shapes:
+        merged = update(theirs.after.parts, name, 1.5)
+        assert merged.abs().max() > 1e-3
         delta = ours.after.fixed["delta"][name].double()
-        torch.testing.assert_close(delta, product, rtol=0, atol=1e-7)
+        torch.testing.assert_close(delta, merged, rtol=0, atol=1e-7)
     assert all(torch.equal(ours.after.whole[k], theirs.after.whole[k]) for k in ours.after.whole)
 
 
@@ -151,11 +146,14 @@ def test_clients_train_their_first_rows() -> None:
     assert sorted(job.state.adapter.client_lora_ranks) == [1] * 4 + [4] * 4
     for client_id, client_lora_rank in enumerate(job.state.adapter.client_lora_ranks):
         client = Client(client_id=client_id, num_examples=1, model=job.model)
-        assert job.method.download(job.model, job.state, client) == 24 + 4 * NUM_HEAD
-        for name, rows in read_rows(job.model).items():
-            assert torch.equal(rows, job.state.rows[name][:client_lora_rank])
+        size = job.method.download(job.model, job.state, client)
+        assert size.num_bytes("fp32") == 24 + 4 * NUM_HEAD
+        own = model_parts(job.model)
+        for part, name in product("AB", job.state.adapter.shapes):
+            expected = job.state.parts[part][name][:client_lora_rank]
+            assert torch.equal(own[part][name], expected)
         # lora_alpha 4 / lora_rank 4, whatever r_k is
-        assert {adapter.form for _, adapter in named_adapters(job.model)} == {LowRank(scale=1.0)}
+        assert {adapter.form for adapter in job.model.adapters.values()} == {LowRank(scale=1.0)}
 
 
 def test_missed_values_by_hand() -> None:
@@ -174,7 +172,7 @@ def test_missed_values_by_hand() -> None:
 def test_bytes_of_a_run(setting: str) -> None:
     """Up r_k rows; down every stack since the client's last round, at most the dense change."""
     job = make_tiny_job(FLORA, "federation.cohort=2", setting, "train.local_steps=1")
-    ranks, shapes = job.state.adapter.client_lora_ranks, adapter_shapes(job.model)
+    ranks, shapes = job.state.adapter.client_lora_ranks, job.model.shapes
     stacks: list[int] = []
     took_part: dict[int, int] = {}
     kinds = set()

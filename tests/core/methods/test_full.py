@@ -14,9 +14,9 @@ from bench.config.schema import ModelConfig
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches
 from bench.run.job import Job
-from fedara_core.adapters import AdapterConfig, inject
-from fedara_core.method import whole_parameters
+from fedara_core.adapters import AdaptedModel, AdapterSpec, inject
 from fedara_core.methods.full import Full
+from fedara_core.state import start_state
 from support.rounds import make_tiny_job, play_rounds
 
 FULL = (
@@ -101,10 +101,10 @@ def test_the_server_takes_the_weighted_mean_of_all_weights() -> None:
 
 def test_with_a_frozen_encoder_it_is_a_linear_probe() -> None:
     job = make_tiny_job(*FULL)
-    for name, parameter in job.model.named_parameters():
+    for name, parameter in job.model.module.named_parameters():
         parameter.requires_grad_(name.startswith("classifier."))
-    head = {name: job.state.whole[name] for name in whole_parameters(job.model)}
-    ours = play_rounds(job, replace(job.state, whole=head), 2)
+    state = start_state(job.method, job.model, job.state.adapter, {}, seed=0, num_rounds=6)
+    ours = play_rounds(job, state, 2)
     probe = play_rounds(make_tiny_job("method.name=head_only", *FULL[1:]), num_rounds=2)
     assert [r.row["state_digest"] for r in ours] == [r.row["state_digest"] for r in probe]
 
@@ -141,16 +141,15 @@ ENCODERS = {
 
 def assert_every_parameter_has_a_gradient(config: ModelConfig) -> nn.Module:
     classifier = build_model(config, num_classes=3, seed=0)
-    model = classifier.model
-    inject(model, "all-linear", classifier.head)
-    adapter = AdapterConfig.of(model, lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,))
+    model = inject(classifier.model, "all-linear", classifier.head)
+    adapter = AdapterSpec(lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes)
     state = Full().init(model, adapter, seed=0, num_rounds=1)
-    assert set(state.whole) == {name for name, _ in model.named_parameters()}
+    assert set(state.whole) == {name for name, _ in model.module.named_parameters()}
     ids = torch.arange(3, 19).reshape(2, 8)
-    model(ids, torch.ones_like(ids)).square().sum().backward()
-    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    model.module(ids, torch.ones_like(ids)).square().sum().backward()
+    unused = [name for name, p in model.module.named_parameters() if p.grad is None]
     assert unused == []
-    return model
+    return model.module
 
 
 @pytest.mark.parametrize("pooling", ["mean", "model"])
@@ -172,9 +171,10 @@ def test_nor_does_one_of_the_demo_encoder() -> None:
 
 def test_a_shared_parameter_travels_once() -> None:
     job = make_tiny_job(*FULL)
-    first, second = (job.model.encoder.encoder.layer[i].intermediate.dense for i in (0, 1))
+    module = job.model.module
+    first, second = (module.encoder.encoder.layer[i].intermediate.dense for i in (0, 1))
     second.base.weight = first.base.weight
-    del job.model.base_parameters  # found before they were shared
+    job = replace(job, model=AdaptedModel(module), counter=None)  # which found them before
     state = job.method.init(job.model, job.state.adapter, seed=0, num_rounds=6)
     assert sum(t.numel() for t in state.whole.values()) == NUM_VALUES - 64 * 32
     after = play_rounds(job, state, 1)[0].after

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,20 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from bench.run.clients import draw_cohort
-from fedara_core.adapters import (
-    AdapterConfig,
-    LowRank,
-    adapter_shapes,
-    inject,
-    named_adapters,
-    read_rows,
-)
+from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank, inject
 from fedara_core.errors import InputError
-from fedara_core.method import Client, ServerState, live_values, load_method
-from fedara_core.methods.hetlora import HetLora
+from fedara_core.method import Client, load_method
+from fedara_core.methods.hetlora import HetLora, product_norm
+from fedara_core.state import ServerState, truncated
 from fedara_core.train import start_client
-from fedara_core.wire import Upload
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from fedara_core.values import make_index
+from fedara_core.wire import Upload, make_upload
+from support.pairs import model_parts, sent_pairs, with_random_rows
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 NUM_HEAD = 4 * 32 + 4
@@ -30,43 +27,61 @@ HETLORA = "method.name=hetlora"
 UNEQUAL = "adapter.client_lora_ranks=[{lora_rank=1, share=0.5}, {lora_rank=3, share=0.5}]"
 
 
-def small_model() -> nn.Module:
+SHAPES = {"a": (3, 5), "b": (4, 4)}
+
+
+def small_model() -> AdaptedModel:
     """Adapters "a" (3 x 5) and "b" (4 x 4), and a head of three numbers."""
     model = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(4, 4), "head": nn.Linear(2, 1)})
-    inject(model, ["a", "b"], ["head.weight", "head.bias"])
-    return model
+    return inject(model, ["a", "b"], ["head.weight", "head.bias"])
 
 
 def small_state(client_lora_ranks: Sequence[int]) -> ServerState:
     """Three triplets in both adapters, all of them random."""
     model = small_model()
-    adapter = AdapterConfig.of(
-        model, lora_rank=3, lora_alpha=6.0, client_lora_ranks=client_lora_ranks
+    adapter = AdapterSpec(
+        lora_rank=3,
+        lora_alpha=6.0,
+        client_lora_ranks=tuple(client_lora_ranks),
+        shapes=model.shapes,
     )
-    state = HetLora().init(model, adapter, seed=0, num_rounds=4)
-    generator = torch.Generator().manual_seed(5)
-    rows = {name: torch.randn(rows.shape, generator=generator) for name, rows in state.rows.items()}
-    return replace(state, rows=rows)
+    return with_random_rows(HetLora().init(model, adapter, seed=0, num_rounds=4), seed=5)
 
 
-def small_upload(client_id: int, num_examples: int, client_lora_rank: int) -> Upload:
+def small_upload(
+    client_id: int, num_examples: int, client_lora_rank: int, norm: float | None = None
+) -> Upload:
+    """Random values, B scaled so that its changes have this norm."""
     values = torch.randn(
         client_lora_rank * (8 + 8) + 3, generator=torch.Generator().manual_seed(client_id)
     )
-    return Upload(
+    if norm is not None:
+        values[client_lora_rank * (5 + 4) : -3] *= norm / products(values, client_lora_rank)[1]
+    form, num_live = LowRank(scale=2.0), dict.fromkeys("ab", client_lora_rank)
+    index = make_index(form, SHAPES, num_live, {"head.bias": (1,), "head.weight": (1, 2)})
+    return make_upload(
         client_id=client_id,
         num_examples=num_examples,
         train_loss=0.0,
         values=values,
-        bits=torch.zeros(0, dtype=torch.bool),
+        row_weight=product_norm(values, index),
     )
 
 
 def products(values: Tensor, client_lora_rank: int) -> tuple[list[np.ndarray], float]:
     """An upload's rows of "a" and "b", each (r_k, 8), and the norm of its dense changes."""
-    a, b = values[: 16 * client_lora_rank].double().numpy().reshape(2, client_lora_rank, 8)
-    dense = [a[:, 5:].T @ a[:, :5], b[:, 4:].T @ b[:, :4]]
-    return [a, b], float(np.sqrt(sum((matrix**2).sum() for matrix in dense)))
+    pairs = sent_pairs(values, client_lora_rank, SHAPES).values()
+    rows = [np.hstack([a, b.T]) for a, b in pairs]
+    return rows, float(np.sqrt(sum(((b @ a) ** 2).sum() for a, b in pairs)))
+
+
+def rows_of(state: ServerState, name: str) -> Tensor:
+    """The rows [A_i, B_i] of an adapter (r_live, d_in + d_out)."""
+    return torch.cat([state.parts[part][name] for part in "AB"], dim=1)
+
+
+def aggregated(state: ServerState, uploads: Sequence[Upload]) -> ServerState:
+    return HetLora().aggregate(state, received(HetLora(), state, uploads))
 
 
 # ---- aggregation ----
@@ -76,18 +91,19 @@ def test_aggregation_by_hand() -> None:
     """Zero rows up to the cohort's largest r_k, weights ||B_k A_k||_F, the head by num_examples."""
     state = small_state([1, 2, 2])
     uploads = [small_upload(0, 3, 1), small_upload(1, 1, 2)]
-    after = HetLora().aggregate(state, uploads)
+    after = aggregated(state, uploads)
     (first, norm_0), (second, norm_1) = (
         products(uploads[0].values, 1),
         products(uploads[1].values, 2),
     )
     assert norm_0 != pytest.approx(norm_1, rel=0.1)
+    for upload, norm in zip(uploads, (norm_0, norm_1), strict=True):
+        assert upload.header.row_weight == pytest.approx(norm, rel=1e-6)
     for i, name in enumerate("ab"):
         padded = np.vstack([first[i], np.zeros((1, 8))])
         mean = (norm_0 * padded + norm_1 * second[i]) / (norm_0 + norm_1)
-        np.testing.assert_allclose(after.rows[name][:2], mean, atol=1e-6)
+        np.testing.assert_allclose(rows_of(after, name), mean, atol=1e-6)
         assert after.rank_masks[name].tolist() == [True, True, False]  # no client has three
-        assert not after.rows[name][2].any()
     head = torch.cat([after.whole["head.bias"], after.whole["head.weight"].reshape(-1)])
     expected = 0.75 * uploads[0].values[-3:] + 0.25 * uploads[1].values[-3:]
     torch.testing.assert_close(head, expected, rtol=0, atol=1e-6)
@@ -97,17 +113,17 @@ def test_aggregation_by_hand() -> None:
 def test_rows_that_no_client_of_the_cohort_holds() -> None:
     """They stay while a client elsewhere has them, and go when the last one gives them up."""
     state = small_state([1, 2, 3])
-    after = HetLora().aggregate(state, [small_upload(0, 1, 1), small_upload(1, 1, 2)])
+    after = aggregated(state, [small_upload(0, 1, 1), small_upload(1, 1, 2)])
     for name in "ab":
-        assert torch.equal(after.rows[name][2], state.rows[name][2])
-        assert not torch.equal(after.rows[name][1], state.rows[name][1])
+        assert torch.equal(rows_of(after, name)[2], rows_of(state, name)[2])
+        assert not torch.equal(rows_of(after, name)[1], rows_of(state, name)[1])
         assert after.rank_masks[name].all()
-    last = HetLora().aggregate(after, [small_upload(2, 1, 2)])
+    last = aggregated(after, [small_upload(2, 1, 2)])
     assert last.extra["client_lora_ranks"].tolist() == [1, 2, 2]
     for name in "ab":
         assert last.rank_masks[name].tolist() == [True, True, False]
-        assert not last.rows[name][2].any()
-        assert last.rows[name][:2].all()
+        assert rows_of(last, name).shape == (2, 8)
+        assert rows_of(last, name).all()
 
 
 def test_equal_capacities_and_no_penalty_is_weighted_lora() -> None:
@@ -116,19 +132,14 @@ def test_equal_capacities_and_no_penalty_is_weighted_lora() -> None:
     (played,) = play_rounds(job, num_rounds=1)
     cohort = draw_cohort(lora, 0)
     uploads = [train_one_client(lora, lora.state, client_id) for client_id in cohort]
-    norms, rows = [], []
-    for upload in uploads:
-        start, squares, own = 0, 0.0, {}
-        for name, (d_out, d_in) in adapter_shapes(job.model).items():
-            own[name] = upload.values[start : start + 4 * (d_in + d_out)].double().reshape(4, -1)
-            start += own[name].numel()
-            squares += float((own[name][:, d_in:].T @ own[name][:, :d_in]).square().sum())
-        norms.append(squares**0.5)
-        rows.append(own)
+    sent = [sent_pairs(upload.values, 4, job.model.shapes) for upload in uploads]
+    norms = [sum(((b @ a) ** 2).sum() for a, b in own.values()) ** 0.5 for own in sent]
     assert max(norms) > 1.05 * min(norms)
-    for name, actual in played.after.rows.items():
-        mean = sum(n * own[name] for n, own in zip(norms, rows, strict=True)) / sum(norms)
-        torch.testing.assert_close(actual.double(), mean, rtol=0, atol=1e-6)
+    for name in job.model.shapes:
+        for i, part in enumerate("AB"):
+            halves = [own[name][0] if i == 0 else own[name][1].T for own in sent]
+            mean = sum(n * half for n, half in zip(norms, halves, strict=True)) / sum(norms)
+            np.testing.assert_allclose(played.after.parts[part][name], mean, rtol=0, atol=1e-6)
     assert played.row["uplink_bytes"] == 5 * (24 + 4 * (4 * ROW_FLOATS + NUM_HEAD))
     last = play_rounds(job, played.after)[-1].after
     assert last.extra["client_lora_ranks"].tolist() == [4] * 8
@@ -136,23 +147,13 @@ def test_equal_capacities_and_no_penalty_is_weighted_lora() -> None:
 
 def test_equal_norms_and_sizes_are_plain_lora() -> None:
     state = small_state([2, 2, 2])
-    state = replace(
-        state,
-        rows={name: rows[:2] for name, rows in state.rows.items()},
-        rank_masks={name: mask[:2] for name, mask in state.rank_masks.items()},
-    )
-    uploads = []
-    for client_id in range(3):
-        upload = small_upload(client_id, 7, 2)
-        values = upload.values.clone()
-        _, norm = products(values, 2)
-        for columns, start in ((slice(5, 8), 0), (slice(4, 8), 16)):  # B of "a", B of "b"
-            values[start : start + 16].view(2, 8)[:, columns] *= 10 / norm
-        uploads.append(replace(upload, values=values))
-    ours = HetLora().aggregate(state, uploads)
-    theirs = load_method("lora")().aggregate(state, uploads)
-    for name in "ab":
-        torch.testing.assert_close(ours.rows[name], theirs.rows[name], rtol=0, atol=1e-6)
+    state = truncated(state, HetLora().form(state), 2)
+    uploads = [small_upload(client_id, 7, 2, norm=10) for client_id in range(3)]
+    ours, lora = aggregated(state, uploads), load_method("lora")()
+    theirs = lora.aggregate(state, received(lora, state, uploads))
+    for part, name in product("AB", "ab"):
+        expected = theirs.parts[part][name]
+        torch.testing.assert_close(ours.parts[part][name], expected, rtol=0, atol=1e-6)
     assert all(torch.equal(ours.whole[name], theirs.whole[name]) for name in theirs.whole)
 
 
@@ -160,8 +161,9 @@ def test_one_client_is_plain_lora() -> None:
     common = ("federation.num_clients=1", "federation.cohort=1", "federation.num_rounds=3")
     ours = play_rounds(make_tiny_job(HETLORA, "method.penalty=0.0", *common))
     theirs = play_rounds(make_tiny_job("method.name=lora", *common))
-    for name, rows in theirs[-1].after.rows.items():
-        torch.testing.assert_close(ours[-1].after.rows[name], rows, rtol=0, atol=1e-6)
+    for part, name in product("AB", theirs[-1].after.adapter.shapes):
+        expected = theirs[-1].after.parts[part][name]
+        torch.testing.assert_close(ours[-1].after.parts[part][name], expected, rtol=0, atol=1e-6)
 
 
 # ---- truncation and bytes ----
@@ -172,14 +174,15 @@ def test_clients_train_their_first_rows() -> None:
     assert sorted(job.state.adapter.client_lora_ranks) == [1] * 4 + [3] * 4
     for client_id, client_lora_rank in enumerate(job.state.adapter.client_lora_ranks):
         client = Client(client_id=client_id, num_examples=1, model=job.model)
-        num_bytes = job.method.download(job.model, job.state, client)
-        assert num_bytes == 24 + 4 * (client_lora_rank * ROW_FLOATS + NUM_HEAD)
-        for name, rows in read_rows(job.model).items():
-            assert torch.equal(rows, job.state.rows[name][:client_lora_rank])
-        forms = {adapter.form for _, adapter in named_adapters(job.model)}
+        size = job.method.download(job.model, job.state, client)
+        assert size.num_bytes("fp32") == 24 + 4 * (client_lora_rank * ROW_FLOATS + NUM_HEAD)
+        own = model_parts(job.model)
+        for part, name in product("AB", job.state.adapter.shapes):
+            assert torch.equal(own[part][name], job.state.parts[part][name][:client_lora_rank])
+        forms = {adapter.form for adapter in job.model.adapters.values()}
         assert forms == {LowRank(scale=1.0)}  # lora_alpha 4 / lora_rank 4, whatever r_k is
     job.method.download(job.model, job.state, None)
-    assert {len(rows) for rows in read_rows(job.model).values()} == {4}
+    assert {len(rows) for rows in model_parts(job.model)["A"].values()} == {4}
 
 
 def test_bytes_of_a_run() -> None:
@@ -214,8 +217,13 @@ def test_tail_norm_by_hand() -> None:
     rows["a"][3] = torch.tensor([3.0, 0.0, 0.0, 4.0, 0.0, 0.0, 6.0, 8.0])  # ||A|| 5, ||B|| 10
     rows["b"][2] = 100.0  # no tail
     rows["b"][3] = torch.tensor([2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.5])
-    for name, adapter in named_adapters(model):
-        adapter.write(rows[name], LowRank(scale=2.0))
+    form = LowRank(scale=2.0)
+    index = make_index(form, SHAPES, {"a": 4, "b": 4}, {})
+    parts = {
+        "A": {"a": rows["a"][:, :5], "b": rows["b"][:, :4]},
+        "B": {"a": rows["a"][:, 5:], "b": rows["b"][:, 4:]},
+    }
+    model.load(index.pack(parts, {}), index, form)
     assert HetLora()._tail_norm(model).item() == pytest.approx(5 * 10 + 2 * 1.5)
     assert HetLora(gamma=1.0)._tail_norm(model).item() == 0
     # gamma 0.5: rows 2 and 3 are the tail.
@@ -225,7 +233,9 @@ def test_tail_norm_by_hand() -> None:
 
 def with_full_rows(state: ServerState) -> ServerState:
     """All rows 0.3, so that tails have a norm to lose."""
-    return replace(state, rows={k: torch.full_like(rows, 0.3) for k, rows in state.rows.items()})
+    vector = state.vector.clone()
+    vector[: state.index.num_row_values] = 0.3
+    return replace(state, vector=vector)
 
 
 def test_the_penalty_moves_tails_alone() -> None:
@@ -241,15 +251,14 @@ def test_the_penalty_moves_tails_alone() -> None:
         job.method.download(job.model, state, client)
         start_client(client, job.method, job.training, state)
         job.method.local_step(client, job.train.batch(torch.arange(8), job.device))
-        after.append((read_rows(job.model), live_values(job.model, state)[-NUM_HEAD:]))
+        after.append((model_parts(job.model), client.sent_values[-NUM_HEAD:]))
     assert torch.equal(after[0][1], after[1][1])  # the head
-    for name, (d_out, d_in) in adapter_shapes(job.model).items():
-        moved = after[0][0][name] - after[1][0][name]
-        assert not moved[:3].any()
-        expected = torch.full((d_in + d_out,), 0.25 * 0.3)
-        expected[:d_in] *= (d_out / d_in) ** 0.5
-        expected[d_in:] *= (d_in / d_out) ** 0.5
-        torch.testing.assert_close(moved[3], expected, rtol=1e-3, atol=1e-5)
+    for name, (d_out, d_in) in job.model.shapes.items():
+        for part, width, other in (("A", d_in, d_out), ("B", d_out, d_in)):
+            moved = after[0][0][part][name] - after[1][0][part][name]
+            assert not moved[:3].any()
+            expected = torch.full((width,), 0.25 * 0.3 * (other / width) ** 0.5)
+            torch.testing.assert_close(moved[3], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_client_prunes_where_its_tail_shrank() -> None:
@@ -261,7 +270,11 @@ def test_a_client_prunes_where_its_tail_shrank() -> None:
     kept = [1 for _ in cohort]  # of 1 or of 3
     assert {ranks[client_id] for client_id in cohort} == {1, 3}
     assert [len(u.values) for u in uploads] == [k * ROW_FLOATS + NUM_HEAD for k in kept]
-    after = job.method.aggregate(state, uploads)
+    for upload in uploads:  # the weight is that of what is sent
+        pairs = sent_pairs(upload.values, 1, job.model.shapes).values()
+        norm = sum(((b @ a) ** 2).sum() for a, b in pairs) ** 0.5
+        assert upload.header.row_weight == pytest.approx(norm, rel=1e-6)
+    after = job.method.aggregate(state, received(job.method, state, uploads))
     expected = [1 if client_id in cohort else ranks[client_id] for client_id in range(8)]
     assert after.extra["client_lora_ranks"].tolist() == expected
     # It is the smaller rank that is downloaded from now on; the capacities are what they were.
@@ -279,7 +292,8 @@ def test_pruning_keeps_the_first_rows() -> None:
     assert len(job.method.upload(client, job.state).values) == 4 * ROW_FLOATS + NUM_HEAD
     client.notes["tail_norm"] = 0.1
     values = job.method.upload(client, job.state).values
-    kept = torch.cat([rows[:3].reshape(-1) for rows in job.state.rows.values()])
+    parts = job.state.parts
+    kept = torch.cat([rows[:3].reshape(-1) for part in "AB" for rows in parts[part].values()])
     assert torch.equal(values[:-NUM_HEAD], kept)
 
 

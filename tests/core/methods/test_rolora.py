@@ -1,16 +1,18 @@
 """RoLoRA: which half trains and travels when, exact averaging, LoRA with one half held still."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from bench.run.arrivals import Fleet
 from bench.run.clients import draw_cohort
-from fedara_core.adapters import named_adapters, read_rows
 from fedara_core.method import Method, load_method
-from support.rounds import make_tiny_job, play_rounds, train_one_client
+from fedara_core.state import relaid
+from support.pairs import model_parts, update
+from support.rounds import make_tiny_job, play_rounds, received, train_one_client
 
 # Not square, so that A and B differ in size: d_out, d_in of the four adapters; lora_rank 4.
 TARGETS = "adapter.targets=['query', 'intermediate.dense']"
@@ -20,25 +22,15 @@ NUM_HEAD = 4 * 32 + 4
 ROLORA = ("method.name=rolora", TARGETS, "adapter.lora_alpha=8.0", "train.local_steps=2")
 
 
-def update(rows: Tensor, d_in: int, scale: float = 2.0) -> Tensor:
-    """scale B A (d_out, d_in) of LoRA rows, in float64."""
-    return scale * rows[:, d_in:].double().T @ rows[:, :d_in].double()
-
-
 def test_b_trains_in_even_rounds_and_a_in_odd_ones() -> None:
     job = make_tiny_job(*ROLORA)
-    shapes = job.state.adapter.shapes
     state = job.state
     for round_index in range(4):
         (played,) = play_rounds(job, state, 1)
         job.method.download(job.model, state, None)
-        for name, adapter in named_adapters(job.model):
-            d_in = shapes[name][1]
-            before, after = state.rows[name], played.after.rows[name]
-            moved = {
-                "A": not torch.equal(before[:, :d_in], after[:, :d_in]),
-                "B": not torch.equal(before[:, d_in:], after[:, d_in:]),
-            }
+        before, after = state.parts, played.after.parts
+        for name, adapter in job.model.adapters.items():
+            moved = {part: not torch.equal(before[part][name], after[part][name]) for part in "AB"}
             assert moved == {"A": round_index % 2 == 1, "B": round_index % 2 == 0}
             assert {part: p.requires_grad for part, p in adapter.parts.items()} == moved
         state = played.after
@@ -52,17 +44,17 @@ def test_the_server_gets_the_mean_update(num_rounds: int) -> None:
     uploads, models = [], []
     for client_id in draw_cohort(job, state.round_index):
         uploads.append(train_one_client(job, state, client_id))
-        models.append(read_rows(job.model))
+        models.append(model_parts(job.model))
     num_examples = [upload.num_examples for upload in uploads]
     assert len(set(num_examples)) > 1
-    after = job.method.aggregate(state, uploads)
-    for adapter, (_, d_in) in job.state.adapter.shapes.items():
+    after = job.method.aggregate(state, received(job.method, state, uploads))
+    for adapter in job.state.adapter.shapes:
         mean = sum(
-            n / sum(num_examples) * update(rows[adapter], d_in)
-            for n, rows in zip(num_examples, models, strict=True)
+            n / sum(num_examples) * update(parts, adapter, 2.0)
+            for n, parts in zip(num_examples, models, strict=True)
         )
-        ours = update(after.rows[adapter], d_in)
-        assert (ours - update(state.rows[adapter], d_in)).abs().max() > 1e-2
+        ours = update(after.parts, adapter, 2.0)
+        assert (ours - update(state.parts, adapter, 2.0)).abs().max() > 1e-2
         torch.testing.assert_close(ours, mean, rtol=0, atol=1e-5)
 
 
@@ -82,9 +74,13 @@ def test_it_is_lora_whose_other_half_does_not_move() -> None:
     """Without clipping, where the other half's gradient would count, to the last bit."""
     common = (*ROLORA, "train.max_grad_norm=1e9", "train.weight_decay=0.1")
     lora = make_tiny_job(*common, "method.name=lora")
-    for played, part in zip(play_rounds(make_tiny_job(*common), num_rounds=4), "ABAB", strict=True):
-        (theirs,) = play_rounds(replace(lora, method=still(part)), played.before, 1)
-        assert theirs.row["state_digest"] == played.row["state_digest"]
+    job = make_tiny_job(*common)
+    for played, part in zip(play_rounds(job, num_rounds=4), "ABAB", strict=True):
+        before = relaid(played.before, lora.method.form(lora.state))  # both halves train
+        (theirs,) = play_rounds(replace(lora, method=still(part)), before, 1)
+        assert theirs.row["train_loss"] == played.row["train_loss"]
+        after = relaid(theirs.after, job.method.form(theirs.after))
+        assert after.digest() == played.row["state_digest"]
 
 
 def test_bytes_where_all_take_part() -> None:
@@ -92,9 +88,9 @@ def test_bytes_where_all_take_part() -> None:
     job = make_tiny_job(*ROLORA, "federation.cohort=8")
     rounds = play_rounds(job, num_rounds=4)
     up, down = (NUM_B, NUM_A, NUM_B, NUM_A), (NUM_A + NUM_B, NUM_B, NUM_A, NUM_B)
-    for played, sent, received in zip(rounds, up, down, strict=True):
-        assert played.row["uplink_bytes"] == 8 * (24 + 4 * (sent + NUM_HEAD))
-        assert played.row["downlink_bytes"] == 8 * (24 + 4 * (received + NUM_HEAD))
+    for played, num_up, num_down in zip(rounds, up, down, strict=True):
+        assert played.row["uplink_bytes"] == 8 * (24 + 4 * (num_up + NUM_HEAD))
+        assert played.row["downlink_bytes"] == 8 * (24 + 4 * (num_down + NUM_HEAD))
 
 
 def test_who_missed_a_round_downloads_both_halves() -> None:
@@ -114,3 +110,16 @@ def test_who_missed_a_round_downloads_both_halves() -> None:
         sent = NUM_B if len(cohorts) % 2 == 0 else NUM_A
         assert played.row["uplink_bytes"] == 5 * (24 + 4 * (sent + NUM_HEAD))
     assert kinds == {"back", "new", "late"}
+
+
+def test_a_round_without_uploads_leaves_the_halves_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A's round 1 is lost; round 2 is B's all the same, and everybody needs both halves."""
+    monkeypatch.setattr(Fleet, "vanishes", lambda self, round_index, client_id: round_index == 1)
+    rounds = play_rounds(make_tiny_job(*ROLORA, "clients.dropout=0.1"), num_rounds=4)
+    for played, moving in zip(rounds, ("B", "", "B", "A"), strict=True):
+        before, after = played.before.parts, played.after.parts
+        for part, name in product("AB", played.before.adapter.shapes):
+            moved = not torch.equal(before[part][name], after[part][name])
+            assert moved == (part == moving)
+    assert rounds[2].row["uplink_bytes"] == 5 * (24 + 4 * (NUM_B + NUM_HEAD))
+    assert rounds[2].row["downlink_bytes"] == 5 * (24 + 4 * (NUM_A + NUM_B + NUM_HEAD))

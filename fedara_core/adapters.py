@@ -20,7 +20,7 @@ Fixed = Mapping[str, Mapping[str, Tensor]]  # part -> adapter name -> tensor tha
 NOTHING_FIXED: Fixed = {}
 
 
-class Form(Parted, Protocol):
+class AdapterForm(Parted, Protocol):
     """How rows become a change of a linear layer. A form is a value: two equal forms act alike."""
 
     def forward(self, adapter: "Adapter", x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         self.base = base
         self.parts = nn.ParameterDict()  # part -> (r, width), views of the model's vector
         self.fixed: dict[str, Tensor] = {}
-        self.form: Form | None = None
+        self.form: AdapterForm | None = None
         self.num_live = 0
 
     @property
@@ -107,7 +107,7 @@ class AdaptedModel:
         self.index = EMPTY
         self.vector = torch.zeros(0)
         self.gradient = torch.zeros(0)
-        self._layout: tuple[Index, Form, bool] | None = None
+        self._layout: tuple[Index, AdapterForm, bool] | None = None
         self._fixed = NOTHING_FIXED
 
     @property
@@ -131,7 +131,7 @@ class AdaptedModel:
         self,
         vector: Tensor,
         index: Index,
-        form: Form,
+        form: AdapterForm,
         *,
         fixed: Fixed = NOTHING_FIXED,
         keep_dead: bool = False,
@@ -149,7 +149,7 @@ class AdaptedModel:
         self.vector.copy_(vector)
         self.gradient.zero_()
 
-    def _lay_out(self, index: Index, form: Form, keep_dead: bool) -> None:
+    def _lay_out(self, index: Index, form: AdapterForm, keep_dead: bool) -> None:
         """Make parts and whole parameters views of a new vector."""
         device = next(iter(self._base.values())).device
         self.vector = torch.zeros(index.size, device=device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedara_core import methods
-from fedara_core.adapters import AdaptedModel, AdapterSpec, Form, LowRank
+from fedara_core.adapters import AdaptedModel, AdapterForm, AdapterSpec, LowRank
 from fedara_core.codec import payload_bytes
 from fedara_core.errors import InputError
 from fedara_core.factors import lora_parts
@@ -146,7 +146,7 @@ class Method:
         parts = lora_parts(adapter, seed)
         return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
 
-    def form(self, state: ServerState) -> Form:
+    def form(self, state: ServerState) -> AdapterForm:
         """How the state's rows act on a layer. May go by round_index and last_round."""
         return LowRank(scale=state.adapter.scale)
 
@@ -184,7 +184,7 @@ class Method:
         """The next state where no upload came: the same values, in the next round's layout."""
         return self._laid_out(replace(state, round_index=state.round_index + 1), self.form(state))
 
-    def _laid_out(self, after: ServerState, form: Form) -> ServerState:
+    def _laid_out(self, after: ServerState, form: AdapterForm) -> ServerState:
         """A state that lies in this form, in its own."""
         own = self.form(after)
         return after if own == form else relaid(after, own)
@@ -209,7 +209,7 @@ def with_mean(state: ServerState, mean: Tensor) -> Tensor:
     return torch.cat([mean[:num_sent], state.vector[num_sent:]])
 
 
-def alternating_size(state: ServerState, form: Form, client: Client | None) -> Size:
+def alternating_size(state: ServerState, form: AdapterForm, client: Client | None) -> Size:
     """What a server sends where the halves of LoRA's pairs train in turn: the half that rests in
     this round, which the last one trained; both to a client that missed that, and in round 0."""
     runs = state.index.runs

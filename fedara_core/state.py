@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedara_core.adapters import NOTHING_FIXED, AdaptedModel, AdapterSpec, Fixed, Form
+from fedara_core.adapters import NOTHING_FIXED, AdaptedModel, AdapterForm, AdapterSpec, Fixed
 from fedara_core.factors import lora_parts
 from fedara_core.values import (
     EMPTY,
@@ -159,7 +159,7 @@ def start_state(
 
 
 def with_parts(
-    state: ServerState, form: Form, parts: Parts, whole: Mapping[str, Tensor]
+    state: ServerState, form: AdapterForm, parts: Parts, whole: Mapping[str, Tensor]
 ) -> ServerState:
     """The state with this form and these live rows, as its rank_masks count them."""
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
@@ -167,7 +167,7 @@ def with_parts(
     return replace(state, index=index, vector=index.pack(parts, whole))
 
 
-def relaid(state: ServerState, form: Form, rank_masks: Masks | None = None) -> ServerState:
+def relaid(state: ServerState, form: AdapterForm, rank_masks: Masks | None = None) -> ServerState:
     """The state in the layout of this form, with only those of its live triplets that are in
     rank_masks (by default all); rows keep their values."""
     masks = state.rank_masks if rank_masks is None else rank_masks
@@ -178,7 +178,7 @@ def relaid(state: ServerState, form: Form, rank_masks: Masks | None = None) -> S
     return with_parts(replace(state, rank_masks=masks), form, parts, state.whole)
 
 
-def truncated(state: ServerState, form: Form, lora_rank: int) -> ServerState:
+def truncated(state: ServerState, form: AdapterForm, lora_rank: int) -> ServerState:
     """The state with the first lora_rank triplets of each adapter: what a client of that capacity
     trains."""
     return relaid(state, form, first_rows(state.rank_masks, lora_rank))

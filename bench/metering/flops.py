@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fedara_core.adapters import AdaptedModel, Adapter, Form
+from fedara_core.adapters import AdaptedModel, Adapter, AdapterForm
 from fedara_core.values import Shape
 
 _NUM_EXAMPLES = (2, 3)  # the grid of shapes; in steps of 1, for `_at`
@@ -166,7 +166,7 @@ class StepFlops:
 class _Layer(NamedTuple):
     """All that the FLOPs of a wrapped layer depend on, but for x."""
 
-    form: Form | None
+    form: AdapterForm | None
     shape: Shape
     base: tuple[bool, bool]  # whether weight and bias train
     parts: tuple[tuple[str, torch.Size, bool], ...]  # name, shape, whether it trains

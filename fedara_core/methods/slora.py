@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedara_core.adapters import AdaptedModel, Adapter, AdapterSpec, Form, LowRank
+from fedara_core.adapters import AdaptedModel, Adapter, AdapterForm, AdapterSpec, LowRank
 from fedara_core.errors import InputError, require_positive
 from fedara_core.factors import lora_parts, signed_svd
 from fedara_core.merge.received import Received
@@ -69,7 +69,7 @@ class SLora(Method):
         """Whether the sparse weights train: until a round from R1 - 1 on has had an upload."""
         return int(state.last_round.max()) < self.stage1_rounds(state.num_rounds) - 1
 
-    def form(self, state: ServerState) -> Form:
+    def form(self, state: ServerState) -> AdapterForm:
         if self.in_stage1(state):
             return Sparse(seed=state.seed, density=self.density)
         return LowRank(scale=state.adapter.scale)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.config.schema import ModelConfig
 from bench.models.encoders import Classifier, MeanPooled, OwnHead, build_model
-from fedara_core.adapters import AdaptedModel, Form, LowRank, inject
+from fedara_core.adapters import AdaptedModel, AdapterForm, LowRank, inject
 from fedara_core.errors import InputError
 from fedara_core.values import Index, Masks, Tensors, count_live, make_index
 
@@ -85,7 +85,7 @@ def tiny_bert(targets: str | Sequence[str] = "all-linear") -> AdaptedModel:
     return inject(classifier.model, targets, classifier.head)
 
 
-def random_parts(model: AdaptedModel, form: Form) -> dict[str, Tensors]:
+def random_parts(model: AdaptedModel, form: AdapterForm) -> dict[str, Tensors]:
     """LORA_RANK rows for every adapter."""
     torch.manual_seed(1)
     parts: dict[str, Tensors] = {}
@@ -102,7 +102,7 @@ def masks(model: AdaptedModel, live: Sequence[int]) -> dict[str, Tensor]:
     return {name: chosen.clone() for name in model.adapters}
 
 
-def index_of(model: AdaptedModel, form: Form, rank_masks: Masks) -> Index:
+def index_of(model: AdaptedModel, form: AdapterForm, rank_masks: Masks) -> Index:
     whole = {name: tuple(p.shape) for name, p in model.whole_parameters.items()}
     return make_index(form, model.shapes, count_live(rank_masks), whole)
 
@@ -111,7 +111,7 @@ def write(
     model: AdaptedModel,
     parts: dict[str, Tensors],
     rank_masks: Masks,
-    form: Form,
+    form: AdapterForm,
     *,
     keep_dead: bool = False,
 ) -> Tensor:

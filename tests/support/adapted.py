@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedara_core.adapters import AdaptedModel, Form
+from fedara_core.adapters import AdaptedModel, AdapterForm
 from fedara_core.values import Parts, Shape, Tensors, make_index
 
 
@@ -16,7 +16,7 @@ def join_rows(parts: Parts) -> Tensors:
 
 
 def split_rows(
-    rows: Mapping[str, Tensor], form: Form, shapes: Mapping[str, Shape]
+    rows: Mapping[str, Tensor], form: AdapterForm, shapes: Mapping[str, Shape]
 ) -> dict[str, Tensors]:
     """Inverse of `join_rows`."""
     parts: dict[str, Tensors] = {}
@@ -29,7 +29,7 @@ def split_rows(
 
 
 def load_rows(
-    model: AdaptedModel, rows: Mapping[str, Tensor], form: Form, *, keep_dead: bool = False
+    model: AdaptedModel, rows: Mapping[str, Tensor], form: AdapterForm, *, keep_dead: bool = False
 ) -> None:
     """Put rows (r_live, width) into the adapters; whole parameters stay as they are."""
     whole = {name: p.detach().clone() for name, p in model.whole_parameters.items()}

@@ -8,14 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from analysis.cost_model import (
-    Cost,
-    ExchangeSizes,
-    fit,
-    predict,
-    relative_errors,
-    union_bytes,
-)
+from analysis.cost_model import Cost, ExchangeSizes, fit, predict, relative_errors, union_bytes
 from analysis.figures import caption, path_panels, style
 from analysis.records.campaign import NotDrawn
 from analysis.records.launches import Launches

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from analysis.figures import caption, style
 from analysis.records.campaign import NotDrawn
-from analysis.records.collectives import points
+from analysis.records.collectives import collective_points
 from analysis.records.launches import Launches
 from fedara_core.schema import PATHS
 
@@ -20,9 +20,9 @@ _TITLE_LETTERS = 34  # that fit over a panel
 def path_points(collectives: Launches) -> pd.DataFrame:
     """The measured points of the float32 merge paths over two processes or more.
 
-    Columns: those of `records.collectives.points`, and crossing_density, 2/P. Raises NotDrawn.
+    Columns: those of `collective_points`, and crossing_density, 2/P. Raises NotDrawn.
     """
-    frame = points(collectives)
+    frame = collective_points(collectives)
     chosen = (frame["call"] == "weighted_sum") & (frame["codec"] == "fp32")
     frame = frame[chosen & (frame["world_size"] > 1)]
     if frame.empty:

@@ -10,8 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from analysis.figures import caption, style
 from analysis.records.launches import Launches
-from analysis.records.scaling import GROUP
-from analysis.records.scaling import points as measured_points
+from analysis.records.scaling import GROUP, scaling_points
 
 NAME = "scaling"
 _KINDS = ("strong", "weak")
@@ -22,7 +21,7 @@ def draw(scaling: Launches, out_dir: Path) -> list[Path]:
 
     One panel for each kind; one line for each GROUP, with its ideal.
     """
-    points = measured_points(scaling)
+    points = scaling_points(scaling)
     kinds = [kind for kind in _KINDS if kind in set(points["scaling"])]
     out = out_dir / NAME
     with style.context():

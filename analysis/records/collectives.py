@@ -25,7 +25,7 @@ def load_collectives(path: Path) -> Launches | None:
     return load_launches(path, "micro-collectives", required)
 
 
-def points(collectives: Launches) -> pd.DataFrame:
+def collective_points(collectives: Launches) -> pd.DataFrame:
     """One row per combination: medians over launches of sizes, bytes, times and ratios.
 
     Columns: _POINT, _MEDIANS, min_seconds and max_seconds (of the launches' median_seconds),

@@ -16,7 +16,7 @@ def load_scaling(path: Path) -> Launches | None:
     return load_launches(path, "micro-scaling", ("scaling", "method", "cohort", "median_seconds"))
 
 
-def points(scaling: Launches) -> pd.DataFrame:
+def scaling_points(scaling: Launches) -> pd.DataFrame:
     """One row per number of processes of each GROUP.
 
     per_round: clients of a round (strong) or of each process (weak). seconds: of a round, of the

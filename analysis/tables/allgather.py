@@ -3,7 +3,7 @@
 import pandas as pd
 
 from analysis.records.campaign import NotDrawn
-from analysis.records.collectives import points as measured_points
+from analysis.records.collectives import collective_points
 from analysis.records.launches import Launches
 from analysis.tables.render import Table, median_and_range, rounded
 
@@ -12,7 +12,7 @@ NAME = "collectives_allgather"
 
 def data(collectives: Launches) -> pd.DataFrame:
     """One row per back end, number of processes and payload; medians over launches."""
-    points = measured_points(collectives)
+    points = collective_points(collectives)
     rows = points[(points["call"] == "allgather") & points["ratio"].notna()]
     columns = [
         *("backend", "world_size", "payload_bytes", "num_launches", "bare_call"),

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from analysis.records.launches import Launches
-from analysis.records.scaling import points
+from analysis.records.scaling import scaling_points
 from analysis.tables.render import Table, median_and_range
 
 NAME = "scaling"
@@ -11,7 +11,7 @@ NAME = "scaling"
 
 def table(scaling: Launches) -> Table:
     """A row for each point of the figure."""
-    frame = points(scaling)
+    frame = scaling_points(scaling)
     cells = pd.DataFrame(
         {
             "scaling": frame["scaling"],

@@ -6,14 +6,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.records import caveats
-from analysis.records.campaign import (
-    PANEL,
-    Campaign,
-    NotDrawn,
-    is_panel,
-    modelled_devices,
-    panels,
-)
+from analysis.records.campaign import PANEL, Campaign, NotDrawn, is_panel, modelled_devices, panels
 from analysis.records.energy import energy_kind, known_energy
 from analysis.records.per_run import LATE, mean_of_all, per_run
 from analysis.records.target import costs_to_target

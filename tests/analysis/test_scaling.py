@@ -26,7 +26,7 @@ from analysis.figures import collectives_scaling
 from analysis.figures.path_panels import path_points
 from analysis.records import reader
 from analysis.records.campaign import load_campaign
-from analysis.records.collectives import load_collectives, points
+from analysis.records.collectives import collective_points, load_collectives
 from analysis.tables import allgather, render
 from fedara_core.errors import InputError
 from fedara_core.merge.cost import moved_values
@@ -278,7 +278,7 @@ def test_launches_with_another_transport_are_not_mixed(records: Path) -> None:
     (run_dir / "run.json").write_text(json.dumps(run | {"comm": "mpi-node"}))
     micro = load_collectives(records)
     assert micro is not None
-    counts = points(micro).groupby("backend")["num_launches"].max()
+    counts = collective_points(micro).groupby("backend")["num_launches"].max()
     others = {"MPICH, UCX_TLS=tcp,self": 1, "MPICH, mpi-node": 1}
     assert counts.to_dict() == {"MPICH": 3} | others
 
@@ -347,5 +347,5 @@ def test_a_folder_may_hold_runs_and_launches(records: Path, tmp_path: Path) -> N
 def test_points_without_a_measurement_are_missing(records: Path) -> None:
     micro = load_collectives(records)
     assert micro is not None
-    assert points(micro)["measured_bytes"].isna().all()
+    assert collective_points(micro)["measured_bytes"].isna().all()
     assert pd.isna(micro.launches["measured_bytes_source"].replace("", None)).all()

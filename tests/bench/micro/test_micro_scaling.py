@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.figures import scaling as figure
-from analysis.records.scaling import load_scaling, points
+from analysis.figures.scaling import draw
+from analysis.records.scaling import load_scaling, scaling_points
 from fedara_core.errors import InputError
 from support.documented import check_documented
 from support.launch import fedara_here
@@ -38,7 +38,7 @@ def test_a_launch_records_both_kinds(tmp_path: Path) -> None:
     check_documented(rows, "## Micro-benchmark of scaling")
     scaling = load_scaling(tmp_path)
     assert scaling is not None
-    assert sorted(points(scaling)["per_round"]) == [2, 3]
+    assert sorted(scaling_points(scaling)["per_round"]) == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_ideal_and_efficiency_by_hand(tmp_path: Path) -> None:
         make_launch(tmp_path, number, 2, strong=strong, weak=5.0)
     scaling = load_scaling(tmp_path)
     assert scaling is not None
-    frame = points(scaling).set_index(["scaling", "world_size"])
+    frame = scaling_points(scaling).set_index(["scaling", "world_size"])
     strong_two, weak_two = frame.loc[("strong", 2)], frame.loc[("weak", 2)]
     assert (strong_two["seconds"], strong_two["ideal_seconds"], strong_two["efficiency"]) == (
         *(5.0, 4.0),
@@ -101,7 +101,7 @@ def test_ideal_and_efficiency_by_hand(tmp_path: Path) -> None:
         1,
         1,
     )
-    files = figure.draw(scaling, tmp_path / "figures")
+    files = draw(scaling, tmp_path / "figures")
     assert [file.name for file in files] == ["scaling.pdf", "scaling.png", "scaling.txt"]
     text = " ".join(files[-1].read_text().split())
     assert "strong scaling 8 clients a round and weak scaling 4 clients on each process" in text

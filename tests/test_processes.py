@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bench.config.load import load_runs
-from bench.config.schema import ClientsConfig, RunConfig
+from bench.config.schema import RunConfig
+from bench.config.sections import ClientsConfig
 from fedara_core.method import load_method, method_names
 from support.launch import (
     CLI,

@@ -1,8 +1,4 @@
-"""The keys of a config, one class per section: types, limits, defaults and what each key means.
-
-The string under a key is its reference; `fedara list keys` prints them. bench/config/load.py reads
-TOML files into these classes.
-"""
+"""One run's config: its sections, what they demand of each other, and the run's identity."""
 
 import dataclasses
 import hashlib
@@ -10,340 +6,34 @@ import json
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from bench.config.sections import (
+    AdapterConfig,
+    ClientsConfig,
+    CodecConfig,
+    DatasetConfig,
+    DevicesConfig,
+    EnergyConfig,
+    EvaluateConfig,
+    FederationConfig,
+    MethodConfig,
+    ModelConfig,
+    PartitionConfig,
+    Section,
+    SystemConfig,
+    TrainConfig,
 )
-
 from fedara_core.errors import InputError
 from fedara_core.method import Method, load_method, method_names
 
-
-def _none(value: Any) -> Any:
-    return None if value == "none" else value  # TOML has no null
-
-
-Codec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
-_PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)]
-_CountryOrNone = Annotated[
-    Annotated[str, Field(pattern="^[A-Z]{3}$")] | None, BeforeValidator(_none)
-]
 # Sections that change no result, and so are no part of run_id.
 _NO_RESULT = ("system", "energy", "devices")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
-
-
-class MethodConfig(BaseModel):
-    """The method and its hyperparameters."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-
-    name: str
-    """A file of fedara_core/methods. Other keys of this section are that method's hyperparameters;
-    `fedara list methods -v` lists them."""
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class ClientLoraRank(_Section):
-    """A group of clients that can afford the same lora_rank."""
-
-    lora_rank: int = Field(ge=1)
-    """The largest lora_rank that these clients can train."""
-
-    share: float = Field(gt=0, le=1)
-    """The group's share of all clients."""
-
-
-class AdapterConfig(_Section):
-    """The adapters. All methods share these settings, so that no method has better defaults."""
-
-    lora_rank: int = Field(default=12, ge=1)
-    """Triplets (LoRA's rank) of each adapter."""
-
-    lora_alpha: float = Field(default=12.0, gt=0)
-    """LoRA's alpha: an adapter's output is scaled by lora_alpha / lora_rank."""
-
-    targets: str | list[str] = "all-linear"
-    """Layers that get an adapter: "all-linear", or endings of layer names, such as ["query"]."""
-
-    client_lora_ranks: list[ClientLoraRank] = []
-    """Groups of clients with unequal capacities, such as [{ lora_rank = 4, share = 1.0 }]. Empty:
-    every client trains lora_rank. Only for methods that use it."""
-
-    @model_validator(mode="after")
-    def _targets_some(self) -> "AdapterConfig":
-        if not self.targets:
-            raise ValueError(
-                f"targets = {self.targets!r} adapts nothing, which is method.name = 'head_only'; "
-                "allowed: all-linear, or names of layers"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _client_lora_ranks_fit(self) -> "AdapterConfig":
-        for entry in self.client_lora_ranks:
-            if entry.lora_rank > self.lora_rank:
-                raise ValueError(
-                    f"client_lora_ranks: {entry.lora_rank} is above lora_rank = {self.lora_rank}; "
-                    f"allowed: 1 to {self.lora_rank}"
-                )
-        total = sum(entry.share for entry in self.client_lora_ranks)
-        if self.client_lora_ranks and abs(total - 1) > 1e-6:
-            raise ValueError(f"client_lora_ranks: the shares add up to {total:g}; allowed: 1")
-        return self
-
-
-class ModelConfig(_Section):
-    """The encoder and its classification head."""
-
-    name: str = "minilm"
-    """A built-in model (`fedara list models`), a transformers model's folder, or a hub name."""
-
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """transformers' attn_implementation. In bf16 on CPUs "eager" is faster, since the backward pass
-    of torch's own "sdpa" is slow there."""
-
-    pooling: Literal["model", "mean"] = "mean"
-    """The head. "mean": a linear layer on the mean of the last hidden states; "model": the head
-    that the architecture comes with."""
-
-    max_length: int = Field(default=64, ge=4)
-    """Tokens; longer texts are cut."""
-
-    dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Dropout of the encoder in training. If it is not set, the model's own."""
-
-
-class DatasetConfig(_Section):
-    """The texts and their labels."""
-
-    name: str = "docstrings"
-    """A built-in set (`fedara list datasets`), file:DIR, or a hub name, with its configuration
-    after a colon: "glue:sst2"."""
-
-    text_column: str = "text"
-    """Column of the texts, in file:DIR and hub sets."""
-
-    label_column: str = "label"
-    """Column of the labels, in file:DIR and hub sets."""
-
-    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
-    """Part of the training examples that no client gets; evaluate.split = "validation" uses it."""
-
-    @property
-    def short_name(self) -> str:
-        """The last part of a folder's path or of a hub name."""
-        return self.name.removeprefix("file:").rstrip("/").split("/")[-1]
-
-
-class PartitionConfig(_Section):
-    """How the training examples are split among the clients; see bench/data/partition.py."""
-
-    scheme: Literal["iid", "dirichlet", "shards", "quantity"] = "dirichlet"
-    """ "iid": equal random parts. "dirichlet": skewed labels. "shards": few labels per client.
-    "quantity": skewed sizes."""
-
-    alpha: float = Field(default=0.1, gt=0, le=1e6)
-    """Concentration of "dirichlet" and "quantity"; the smaller, the more skew."""
-
-    labels_per_client: int = Field(default=2, ge=1)
-    """Shards that each client gets, for "shards"."""
-
-    min_examples: int = Field(default=1, ge=1)
-    """Every client has at least so many examples."""
-
-
-class FederationConfig(_Section):
-    """Clients, rounds, and how uploads are combined."""
-
-    num_clients: int = Field(default=20, ge=1)
-    """Clients in all."""
-
-    cohort: int = Field(default=10, ge=1)
-    """Clients whose uploads make a round."""
-
-    num_rounds: int = Field(default=10, ge=1)
-    """Communication rounds."""
-
-    merge_path: Literal["allgather", "split", "allreduce", "auto"] = "allgather"
-    """How uploads are combined; see fedara_core/merge. "allgather" and "split" give the same bits
-    for any number of processes, "allreduce" does not. "auto": the cheaper of the first two."""
-
-    @model_validator(mode="after")
-    def _cohort_fits(self) -> "FederationConfig":
-        if self.cohort > self.num_clients:
-            raise ValueError(
-                f"cohort = {self.cohort} is larger than num_clients = {self.num_clients}; "
-                f"allowed: 1 to {self.num_clients}"
-            )
-        return self
-
-
-class ClientsConfig(_Section):
-    """Clients that fail a round; see bench/run/arrivals.py. By default none does."""
-
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that a drawn client vanishes after its download."""
-
-    speed_spread: float = Field(default=0.0, ge=0, le=3)
-    """Standard deviation of the logarithm of clients' speeds."""
-
-    over_selection: float = Field(default=1.0, ge=1)
-    """Clients drawn per round, as a multiple of federation.cohort; the first uploads count."""
-
-    deadline_seconds: _PositiveOrNone = None
-    """Longest round, in modelled time; later uploads are dropped. "none": no deadline."""
-
-    @property
-    def timed(self) -> bool:
-        """Whether modelled time decides whose upload counts."""
-        return self.over_selection > 1 or self.deadline_seconds is not None
-
-
-class CodecConfig(_Section):
-    """How values travel between clients and server; see fedara_core/codec.py."""
-
-    up: Codec = "fp32"
-    """Codec of the uploads."""
-
-    down: Codec = "fp32"
-    """Codec of the downloads."""
-
-    error_feedback: bool = False
-    """Whether a sender adds to each message what rounding left out of its last one."""
-
-    @model_validator(mode="after")
-    def _feedback_has_errors(self) -> "CodecConfig":
-        if self.error_feedback and self.up == self.down == "fp32":
-            raise ValueError(
-                "error_feedback = true, and fp32 leaves nothing out; allowed: a lossy up or down "
-                "(bf16, fp16, int8, int4), or false"
-            )
-        return self
-
-
-class TrainConfig(_Section):
-    """Local training of one client. Set either local_steps or local_epochs."""
-
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """The clients' optimiser; it starts afresh in each round."""
-
-    lr: float = Field(default=1e-3, gt=0)
-    """Learning rate."""
-
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of what trains."""
-
-    warmup_rounds: int = Field(default=0, ge=0)
-    """Rounds in which the learning rate grows linearly to lr."""
-
-    max_grad_norm: _PositiveOrNone = 1.0
-    """Gradients are clipped to this norm. "none": they are not clipped."""
-
-    local_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps of a client in a round."""
-
-    local_epochs: int | None = Field(default=None, ge=1)
-    """Passes of a client over its examples in a round."""
-
-    batch_size: int = Field(default=16, ge=1, le=1 << 20)
-    """Examples of an optimiser step."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the forward and backward pass; parameters stay in fp32."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "TrainConfig":
-        if (self.local_steps is None) == (self.local_epochs is None):
-            raise ValueError("set exactly one of local_steps and local_epochs")
-        return self
-
-
-class EvaluateConfig(_Section):
-    """When and on what the model is evaluated."""
-
-    every: int = Field(default=1, ge=1)
-    """Rounds between two evaluations; the last round is always evaluated."""
-
-    split: Literal["test", "validation"] = "test"
-    """ "validation" to tune, "test" to report."""
-
-    eval_examples: int | None = Field(default=None, ge=1)
-    """Examples to evaluate on in all rounds but the last. If it is not set, all."""
-
-    batch_size: int = Field(default=64, ge=1, le=1 << 20)
-    """Examples of a forward pass."""
-
-
-class SystemConfig(_Section):
-    """Where the run executes; no part of run_id."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """ "auto": a GPU if torch sees one, else the CPU."""
-
-    threads: int | Literal["auto"] = "auto"
-    """Threads of each process. "auto": OMP_NUM_THREADS, SLURM_CPUS_PER_TASK, or an equal share of
-    the host's cores. Other numbers of threads give other bits."""
-
-    checkpoint_every: int = Field(default=1, ge=1)
-    """Rounds between two checkpoints. A job that was killed repeats the rounds after the last."""
-
-    @model_validator(mode="after")
-    def _threads_positive(self) -> "SystemConfig":
-        if self.threads != "auto" and not 1 <= self.threads <= 4096:
-            raise ValueError(
-                f"threads = {self.threads} is not allowed; allowed: auto, or 1 to 4096"
-            )
-        return self
-
-
-class EnergyConfig(_Section):
-    """How energy is measured; no part of run_id."""
-
-    enabled: bool = True
-    """Whether energy is measured."""
-
-    country_iso_code: _CountryOrNone = None
-    """Three letters, such as "DEU": whose electricity mix gives the CO2. "none": no CO2."""
-
-    idle_seconds: float = Field(default=3.0, ge=0)
-    """Length of the idle window before the first run, on hosts with counters; 0: none."""
-
-
-class DevicesConfig(_Section):
-    """Edge devices to model each round on; see bench/metering/devices.py. No part of run_id, unless
-    modelled time decides whose upload counts."""
-
-    names: list[str] = ["agx_orin", "orin_nano", "raspberry_pi_5"]
-    """Devices to model one by one, as if all clients had that device."""
-
-    shares: dict[str, float] = {}
-    """A mixed federation: device -> share of the clients."""
-
-    file: str | None = None
-    """TOML file with more devices, in the format of bench/metering/devices.toml."""
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run: one method, one data set, one seed."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)

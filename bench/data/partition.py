@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.config.schema import AdapterConfig, PartitionConfig
+from bench.config.sections import AdapterConfig, PartitionConfig
 from fedara_core.errors import InputError
 
 # Keeps the partition apart from other streams that start from the same seed.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.config.schema import DatasetConfig
+from bench.config.sections import DatasetConfig
 from bench.data.texts import TextDataset
 from fedara_core.errors import InputError
 

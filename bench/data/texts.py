@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.config.schema import DatasetConfig
+from bench.config.sections import DatasetConfig
 
 BUILT_IN_SETS = ("docstrings", "toy")  # need no file and no network
 # Keeps the draw of the validation part apart from other streams that start from the same seed.

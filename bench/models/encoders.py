@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.config.schema import ModelConfig
+from bench.config.sections import ModelConfig
 from bench.models import toy
 from fedara_core.errors import InputError
 from fedara_core.seeds import derive

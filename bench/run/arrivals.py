@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.config.schema import ClientsConfig, RunConfig
+from bench.config.schema import RunConfig
+from bench.config.sections import ClientsConfig
 from bench.metering.client_cost import ClientCost
 from bench.metering.devices import Device, Precision
 from fedara_core.comm.base import Communicator

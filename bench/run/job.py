@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.config.schema import DatasetConfig, RunConfig, make_method
+from bench.config.schema import RunConfig, make_method
+from bench.config.sections import DatasetConfig
 from bench.data.partition import draw_client_lora_ranks, label_counts, partition, summary
 from bench.data.texts import TextDataset, holdout, load_dataset
 from bench.metering.client_cost import ClientCounter

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.config.schema import EnergyConfig, RunConfig
+from bench.config.schema import RunConfig
+from bench.config.sections import EnergyConfig
 from bench.jobs.plan import load_points
 from bench.metering.codecarbon import HostEnergy, no_energy, open_energy
 from bench.run.cost_table import show_costs

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from bench.config.load import parse_run
-from bench.config.schema import DatasetConfig, RunConfig
+from bench.config.schema import RunConfig
+from bench.config.sections import DatasetConfig
 from bench.data.texts import BUILT_IN_SETS, load_dataset
 from bench.metering.meter import Meter
 from bench.models.encoders import BUILT_IN

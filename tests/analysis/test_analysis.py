@@ -14,7 +14,8 @@ from analysis.records.campaign import load_campaign
 from analysis.records.energy import one_energy_source
 from analysis.tables import summary
 from fedara_core.errors import InputError
-from support.records import ROOT, add_energy, row_of, write_record
+from support.launch import ROOT
+from support.records import add_energy, row_of, write_record
 
 
 @pytest.fixture

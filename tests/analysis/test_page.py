@@ -18,7 +18,9 @@ from analysis.records.campaign import load_campaign
 from analysis.records.collectives import load_collectives
 from analysis.records.scaling import load_scaling
 from analysis.report import Records, report
-from support.records import ROOT
+from support.launch import ROOT
+
+pytestmark = pytest.mark.slow
 
 PUBLISHED = ROOT / "results" / "published"
 RECORDS = PUBLISHED / "trec6" / "runs"

@@ -24,7 +24,8 @@ from analysis.records.campaign import Campaign, NotDrawn, load_campaign
 from analysis.records.target import costs_to_target
 from analysis.report import Records, report
 from analysis.tables import accuracy, cost, headline
-from support.records import ROOT, row_of, write_record
+from support.launch import ROOT
+from support.records import row_of, write_record
 
 
 def test_fedara_report_imports_neither_torch_nor_mpi(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.config.schema import ModelConfig
+from bench.config.sections import ModelConfig
 from bench.models.encoders import Classifier, MeanPooled, OwnHead, build_model
 from fedara_core.adapters import AdaptedModel, AdapterForm, LowRank, inject
 from fedara_core.errors import InputError

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.config.schema import DatasetConfig
+from bench.config.sections import DatasetConfig
 from bench.data.docstrings import TOPICS
 from bench.data.texts import TextDataset, load_dataset
 from fedara_core.errors import InputError

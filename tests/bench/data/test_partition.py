@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.config.schema import AdapterConfig, PartitionConfig
+from bench.config.sections import AdapterConfig, PartitionConfig
 from bench.data.partition import (
     _fill_up,
     draw_client_lora_ranks,

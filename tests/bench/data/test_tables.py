@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.config.schema import DatasetConfig
+from bench.config.sections import DatasetConfig
 from bench.data.texts import load_dataset
 from fedara_core.errors import InputError
 

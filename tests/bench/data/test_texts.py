@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bench.config.schema import DatasetConfig
+from bench.config.sections import DatasetConfig
 from bench.data.texts import TextDataset, holdout, load_dataset
 
 

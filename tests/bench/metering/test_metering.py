@@ -19,7 +19,6 @@ from bench.metering.codecarbon import HostEnergy, NullEnergy
 from bench.metering.devices import load_devices
 from bench.metering.meter import PHASES, Meter
 from bench.metering.reduce import reduce_memory
-from bench.run import rounds
 from bench.run.job import prepare
 from bench.run.provenance import library_fact, surroundings
 from bench.run.record import Recorder
@@ -343,7 +342,7 @@ def test_a_model_whose_flops_can_not_be_counted(
 
 def test_the_counter_is_no_part_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     with_counter = play_rounds(make_tiny_job(), num_rounds=2)[-1].row["state_digest"]
-    monkeypatch.setattr(rounds, "ClientCounter", lambda model: None)
+    monkeypatch.setattr("bench.run.job.ClientCounter", lambda model: None)
     assert play_rounds(make_tiny_job(), num_rounds=2)[-1].row["state_digest"] == with_counter
 
 

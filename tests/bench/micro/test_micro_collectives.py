@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fedara_core.merge.collectives import Sum, weighted_sum
 from torch import Tensor
 
 from bench.micro import collectives as micro_collectives
@@ -18,6 +17,7 @@ from bench.micro.wire_counter import WireCounter, open_counter
 from fedara_core.codec import CODECS, row_bytes
 from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS
+from fedara_core.merge.masked import MaskedSum, masked_sum
 from support.documented import check_documented
 from support.launch import fedara_here, launch
 
@@ -183,7 +183,7 @@ def test_masks_overlap_as_asked(density: float, overlap: float, union_rows: int)
     )
     assert (layout.live_rows, layout.width) == (20, 769)
     assert layout.num_rows == round(20 / density)
-    masks = torch.stack([layout.part(client_id).rank_mask for client_id in range(4)])
+    masks = torch.stack([layout.upload(client_id).bits for client_id in range(4)])
     assert masks.sum(dim=1).tolist() == [20] * 4
     assert int(masks.any(dim=0).sum()) == union_rows == layout.union_rows
     assert int(masks.all(dim=0).sum()) >= round(20 * overlap)
@@ -195,40 +195,41 @@ def make_small() -> Any:
 
 def test_the_expected_sum_is_right_row_by_row() -> None:
     layout = make_small()
-    parts = [layout.part(client_id) for client_id in range(5)]
-    assert torch.equal(parts[2].values, layout.part(2).values)
-    assert not torch.equal(parts[2].values, parts[3].values)
+    uploads = [layout.upload(client_id) for client_id in range(5)]
+    assert torch.equal(uploads[2].values, layout.upload(2).values)
+    assert not torch.equal(uploads[2].values, uploads[3].values)
     dense = torch.zeros(layout.num_rows, layout.width, dtype=torch.float64)
-    for part in parts:
-        dense[part.rank_mask] += part.weight * part.values.double().view(-1, layout.width)
+    for upload in uploads:
+        rows = upload.values.double().view(-1, layout.width)
+        dense[upload.bits] += upload.num_examples * rows
     found = layout.expected()
-    assert torch.equal(found.values, dense[found.rank_mask].float().flatten())
+    assert torch.equal(found.values, dense[found.union].float().flatten())
     for path in PATHS:
-        ours = weighted_sum(parts, layout.widths, Communicator(), path)
+        ours = masked_sum(uploads, layout.widths, Communicator(), path)
         check_sum(ours, expected=found, path=path, codec="fp32")
 
 
-def off_by_a_bit(found: Sum) -> Sum:
+def off_by_a_bit(found: MaskedSum) -> MaskedSum:
     values = found.values.clone()
     values[7] = torch.nextafter(values[7], torch.tensor(float("inf")))
     return replace(found, values=values)
 
 
-def with_a_nan(found: Sum) -> Sum:
+def with_a_nan(found: MaskedSum) -> MaskedSum:
     values = found.values.clone()
     values[-1] = float("nan")
     return replace(found, values=values)
 
 
-def too_short(found: Sum) -> Sum:
+def too_short(found: MaskedSum) -> MaskedSum:
     return replace(found, values=found.values[:-1])
 
 
-def with_another_mask(found: Sum) -> Sum:
-    return replace(found, rank_mask=~found.rank_mask)
+def with_another_mask(found: MaskedSum) -> MaskedSum:
+    return replace(found, union=~found.union)
 
 
-def with_a_lost_client(found: Sum) -> Sum:
+def with_a_lost_client(found: MaskedSum) -> MaskedSum:
     return replace(found, values=found.values * 0.999)
 
 
@@ -244,10 +245,13 @@ def with_a_lost_client(found: Sum) -> Sum:
     ],
 )
 def test_a_wrong_sum_ends_the_launch(
-    corrupt: Callable[[Sum], Sum], path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corrupt: Callable[[MaskedSum], MaskedSum],
+    path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        micro_collectives, "weighted_sum", lambda *arguments: corrupt(weighted_sum(*arguments))
+        micro_collectives, "masked_sum", lambda *args, **more: corrupt(masked_sum(*args, **more))
     )
     words = options(paths=path, payload_bytes="2e3")
     with pytest.raises(WrongResult, match=path):

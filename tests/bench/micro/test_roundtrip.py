@@ -1,4 +1,4 @@
-"""fedara micro roundtrip: its records, its bytes, wrong options; and rounds in several goes."""
+"""fedara micro roundtrip: its records, its bytes, wrong options; and rounds in several chunks."""
 
 import json
 import statistics
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from bench.run import rounds
+from bench.run import clients
 from fedara_core.codec import payload_bytes
-from fedara_core.merge import collectives
+from fedara_core.merge.sums import OrderedSum
 from fedara_core.method import method_names
 from support.documented import check_documented
 from support.launch import fedara_here, launch
@@ -107,36 +107,36 @@ def test_wrong_options_cost_one_line(option: str, value: str, words: str, tmp_pa
 
 
 def test_clients_are_placed_by_their_steps_and_named_in_order() -> None:
-    """The others find a process's clients in client_id order, however they were dealt out."""
+    """The others find a process's clients in client_id order, however they were by_steps out."""
     job = make_tiny_job("train.local_epochs=1", "train.batch_size=2")
     steps = [job.training.num_steps(len(shard)) for shard in job.shards]
-    placed = rounds.place(job, range(len(steps)), 3)
-    assert sorted(client_id for clients in placed for client_id in clients) == [*range(len(steps))]
-    assert all(clients == sorted(clients) for clients in placed)
-    loads = [sum(steps[client_id] for client_id in clients) for clients in placed]
+    placed = clients.place(job, range(len(steps)), 3)
+    assert sorted(client_id for own in placed for client_id in own) == [*range(len(steps))]
+    assert all(own == sorted(own) for own in placed)
+    loads = [sum(steps[client_id] for client_id in own) for own in placed]
     assert max(loads) - min(loads) <= max(steps)
-    dealt = sorted(range(len(steps)), key=lambda client_id: (-steps[client_id], client_id))
-    firsts = [min(clients, key=dealt.index) for clients in placed]
-    assert firsts == dealt[:3]  # the clients with most steps, one on each
-    assert any(clients[0] != first for clients, first in zip(placed, firsts, strict=True))
+    by_steps = sorted(range(len(steps)), key=lambda client_id: (-steps[client_id], client_id))
+    firsts = [min(own, key=by_steps.index) for own in placed]
+    assert firsts == by_steps[:3]  # the clients with most steps, one on each
+    assert any(own[0] != first for own, first in zip(placed, firsts, strict=True))
 
 
 @pytest.mark.parametrize("path", ["allgather", "split"])
-def test_a_cohort_in_several_goes_gives_the_same_bits(
+def test_a_cohort_in_several_chunks_gives_the_same_bits(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One client's upload at a time is held, and nothing of the result changes."""
     setting = f"federation.merge_path={path}"
     whole = play_rounds(make_tiny_job(setting), num_rounds=2)
     held: list[int] = []
-    meet = collectives._OrderedSum.meet
+    exchange = OrderedSum.exchange
 
-    def noting(total: Any, headers: Any) -> None:
+    def noting(total: Any, contributions: Any) -> None:
         held.append(len(total._own))
-        meet(total, headers)
+        exchange(total, contributions)
 
-    monkeypatch.setattr(collectives._OrderedSum, "meet", noting)
-    monkeypatch.setattr(rounds, "HELD_VALUES", 1)
+    monkeypatch.setattr(OrderedSum, "exchange", noting)
+    monkeypatch.setattr(clients, "HELD_VALUES", 1)
     parts = play_rounds(make_tiny_job(setting), num_rounds=2)
     assert held == [1] * 10
     for ours, theirs in zip(parts, whole, strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from bench.config.schema import ModelConfig
+from bench.config.sections import ModelConfig
 from bench.metering.flops import StepFlops
 from bench.models import encoders
 from bench.models.encoders import build_model, encode
@@ -82,8 +82,8 @@ def test_both_attentions_compute_the_same_and_count_the_same() -> None:
         model = build_model(config, num_classes=3, seed=0).model.eval()
         torch.nn.functional.cross_entropy(model(**batch), labels).backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        inject(model, "all-linear", ["classifier.weight", "classifier.bias"])
-        seen.append((gradients, StepFlops(model).now().flops(8, 16)))
+        adapted = inject(model, "all-linear", ["classifier.weight", "classifier.bias"])
+        seen.append((gradients, StepFlops(adapted).now().flops(8, 16)))
     (sdpa, counted), (eager, same) = seen
     torch.testing.assert_close(eager, sdpa, rtol=1e-4, atol=1e-6)
     assert sdpa.abs().max() > 1e-3

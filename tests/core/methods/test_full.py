@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.config.schema import ModelConfig
+from bench.config.sections import ModelConfig
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches
 from bench.run.job import Job

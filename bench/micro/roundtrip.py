@@ -25,7 +25,7 @@ from bench.micro.record import names, numbers, quantiles, record_rows, slowest
 from bench.run.clients import place
 from bench.run.job import Job
 from bench.run.rounds import advance
-from bench.run.runner import set_threads
+from bench.run.runner import keep_freed_memory, set_threads
 from bench.tools.estimate import null_job
 from fedara_core.codec import CODECS
 from fedara_core.comm.base import Communicator
@@ -84,6 +84,7 @@ def parse_settings(
 def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
     set_threads(1, communicator)
+    keep_freed_memory()
     rows = _rows(settings, communicator)
     return record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
 

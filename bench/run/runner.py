@@ -1,5 +1,6 @@
 """Runs the points of a config one after another in one job; world_rank 0 shows the progress."""
 
+import ctypes
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import Diverged, InputError, Interrupted
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, from malloc.h
+
 
 def run_all(
     path: Path,
@@ -39,6 +42,7 @@ def run_all(
     Interrupted after the round in which one of them gets SIGUSR1 or SIGTERM. A point that diverges
     does not stop the others; its Diverged is raised at the end.
     """
+    keep_freed_memory()
     points = _points(path, results, overrides, communicator, index)
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     diverged: list[Diverged] = []
@@ -148,6 +152,21 @@ def gpu_uuid(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 512 MB of freed memory for the next allocation (mallopt(3)).
+
+    By itself it returns large blocks, and each step of a real round then touches the pages of its
+    activations anew: without this a round of MiniLM takes 4 % longer (4 clients, 5 steps of 16
+    texts, one thread). Settings in the environment stand.
+    """
+    if any(key.startswith(("MALLOC_MMAP", "MALLOC_TRIM", "GLIBC_TUNABLES")) for key in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
 def set_threads(wanted: int | str, communicator: Communicator) -> None:

@@ -64,10 +64,11 @@ class ImportanceMeter:
             ).cpu()
         if self.kind == "norm":
             return _by_triplet(parts, lambda rows: rows.norm(dim=1)).prod(dim=0).cpu()
-        scores = torch.zeros(index.size, device=model.vector.device)
-        if self._sums is not None:
-            weight = self._uncertainty if self._uncertainty is not None else 1.0
-            scores[: index.num_row_values] = self._sums * weight
+        if self._sums is None:
+            return torch.zeros(sum(adapter.num_live for adapter in model.adapters.values()))
+        weight = 1.0 if self._uncertainty is None else self._uncertainty
+        scores = torch.zeros_like(model.vector)
+        scores[: index.num_row_values] = self._sums * weight
         return _by_triplet(index.parts(scores), lambda rows: rows.mean(dim=1)).sum(dim=0).cpu()
 
 

@@ -146,6 +146,11 @@ class Index:
     def _sent(self) -> Iterator[Piece]:
         return (piece for piece in self.pieces if piece.start < self.num_sent)
 
+    def take(self, sent: Tensor, bits: Tensor) -> Tensor:
+        """Of values that would travel (num_sent,) those of these triplets, and the whole
+        parameters."""
+        return take_rows(sent, self.per_row(bits, whole=True), self.row_widths)
+
 
 EMPTY = Index(pieces=(), num_sent=0, num_trained=0)
 
@@ -210,6 +215,39 @@ def bits_of_masks(chosen: Masks, rank_masks: Masks) -> Tensor:
 def first_rows(rank_masks: Masks, lora_rank: int) -> dict[str, Tensor]:
     """The live rows among the first lora_rank ones: what a client of that capacity trains."""
     return {name: mask & (torch.arange(len(mask)) < lora_rank) for name, mask in rank_masks.items()}
+
+
+def take_rows(values: Tensor, held: Tensor, widths: Tensor) -> Tensor:
+    """Of rows of these widths (R,) those that are held (R,) bool."""
+    if held.all():
+        return values
+    taken = torch.empty(int(widths[held].sum()))
+    for index, rows, own in equal_widths(held, widths, values, taken):
+        torch.index_select(rows, 0, index, out=own)
+    return taken
+
+
+def put_rows(taken: Tensor, held: Tensor, widths: Tensor) -> Tensor:
+    """Inverse of `take_rows`, with zeros for the rows that are not held."""
+    values = torch.zeros(int(widths.sum()))
+    for index, rows, own in equal_widths(held, widths, values, taken):
+        rows.index_copy_(0, index, own)
+    return values
+
+
+def equal_widths(
+    held: Tensor, widths: Tensor, values: Tensor, taken: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each run of rows of one width w: which are held (k,), all of them (rows, w) in `values`,
+    and those that are held (k, w) in `taken`."""
+    row = start = used = 0
+    for width, count in zip(
+        *(t.tolist() for t in torch.unique_consecutive(widths, return_counts=True)), strict=True
+    ):
+        index = held[row : row + count].nonzero().flatten()
+        own = taken[used : used + len(index) * width].view(len(index), width)
+        yield index, values[start : start + count * width].view(count, width), own
+        row, start, used = row + count, start + count * width, used + len(index) * width
 
 
 _NO_BITS = torch.zeros(0, dtype=torch.bool)

@@ -17,7 +17,7 @@ from fedara_core.merge.mean import gather_headers
 from fedara_core.merge.received import Received
 from fedara_core.merge.sums import Contribution, Rows, byte_starts, running_sum
 from fedara_core.seeds import generator
-from fedara_core.values import Index
+from fedara_core.values import Index, put_rows, take_rows
 from fedara_core.wire import Header, Upload
 
 
@@ -90,7 +90,7 @@ def masked_sum(
         whole_divisor = sum(header.num_examples for header in headers)
     values = total.result(row_divisor, whole_divisor)
     if path == "dense":
-        values = values[union.repeat_interleave(widths)]
+        values = take_rows(values, union, widths)
     return MaskedSum(headers=headers, union=union, values=values)
 
 
@@ -133,8 +133,7 @@ class MaskedAveraging:
     def result(self) -> Received | None:
         if self._sum is None or not self._sum.headers:  # no chunk of clients, or an empty one
             return None
-        mean = torch.zeros(self._index.num_sent)
-        mean[self._sum.union.repeat_interleave(self._index.row_widths)] = self._sum.values
+        mean = put_rows(self._sum.values, self._sum.union, self._index.row_widths)
         return Received(self._sum.headers, mean=mean)
 
 

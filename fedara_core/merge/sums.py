@@ -27,6 +27,7 @@ from torch import Tensor
 from fedara_core.codec import decode_rows, row_bytes
 from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS, SAME_BITS
+from fedara_core.values import equal_widths
 
 BLOCK_VALUES = 1 << 24  # values of all clients that the allgather path receives at a time
 _SUM_VALUES = 1 << 20  # values summed at a time: their float64 sum stays in the cache
@@ -114,7 +115,7 @@ class RunningSum:
             return
         held = contribution.held[first:last]
         values = decode_rows(codec, payload, widths[held])
-        for index, sums, own in _equal_widths(held, widths, total, values):
+        for index, sums, own in equal_widths(held, widths, total, values):
             sums.index_add_(0, index, own.to(total.dtype), alpha=weight)
 
     def _divide(self, total: Tensor, first: int, row_divisor: float, whole_divisor: float) -> None:
@@ -268,21 +269,6 @@ def cumulated(sizes: np.ndarray) -> np.ndarray:
 def byte_starts(held: Tensor, rows: Rows) -> np.ndarray:
     """Bytes of the rows that are held before each row, and of all: (R + 1,) int64."""
     return cumulated(np.where(held.numpy(), row_bytes(rows.codec, rows.widths).numpy(), 0))
-
-
-def _equal_widths(
-    held: Tensor, widths: Tensor, total: Tensor, values: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each run of rows of one width w: which are held (k,), all of them (rows, w) in `total`,
-    and those that are held (k, w) in `values`."""
-    row = start = used = 0
-    for width, count in zip(
-        *(t.tolist() for t in torch.unique_consecutive(widths, return_counts=True)), strict=True
-    ):
-        index = held[row : row + count].nonzero().flatten()
-        own = values[used : used + len(index) * width].view(len(index), width)
-        yield index, total[start : start + count * width].view(count, width), own
-        row, start, used = row + count, start + count * width, used + len(index) * width
 
 
 def _join(pieces: Sequence[Tensor], room: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class AdaLora(Method):
     def upload(self, client: Client, state: ServerState) -> Upload:
         scores = client.notes["importance"].scores(client.model)
         kept = top_k(scores, scheduled_budget(state, self))  # (live triplets,)
-        return client.make_upload(client.sent_values[state.index.value_mask(kept)], kept)
+        return client.make_upload(state.index.take(client.sent_values, kept), kept)
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         after = super().aggregate(state, received)

@@ -97,7 +97,7 @@ class LoraA2(Method):
         if len(client.losses) < self.probe_steps:  # a round as short as this is all probe
             choose(client)
         chosen = client.notes["chosen"]
-        return client.make_upload(client.sent_values[state.index.value_mask(chosen)], chosen)
+        return client.make_upload(state.index.take(client.sent_values, chosen), chosen)
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         # What was not sent counts as unchanged; in the mean it counts as zero.

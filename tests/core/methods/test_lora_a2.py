@@ -77,7 +77,7 @@ def test_everything_chosen_is_alternating_fedavg_by_hand() -> None:
             )
             model.module.train()
             for batch in client_batches(job, played.before.round_index, client_id):
-                optimizer.zero_grad()
+                model.gradient.zero_()
                 logits = model.module(batch["input_ids"], batch["attention_mask"])
                 nn.functional.cross_entropy(logits, batch["labels"]).backward()
                 nn.utils.clip_grad_norm_([*halves, *heads], 1.0)

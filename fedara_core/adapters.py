@@ -136,7 +136,7 @@ class AdaptedModel:
         fixed: Fixed = NOTHING_FIXED,
         keep_dead: bool = False,
     ) -> None:
-        """Put a vector (index.size,) into the model, without gradients.
+        """Put a vector (index.size,) into the model.
 
         fixed: tensors that do not train; "delta" (d_out, d_in) among them is added to W0.
         keep_dead: leave an adapter without live rows in the forward and backward pass, as one row
@@ -147,7 +147,6 @@ class AdaptedModel:
         if fixed is not self._fixed:  # a change of W0 is added once a round, not once a client
             self._fix(fixed)
         self.vector.copy_(vector)
-        self.gradient.zero_()
 
     def _lay_out(self, index: Index, form: AdapterForm, keep_dead: bool) -> None:
         """Make parts and whole parameters views of a new vector."""

@@ -73,7 +73,9 @@ class Client:
         return self.model.gradient
 
     def backward(self, batch: Batch) -> None:
-        """Mean cross-entropy of the batch and its gradients; the loss is kept."""
+        """Mean cross-entropy of the batch and its gradient, in place of the last one's; the loss is
+        kept."""
+        self.gradient.zero_()
         device = batch["input_ids"].device.type
         with torch.autocast(device, torch.bfloat16) if self.autocast else contextlib.nullcontext():
             logits = self.model.module(batch["input_ids"], batch["attention_mask"])
@@ -82,12 +84,11 @@ class Client:
         self.losses.append(loss.detach())
 
     def step(self) -> None:
-        """Clip the gradient, move the vector, forget the gradient."""
+        """Clip the gradient and move the vector."""
         if self.max_grad_norm is not None:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
         self.optimizer.step()
-        self.gradient.zero_()
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -102,9 +103,7 @@ class Client:
             return 0.0
         return float(torch.stack(self.losses).double().mean())
 
-    def make_upload(
-        self, values: Tensor, bits: Tensor | None = None, row_weight: float | None = None
-    ) -> Upload:
+    def make_upload(self, values: Tensor, bits: Tensor | None = None) -> Upload:
         """An upload of these values (n,) float32 and bits (m,) bool in the client's name."""
         return make_upload(
             client_id=self.client_id,
@@ -112,13 +111,13 @@ class Client:
             train_loss=self.train_loss,
             values=values,
             bits=torch.zeros(0, dtype=torch.bool) if bits is None else bits,
-            row_weight=row_weight,
         )
 
     @property
     def sent_values(self) -> Tensor:
         """A copy of what travels of the vector (num_sent,), on the CPU."""
-        return self.model.vector[: self.model.index.num_sent].to("cpu", copy=True)
+        sent = self.model.vector[: self.model.index.num_sent].cpu()
+        return torch.from_numpy(sent.numpy().copy())  # NumPy asks for huge pages: half the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +174,11 @@ class Method:
         """Which live triplets a client has sent, where it chooses: (live triplets,) bool."""
         return header.bits
 
+    def row_weight(self, state: ServerState, upload: Upload) -> float | None:
+        """What a client's rows weigh in a masked sum, a float32; None: its num_examples, as its
+        whole parameters always do."""
+        return None
+
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         """The next state. Pure: needs no model."""
         after = next_state(state, received, vector=with_mean(state, received.mean))
@@ -206,7 +210,8 @@ def next_state(state: ServerState, received: Received, **changes: Any) -> Server
 def with_mean(state: ServerState, mean: Tensor) -> Tensor:
     """The state's vector with the clients' mean (num_sent or more,) in place of what they sent."""
     num_sent = state.index.num_sent
-    return torch.cat([mean[:num_sent], state.vector[num_sent:]])
+    rest = state.vector[num_sent:]
+    return torch.cat([mean[:num_sent], rest]) if len(rest) else mean[:num_sent]
 
 
 def alternating_size(state: ServerState, form: AdapterForm, client: Client | None) -> Size:

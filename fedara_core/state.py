@@ -181,6 +181,8 @@ def relaid(state: ServerState, form: AdapterForm, rank_masks: Masks | None = Non
 def truncated(state: ServerState, form: AdapterForm, lora_rank: int) -> ServerState:
     """The state with the first lora_rank triplets of each adapter: what a client of that capacity
     trains."""
+    if lora_rank >= state.adapter.lora_rank:
+        return state
     return relaid(state, form, first_rows(state.rank_masks, lora_rank))
 
 

@@ -15,7 +15,7 @@ classification head, trains outside the adapters.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Protocol
 
@@ -42,6 +42,8 @@ class Parted(Protocol):
 
     def widths(self, shape: Shape) -> dict[str, int]:
         """Part -> floats of one row in it, in the order of the parts."""
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +167,18 @@ def make_index(
 
     shapes: of the layers; num_live: live rows by adapter; whole: shapes of the parameters.
     """
-    live = [name for name in sorted(num_live) if num_live[name]]
-    widths = {name: form.widths(shapes[name]) for name in live}
-    names = list(widths[live[0]]) if live else []
+    live = [(name, shapes[name], num_live[name]) for name in sorted(num_live) if num_live[name]]
+    return _make_index(form, tuple(live), tuple(sorted(whole.items())))
+
+
+@lru_cache(maxsize=256)  # one object an index, so that comparing two costs nothing
+def _make_index(
+    form: Parted,
+    live: tuple[tuple[str, Shape, int], ...],
+    whole: tuple[tuple[str, tuple[int, ...]], ...],
+) -> Index:
+    widths = {name: form.widths(shape) for name, shape, _ in live}
+    names = list(form.widths(live[0][1])) if live else []
     pieces: list[Piece] = []
 
     def add(items: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
@@ -179,10 +190,10 @@ def make_index(
         return end
 
     def rows(parts: Iterable[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        return ((n, part, (num_live[n], widths[n][part])) for part in parts for n in live)
+        return ((n, part, (r, widths[n][part])) for part in parts for n, _, r in live)
 
     add(rows(part for part in names if part not in (*form.frozen, *form.local)))
-    num_sent = add((name, "", tuple(whole[name])) for name in sorted(whole))
+    num_sent = add((name, "", shape) for name, shape in whole)
     num_trained = add(rows(part for part in names if part in form.local))
     add(rows(part for part in names if part in form.frozen))
     return Index(pieces=tuple(pieces), num_sent=num_sent, num_trained=num_trained)

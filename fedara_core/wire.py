@@ -37,8 +37,8 @@ class Header:
     """All of an upload but its values.
 
     bits: (num_bits,) bool on the CPU. codec: how the values travel. finite: whether all values are
-    numbers. row_weight: what its rows weigh in a sum where that is not num_examples; a server
-    derives it from the values, so that it is not counted as sent.
+    numbers. row_weight: what its rows weigh in a sum where that is not num_examples; it comes from
+    the server, so that it is not counted as sent.
     """
 
     client_id: int
@@ -95,7 +95,6 @@ def make_upload(
     train_loss: float,
     values: Tensor,
     bits: Tensor = _NO_BITS,
-    row_weight: float | None = None,
 ) -> Upload:
     """An upload of these values (n,) float32 and bits (m,) bool."""
     header = Header(
@@ -105,7 +104,6 @@ def make_upload(
         num_values=values.numel(),
         bits=bits,
         finite=is_finite(values),
-        row_weight=row_weight,
     )
     return Upload(header=header, values=values)
 

@@ -21,7 +21,8 @@ def open_exchange(job: Job, state: ServerState, communicator: Communicator) -> E
         return Gathering(communicator, reference)
     if job.method.combine == "masked":
         sent_bits = partial(job.method.sent_bits, state)
-        return MaskedAveraging(communicator, path, state.index, sent_bits)
+        row_weight = partial(job.method.row_weight, state)
+        return MaskedAveraging(communicator, path, state.index, sent_bits, row_weight)
     return Averaging(communicator, path, reference)
 
 

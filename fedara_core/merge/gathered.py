@@ -8,7 +8,7 @@ from fedara_core.wire import Upload, pack, unpack
 
 
 class Gathering:
-    """An exchange that keeps every upload (see merge/average.py, Exchange)."""
+    """An exchange that keeps every upload (see merge/mean.py, Exchange)."""
 
     def __init__(self, communicator: Communicator, reference: Tensor | None = None) -> None:
         """reference: what a lossy codec coded the uploads' difference from."""

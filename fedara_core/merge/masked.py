@@ -6,7 +6,7 @@ round runs, and what `fedara micro collectives` times.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,15 +106,18 @@ class MaskedAveraging:
         path: str,
         index: Index,
         sent_bits: Callable[[Header], Tensor],
+        row_weight: Callable[[Upload], float | None],
     ) -> None:
-        """sent_bits: header -> (live triplets,) bool, the triplets that the client has sent."""
+        """sent_bits: header -> (live triplets,) bool, the triplets that the client has sent;
+        row_weight: upload -> what they weigh."""
         self._communicator, self._path, self._index = communicator, path, index
-        self._sent_bits = sent_bits
+        self._sent_bits, self._row_weight = sent_bits, row_weight
         self._uploads: list[Upload] = []
         self._sum: MaskedSum | None = None
 
     def add(self, upload: Upload) -> None:
-        self._uploads.append(upload)
+        header = replace(upload.header, row_weight=self._row_weight(upload))
+        self._uploads.append(Upload(header=header, values=upload.values))
 
     def exchange(self) -> None:
         """Called once: a sum over the union of the masks needs all headers first."""

@@ -81,15 +81,15 @@ class HetLora(Method):
 
     def upload(self, client: Client, state: ServerState) -> Upload:
         model = client.model
-        values, index = client.sent_values, model.index
-        if self.penalty and self._tail_norm(model).item() < client.notes["tail_norm"]:
-            kept = [
-                torch.arange(a.num_live) < self._kept(a.num_live) for a in model.adapters.values()
-            ]
-            values = values[index.value_mask(torch.cat(kept))]
-            client_lora_rank = self._kept(max(a.num_live for a in model.adapters.values()))
-            index = truncated(state, self.form(state), client_lora_rank).index
-        return client.make_upload(values, row_weight=product_norm(values, index))
+        if not self.penalty or self._tail_norm(model).item() >= client.notes["tail_norm"]:
+            return super().upload(client, state)
+        num_live = [adapter.num_live for adapter in model.adapters.values()]
+        kept = torch.cat([torch.arange(n) < self._kept(n) for n in num_live])
+        return client.make_upload(model.index.take(client.sent_values, kept))
+
+    def row_weight(self, state: ServerState, upload: Upload) -> float:
+        sent = truncated(state, self.form(state), rows_sent(upload.header, state))
+        return product_norm(upload.values, sent.index)
 
     def sent_bits(self, state: ServerState, header: Header) -> Tensor:
         sent = first_rows(state.rank_masks, rows_sent(header, state))

@@ -15,6 +15,7 @@ from bench.config.sections import ModelConfig
 from bench.models.encoders import Classifier, MeanPooled, OwnHead, build_model
 from fedara_core.adapters import AdaptedModel, AdapterForm, LowRank, inject
 from fedara_core.errors import InputError
+from fedara_core.method import Client
 from fedara_core.values import Index, Masks, Tensors, count_live, make_index
 
 HIDDEN, INNER, NUM_CLASSES, LORA_RANK = 16, 32, 3, 4
@@ -256,7 +257,22 @@ def test_parameters_and_gradients_are_views_of_the_vector(form: LowRank) -> None
     assert torch.equal(vector, before)
     model.load(vector, model.index, form)
     assert torch.equal(adapter.parts["B"], parts["B"][second][[1, 3]])
-    assert not model.gradient.any()
+
+
+def test_backward_gives_the_gradient_of_its_batch_alone() -> None:
+    model = tiny_bert()
+    vector = write(model, random_parts(model, SVD), masks(model, [0]), SVD)
+    ids, attention_mask = batch()
+    first = {"input_ids": ids, "attention_mask": attention_mask, "labels": torch.tensor([0, 1, 2])}
+    gradients = []
+    for batches in ([first | {"labels": torch.tensor([2, 2, 0])}, first], [first]):
+        client = Client(client_id=0, num_examples=3, model=model)
+        model.load(vector, model.index, SVD)
+        for one in batches:
+            client.backward(one)
+        gradients.append(client.gradient.clone())
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
 
 
 def test_another_index_leaves_nothing_of_the_first() -> None:

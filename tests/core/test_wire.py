@@ -91,11 +91,10 @@ def test_layout_is_what_the_page_says() -> None:
         num_examples=300,
         train_loss=1.5,
         values=torch.tensor([1.0, torch.inf]),
-        row_weight=0.5,
     )
     by_hand = struct.pack("<BBHIIIIff", 0xFB, 0x80 | 0x40, 0, 2, 7, 300, 0, 1.5, 0.5)
-    assert pack_header(weighted.header) == by_hand
-    assert weighted.header.num_bytes == 24 + 8  # a server derives the weight from the values
+    assert pack_header(replace(weighted.header, row_weight=0.5)) == by_hand
+    assert weighted.header.num_bytes == 24 + 8  # the weight is the server's
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Checks for every process of a job: every merge path on random masks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -131,16 +133,10 @@ def check_unlike_weights(communicator: Communicator) -> None:
     """Rows by their own weight, whole parameters by num_examples: a mean of both, by hand."""
     masks = [torch.tensor([True, False, True]), torch.tensor([True, True, True])]
     values = [torch.tensor([1.0, 7.0]), torch.tensor([3.0, 5.0, 9.0])]
+    uploads = [masked_upload(i, (10, 30)[i], masks[i], values[i]) for i in (0, 1)]
     uploads = [
-        make_upload(
-            client_id=i,
-            num_examples=(10, 30)[i],
-            train_loss=0.0,
-            values=values[i],
-            bits=masks[i],
-            row_weight=(0.5, 1.5)[i],
-        )
-        for i in (0, 1)
+        replace(upload, header=replace(upload.header, row_weight=weight))
+        for upload, weight in zip(uploads, (0.5, 1.5), strict=True)
     ]
     mine = uploads[communicator.world_rank :: communicator.world_size]
     widths = torch.ones(3, dtype=torch.int64)

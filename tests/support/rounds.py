@@ -72,7 +72,10 @@ def received(
     communicator = Communicator()
     if method.combine == "masked":
         sent_bits = partial(method.sent_bits, state)
-        masked = MaskedAveraging(communicator, path or "allgather", state.index, sent_bits)
+        row_weight = partial(method.row_weight, state)
+        masked = MaskedAveraging(
+            communicator, path or "allgather", state.index, sent_bits, row_weight
+        )
         for upload in uploads:
             masked.add(upload)
         masked.exchange()

@@ -13,7 +13,7 @@ from bench.run.clients import draw_cohort
 from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank, inject
 from fedara_core.errors import InputError
 from fedara_core.method import Client, load_method
-from fedara_core.methods.hetlora import HetLora, product_norm
+from fedara_core.methods.hetlora import HetLora
 from fedara_core.state import ServerState, truncated
 from fedara_core.train import start_client
 from fedara_core.values import make_index
@@ -57,14 +57,8 @@ def small_upload(
     )
     if norm is not None:
         values[client_lora_rank * (5 + 4) : -3] *= norm / products(values, client_lora_rank)[1]
-    form, num_live = LowRank(scale=2.0), dict.fromkeys("ab", client_lora_rank)
-    index = make_index(form, SHAPES, num_live, {"head.bias": (1,), "head.weight": (1, 2)})
     return make_upload(
-        client_id=client_id,
-        num_examples=num_examples,
-        train_loss=0.0,
-        values=values,
-        row_weight=product_norm(values, index),
+        client_id=client_id, num_examples=num_examples, train_loss=0.0, values=values
     )
 
 
@@ -98,7 +92,7 @@ def test_aggregation_by_hand() -> None:
     )
     assert norm_0 != pytest.approx(norm_1, rel=0.1)
     for upload, norm in zip(uploads, (norm_0, norm_1), strict=True):
-        assert upload.header.row_weight == pytest.approx(norm, rel=1e-6)
+        assert HetLora().row_weight(state, upload) == pytest.approx(norm, rel=1e-6)
     for i, name in enumerate("ab"):
         padded = np.vstack([first[i], np.zeros((1, 8))])
         mean = (norm_0 * padded + norm_1 * second[i]) / (norm_0 + norm_1)
@@ -273,7 +267,7 @@ def test_a_client_prunes_where_its_tail_shrank() -> None:
     for upload in uploads:  # the weight is that of what is sent
         pairs = sent_pairs(upload.values, 1, job.model.shapes).values()
         norm = sum(((b @ a) ** 2).sum() for a, b in pairs) ** 0.5
-        assert upload.header.row_weight == pytest.approx(norm, rel=1e-6)
+        assert job.method.row_weight(state, upload) == pytest.approx(norm, rel=1e-6)
     after = job.method.aggregate(state, received(job.method, state, uploads))
     expected = [1 if client_id in cohort else ranks[client_id] for client_id in range(8)]
     assert after.extra["client_lora_ranks"].tolist() == expected

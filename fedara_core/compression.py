@@ -44,6 +44,12 @@ class Compression:
         residual = values - decoded if self.error_feedback else None
         return replace(state, vector=vector), residual
 
+    def with_residual(self, state: ServerState, residual: Tensor | None) -> ServerState:
+        """The next state, with what this round's message to the clients left out."""
+        if residual is None:
+            return state
+        return replace(state, extra={**state.extra, RESIDUAL: residual})
+
     def send_up(
         self,
         upload: Upload,

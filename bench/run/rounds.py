@@ -23,7 +23,6 @@ from bench.run.resume import Notice, gather_client_state, identity, resume_or_st
 from bench.run.round_record import Row, reduce_row, traffic_since
 from bench.run.stop import Asked
 from fedara_core.comm.base import Communicator
-from fedara_core.compression import RESIDUAL
 from fedara_core.errors import Diverged, Interrupted
 from fedara_core.merge.received import Received
 from fedara_core.state import ServerState
@@ -58,8 +57,7 @@ def advance(
             next_state = job.method.skip(state)
         else:
             next_state = job.method.aggregate(sent, received)
-        if residual is not None and next_state.index == state.index:
-            next_state = replace(next_state, extra={**next_state.extra, RESIDUAL: residual})
+            next_state = job.compression.with_residual(next_state, residual)
         row = {
             "round_index": state.round_index,
             "cohort": cohort,

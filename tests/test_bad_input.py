@@ -297,6 +297,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert len(check_diverged(tmp_path / "results")) == 1
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_stop_the_runs_of_an_mpi_job(tmp_path: Path) -> None:
     """By either way to merge: each run stops for itself, and the job ends with one line."""
     config, results = tmp_path / "paths.toml", tmp_path / "results"

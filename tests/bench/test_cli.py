@@ -131,6 +131,7 @@ def test_help_shows_the_launchers() -> None:
         assert given[0] == "my.toml" or (ROOT / given[0]).is_file()
 
 
+@pytest.mark.slow
 def test_overhead_times_both_sides_of_each_pair() -> None:
     pairs = measure(2, "tiny", 16)
     assert len(pairs) == 2

@@ -148,11 +148,13 @@ def test_a_wrong_setting_is_refused(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", UNDER_MPI)
+@pytest.mark.slow
 def test_a_wrong_setting_is_refused_under_mpiexec(what: str, tmp_path: Path) -> None:
     overrides, words = UNDER_MPI[what]
     check_refused(launch("mpi", 3, *CLI, TINY, "--results", tmp_path, *sets(overrides)), words)
 
 
+@pytest.mark.slow
 def test_a_missing_config_is_refused_under_mpiexec(tmp_path: Path) -> None:
     config = tmp_path / "absent.toml"
     job = launch("mpi", 3, *CLI, config, "--results", tmp_path / "results")

@@ -1,6 +1,9 @@
 """One thread, no network, and which tests one worker of xdist runs one after another."""
 
 import os
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -10,13 +13,23 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)  # xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests of one file share a worker, so that its fixtures are made once.
 
-    Files that start jobs share one, too: they are marked as the group "jobs", and two jobs at a
-    time are too many processes.
+    Files that start jobs share one, too: two jobs at a time are too many processes. They are marked
+    xdist_group("jobs"). `--dist=loadgroup` would do, but xdist 3.8 loses the groups under pytest
+    9.2 (it writes them to item._nodeid, which pytest no longer reads); a scheduler knows no marks.
     """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(config.rootpath / nodeid.partition("::")[0])
+
+    return ByFile(config, log)
+
+
+@cache
+def group(file: Path) -> str:
+    return "jobs" if 'xdist_group("jobs")' in file.read_text(encoding="utf-8") else str(file)

@@ -148,11 +148,13 @@ def test_a_wrong_setting_is_refused(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", UNDER_MPI)
+@pytest.mark.slow
 def test_a_wrong_setting_is_refused_under_mpiexec(what: str, tmp_path: Path) -> None:
     overrides, words = UNDER_MPI[what]
     check_refused(launch("mpi", 3, *CLI, TINY, "--results", tmp_path, *sets(overrides)), words)
 
 
+@pytest.mark.slow
 def test_a_missing_config_is_refused_under_mpiexec(tmp_path: Path) -> None:
     config = tmp_path / "absent.toml"
     job = launch("mpi", 3, *CLI, config, "--results", tmp_path / "results")
@@ -297,6 +299,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert len(check_diverged(tmp_path / "results")) == 1
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_stop_the_runs_of_an_mpi_job(tmp_path: Path) -> None:
     """By either way to merge: each run stops for itself, and the job ends with one line."""
     config, results = tmp_path / "paths.toml", tmp_path / "results"

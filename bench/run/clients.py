@@ -124,7 +124,10 @@ def train_client(
     counts = job.counter.counts(client, step, shapes) if job.counter else {}
     counts["activation_bytes"] = meter.device_bytes_above_rest()
     with meter.phase("pack"):
-        upload = _code(job, client, state, job.method.upload(client, state))
+        upload = job.method.upload(client, state)
+        if not isinstance(upload, Upload) or upload.client_id != client_id:
+            raise RuntimeError(f"round {state.round_index}: client {client_id} sent no upload")
+        upload = _code(job, client, state, upload)
         if job.keeps_client_state:
             job.client_state[client_id] = client.kept
         send(upload)

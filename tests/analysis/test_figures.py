@@ -367,6 +367,7 @@ def test_equal_seeds_on_one_machine_need_no_warning(tmp_path: Path) -> None:
     assert caveats.sentences(load_campaign(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_a_warning_is_on_screen_page_captions_and_tables(tmp_path: Path) -> None:
     metered(tmp_path / "records", "fedara", 0)
     run = metered(tmp_path / "records", "lora", 1)

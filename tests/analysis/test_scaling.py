@@ -294,6 +294,7 @@ def test_bad_records_are_refused(records: Path, tmp_path: Path) -> None:
         load_collectives(tmp_path / "corrupt")
 
 
+@pytest.mark.slow
 def test_command_writes_the_same_bytes_twice(records: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "first", tmp_path / "second"]
     here = CliRunner().invoke(app, [str(records), "--out", str(outs[0])])

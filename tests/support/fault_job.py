@@ -4,10 +4,9 @@ fault_job.py KIND WORLD_RANK STAMP RESULTS ARGS: the fault comes in round 1 (cou
 STAMP gets the time of it. KIND: raise, or the signal SIGKILL, SIGUSR1 or SIGTERM, in the first
 client's training; nan, short, nothing in its upload (values that are no numbers, too few of them,
 none at all); dropped, its upload lost on the way; cut in the packed messages (the last bytes
-missing), header in the packed heads (the first byte another).
+missing), header in the packed headers (the first byte another).
 """
 
-import dataclasses
 import os
 import signal
 import sys
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 
 from bench import cli
-from bench.run import rounds
-from fedara_core.merge import collectives
+from bench.run import clients, rounds
+from fedara_core.merge import gathered, mean
 from fedara_core.method import Method
+from fedara_core.wire import Upload, make_upload
 
 
 class Fault:
@@ -40,10 +40,21 @@ class Fault:
         return True
 
 
+def with_values(upload: Upload, values: torch.Tensor) -> Upload:
+    header = upload.header
+    return make_upload(
+        client_id=header.client_id,
+        num_examples=header.num_examples,
+        train_loss=header.train_loss,
+        values=values,
+        bits=header.bits,
+    )
+
+
 def damage(fault: Fault) -> None:
     """Put the fault's ways into the program."""
-    one_round, start_client = rounds.one_round, rounds.start_client
-    take, pack, pack_heads = rounds._Exchange.take, rounds.pack, collectives.pack_heads
+    one_round, start_client = rounds.one_round, clients.start_client
+    open_exchange, pack, pack_header = rounds.open_exchange, gathered.pack, mean.pack_header
 
     def noting(job: Any, state: Any, communicator: Any, meter: Any) -> Any:
         fault.here = state.round_index, communicator.world_rank
@@ -56,25 +67,32 @@ def damage(fault: Fault) -> None:
             raise RuntimeError("injected")
         start_client(client, method, training, state)
 
-    def taking(exchange: Any, upload: Any) -> None:
-        if fault.due("nan"):
-            upload = dataclasses.replace(upload, values=torch.full_like(upload.values, torch.nan))
-        if fault.due("short"):
-            upload = dataclasses.replace(upload, values=upload.values[:-3])
-        if not fault.due("dropped"):
-            take(exchange, upload)
+    def opening(*arguments: Any) -> Any:
+        exchange = open_exchange(*arguments)
+        add = exchange.add
+
+        def adding(upload: Any) -> None:
+            if fault.due("nan"):
+                upload = with_values(upload, torch.full_like(upload.values, torch.nan))
+            if fault.due("short"):
+                upload = with_values(upload, upload.values[:-3])
+            if not fault.due("dropped"):
+                add(upload)
+
+        exchange.add = adding
+        return exchange
 
     def packing(uploads: Any) -> Any:
         packed = pack(uploads)
         return packed[:-5] if fault.due("cut") else packed
 
-    def packing_heads(heads: Any) -> bytes:
-        packed = pack_heads(heads)
+    def packing_header(header: Any) -> bytes:
+        packed = pack_header(header)
         return b"\x17" + packed[1:] if fault.due("header") else packed
 
-    rounds.one_round, rounds.start_client = noting, starting
-    rounds._Exchange.take = taking  # type: ignore[method-assign]
-    rounds.pack, collectives.pack_heads = packing, packing_heads  # type: ignore[attr-defined]
+    rounds.one_round, rounds.open_exchange = noting, opening
+    clients.start_client = starting
+    gathered.pack, mean.pack_header = packing, packing_header
     uploading = Method.upload
 
     def silent(method: Any, client: Any, state: Any) -> Any:

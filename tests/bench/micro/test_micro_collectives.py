@@ -83,6 +83,7 @@ NOT_EVERYWHERE = [
 
 
 @pytest.mark.parametrize(("launcher", "world_size"), [("plain", 1), ("mpi", 2), ("torch", 2)])
+@pytest.mark.slow
 def test_a_launch_is_a_record(
     launcher: str, world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +331,7 @@ def test_wrong_options_cost_one_line(
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_can_not_be_made_is_refused_on_every_process(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = ("-m", "bench", "micro", "collectives", *options(), "--results", tmp_path / "file")

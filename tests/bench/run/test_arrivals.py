@@ -273,6 +273,7 @@ RECORD = (
 
 
 @pytest.mark.parametrize(("name", "settings", "failing"), CASES)
+@pytest.mark.slow
 def test_the_same_on_any_processes_and_after_an_interruption(
     name: str,
     settings: tuple[str, ...],

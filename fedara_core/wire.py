@@ -137,7 +137,7 @@ def unpack(buffer: Tensor, reference: Tensor | None = None) -> list[Upload]:
         end = start + payload_bytes(header.codec, header.num_values)
         if end > data.size:
             raise ValueError(
-                f"upload of client {header.client_id} needs {end} of {data.size} bytes"
+                f"upload of client {header.client_id} needs {end} bytes of {data.size}"
             )
         uploads.append(_decoded(header, data[start:end].copy(), reference))
         start = end
@@ -211,7 +211,7 @@ def _read_header(data: np.ndarray, start: int) -> tuple[Header, int]:
     bits_start = end + (_WEIGHT.size if flags & _HAS_WEIGHT else 0)
     stop = bits_start + (num_bits + 7) // 8
     if stop > data.size:
-        raise ValueError(f"header of client {client_id} needs {stop} of {data.size} bytes")
+        raise ValueError(f"header of client {client_id} needs {stop} bytes of {data.size}")
     if flags & _HAS_WEIGHT:
         header = replace(header, row_weight=_WEIGHT.unpack_from(data.data, end)[0])
     if num_bits:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bench import cli
 from bench.run import clients, rounds
 from fedara_core.merge import gathered, mean
 from fedara_core.method import Method
-from fedara_core.wire import Upload, make_upload
+from fedara_core.wire import Upload, is_finite
 
 
 class Fault:
@@ -41,14 +42,10 @@ class Fault:
 
 
 def with_values(upload: Upload, values: torch.Tensor) -> Upload:
-    header = upload.header
-    return make_upload(
-        client_id=header.client_id,
-        num_examples=header.num_examples,
-        train_loss=header.train_loss,
-        values=values,
-        bits=header.bits,
-    )
+    """The upload with these values, as its client would have announced them."""
+    finite = is_finite(values)
+    header = replace(upload.header, num_values=values.numel(), finite=finite)
+    return replace(upload, header=header, values=values)
 
 
 def damage(fault: Fault) -> None:

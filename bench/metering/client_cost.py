@@ -22,7 +22,7 @@ class ClientCost:
 
     adapter_bytes: of the client's live rows. optimizer_bytes: of the optimiser's tensors after the
     last step. activation_bytes: on a GPU, the peak of the local steps above what lies there after
-    them: activations, gradients and temporaries. lowest, num_backward_layers: see StepCost.
+    them: activations and temporaries. lowest, num_backward_layers: see StepCost.
     modelled_seconds: until the upload is sent, where modelled time decides whose upload counts.
     """
 

@@ -1,5 +1,6 @@
 """Every upload to every process: for methods whose server needs each client's factors."""
 
+import torch
 from torch import Tensor
 
 from fedara_core.comm.base import Communicator
@@ -13,14 +14,14 @@ class Gathering:
     def __init__(self, communicator: Communicator, reference: Tensor | None = None) -> None:
         """reference: what a lossy codec coded the uploads' difference from."""
         self._communicator, self._reference = communicator, reference
-        self._own: list[Upload] = []  # since the last exchange
+        self._own: list[Tensor] = []  # packed, since the last exchange
         self._uploads: list[Upload] = []
 
     def add(self, upload: Upload) -> None:
-        self._own.append(upload)
+        self._own.append(pack([upload]))
 
     def exchange(self) -> None:
-        for buffer in self._communicator.allgather(pack(self._own)):
+        for buffer in self._communicator.allgather(torch.cat([pack([]), *self._own])):
             self._uploads += unpack(buffer, self._reference)
         self._own.clear()
 

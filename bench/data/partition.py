@@ -17,12 +17,7 @@ MAX_DRAWN_NUMBERS = 20_000_000
 
 
 def partition(
-    labels: np.ndarray,
-    config: PartitionConfig,
-    *,
-    num_clients: int,
-    num_classes: int,
-    seed: int,
+    labels: np.ndarray, config: PartitionConfig, *, num_clients: int, num_classes: int, seed: int
 ) -> list[np.ndarray]:
     """Split the examples with these labels (int64, shape (num_examples,)) among the clients.
 

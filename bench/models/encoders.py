@@ -134,10 +134,7 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
     source = _source(config.name)
     try:
         return auto.from_pretrained(
-            source,
-            config=settings,
-            attn_implementation=config.attention,
-            dtype=torch.float32,
+            source, config=settings, attn_implementation=config.attention, dtype=torch.float32
         )
     except Exception as error:  # damaged and missing files raise many kinds
         raise _not_found(config.name, error) from None

@@ -70,8 +70,7 @@ class Recorder:
         run = self._run()
         part = {"first_round_index": first_round_index, **energy}
         write_json(
-            self.run_dir / "run.json",
-            {**run, "energy_parts": [*run.get("energy_parts", []), part]},
+            self.run_dir / "run.json", {**run, "energy_parts": [*run.get("energy_parts", []), part]}
         )
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> None:

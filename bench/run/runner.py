@@ -189,11 +189,7 @@ def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) 
 
 
 def _points(
-    path: Path,
-    results: Path,
-    overrides: list[str],
-    communicator: Communicator,
-    index: int | None,
+    path: Path, results: Path, overrides: list[str], communicator: Communicator, index: int | None
 ) -> list[tuple[str, RunConfig, bool]]:
     """Title, config and whether it is finished, for each point. world_rank 0 reads for all."""
 

@@ -1,8 +1,5 @@
-"""The keys of a config, one class per section: types, limits, defaults and what each key means.
-
-The string under a key is its reference; `fedara list keys` prints them. bench/config/load.py reads
-TOML files into these classes.
-"""
+"""The keys of a config, one class per section: types, limits, defaults and what each key means. The
+string under a key is its reference; `fedara list keys` prints them."""
 
 from typing import Annotated, Any, Literal
 
@@ -114,8 +111,7 @@ class DatasetConfig(Section):
     """The texts and their labels."""
 
     name: str = "docstrings"
-    """A built-in set (`fedara list datasets`), file:DIR, or a hub name, with its configuration
-    after a colon: "glue:sst2"."""
+    """A built-in set (`fedara list datasets`), file:DIR, or a hub name[:configuration]."""
 
     text_column: str = "text"
     """Column of the texts, in file:DIR and hub sets."""

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -34,17 +35,11 @@ def main() -> None:
     """The console script."""
     default_format = warnings.formatwarning
 
-    def format_warning(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        line: str | None = None,
-    ) -> str:
+    def format_warning(message: Warning | str, category: Any, filename: str, *rest: Any) -> str:
         """Our own warnings are for users: one line, without the place in the code."""
         if Path(__file__).parent in Path(filename).parents:
             return f"warning: {message}\n"
-        return default_format(message, category, filename, lineno, line)
+        return default_format(message, category, filename, *rest)
 
-    warnings.formatwarning = format_warning
+    warnings.formatwarning = format_warning  # type: ignore[assignment]
     app(prog_name="fedara")

@@ -38,10 +38,8 @@ def refuse(error: InputError, *, quiet: bool = False) -> NoReturn:
 
 
 def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
-    """Run `action` on every process of the job.
-
-    Invalid input ends all processes with exit code 2. Any other error of one process ends the job.
-    """
+    """Run `action` on every process of the job. Invalid input ends all processes with exit code 2;
+    any other error of one process ends the job."""
     from fedara_core.comm.launch import abort_on_error, open_communicator
 
     try:
@@ -54,7 +52,13 @@ def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
         communicator.close()
         refuse(error, quiet=communicator.world_rank != 0)
     except Interrupted as error:  # likewise
-        _exit_interrupted(error, communicator)
+        from bench.jobs.slurm_job import requeue
+
+        communicator.close()
+        if communicator.world_rank == 0:
+            lines = [str(error), requeue()]
+            sys.stderr.write("".join(f"fedara: {line}\n" for line in lines if line))
+        raise typer.Exit(error.exit_code) from None
     except JobError as error:  # the others wait for this process
         sys.stderr.write(f"fedara: {error}\n")
         if communicator.world_size == 1:
@@ -69,14 +73,3 @@ def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
             raise
         abort_on_error(communicator, error)
     communicator.close()
-
-
-def _exit_interrupted(error: Interrupted, communicator: "Communicator") -> NoReturn:
-    """Report the interruption, ask Slurm to requeue the job, and exit."""
-    from bench.jobs.slurm_job import requeue
-
-    communicator.close()
-    if communicator.world_rank == 0:
-        lines = [str(error), requeue()]
-        sys.stderr.write("".join(f"fedara: {line}\n" for line in lines if line))
-    raise typer.Exit(error.exit_code)

@@ -88,10 +88,8 @@ def _sweep(sweep: Any) -> tuple[list[Table], dict[str, list[Any]]]:
 
 
 def _matching(points: list[Table], key: str, value: Any) -> list[Table]:
-    """The points that have key = value; all of them if none has.
-
-    So --set method.name=lora selects the sweep's lora, with the settings written beside it.
-    """
+    """The points that have key = value, all of them if none has: --set method.name=lora selects the
+    sweep's lora, with the settings written beside it."""
     return [point for point in points if _lookup(point, key) == value] or points
 
 

@@ -10,22 +10,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from bench.config.sections import (
-    AdapterConfig,
-    ClientsConfig,
-    CodecConfig,
-    DatasetConfig,
-    DevicesConfig,
-    EnergyConfig,
-    EvaluateConfig,
-    FederationConfig,
-    MethodConfig,
-    ModelConfig,
-    PartitionConfig,
-    Section,
-    SystemConfig,
-    TrainConfig,
-)
+from bench.config import sections
 from fedara_core.errors import InputError
 from fedara_core.method import Method, load_method, method_names
 
@@ -33,25 +18,25 @@ from fedara_core.method import Method, load_method, method_names
 _NO_RESULT = ("system", "energy", "devices")
 
 
-class RunConfig(Section):
+class RunConfig(sections.Section):
     """One run: one method, one data set, one seed."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of every random draw: partition, head, cohorts, batches, codecs."""
 
-    method: MethodConfig
-    adapter: AdapterConfig = AdapterConfig()
-    model: ModelConfig = ModelConfig()
-    dataset: DatasetConfig = DatasetConfig()
-    partition: PartitionConfig = PartitionConfig()
-    federation: FederationConfig = FederationConfig()
-    clients: ClientsConfig = ClientsConfig()
-    codec: CodecConfig = CodecConfig()
-    train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-    system: SystemConfig = SystemConfig()
-    energy: EnergyConfig = EnergyConfig()
-    devices: DevicesConfig = DevicesConfig()
+    method: sections.MethodConfig
+    adapter: sections.AdapterConfig = sections.AdapterConfig()
+    model: sections.ModelConfig = sections.ModelConfig()
+    dataset: sections.DatasetConfig = sections.DatasetConfig()
+    partition: sections.PartitionConfig = sections.PartitionConfig()
+    federation: sections.FederationConfig = sections.FederationConfig()
+    clients: sections.ClientsConfig = sections.ClientsConfig()
+    codec: sections.CodecConfig = sections.CodecConfig()
+    train: sections.TrainConfig
+    evaluate: sections.EvaluateConfig = sections.EvaluateConfig()
+    system: sections.SystemConfig = sections.SystemConfig()
+    energy: sections.EnergyConfig = sections.EnergyConfig()
+    devices: sections.DevicesConfig = sections.DevicesConfig()
 
     @model_validator(mode="after")
     def _method_exists(self) -> "RunConfig":
@@ -112,10 +97,8 @@ class RunConfig(Section):
         return settings
 
     def canonical(self) -> dict[str, Any]:
-        """The settings without the place of files on this machine, only with their names.
-
-        The record holds the data's digest and the devices' numbers.
-        """
+        """The settings with only the names of files, not their place on this machine; the record
+        holds the data's digest and the devices' numbers."""
         settings = self.settings()
         if self.dataset.name.startswith("file:"):
             settings["dataset"]["name"] = f"file:{self.dataset.short_name}"
@@ -127,9 +110,9 @@ class RunConfig(Section):
         """The canonical settings that the result depends on."""
         canonical = self.canonical()
         settings = {k: value for k, value in canonical.items() if k not in _NO_RESULT}
-        if self.clients == ClientsConfig():  # as in runs from before this section existed
+        if self.clients == sections.ClientsConfig():  # as in runs from before this section existed
             del settings["clients"]
-        if self.model.attention == ModelConfig().attention:  # likewise
+        if self.model.attention == sections.ModelConfig().attention:  # likewise
             del settings["model"]["attention"]
         if self.clients.timed:  # the order of the devices decides who has which
             devices = canonical["devices"]
@@ -151,7 +134,7 @@ class RunConfig(Section):
         return f"{dataset}-{self.method.name}-seed{self.seed}-{self.config_hash[:10]}"
 
 
-def make_method(config: MethodConfig) -> Method:
+def make_method(config: sections.MethodConfig) -> Method:
     """The method with its hyperparameters. Raises InputError for an unknown key or a wrong type."""
     cls = load_method(config.name)
     hints = get_type_hints(cls)

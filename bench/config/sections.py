@@ -1,18 +1,9 @@
-"""The keys of a config, one class per section: types, limits, defaults and what each key means.
-
-The string under a key is its reference; `fedara list keys` prints them. bench/config/load.py reads
-TOML files into these classes.
-"""
+"""The keys of a config, one class per section: types, limits, defaults and what each key means. The
+string under a key is its reference; `fedara list keys` prints them."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _none(value: Any) -> Any:
@@ -28,11 +19,7 @@ _CountryOrNone = Annotated[
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -124,8 +111,7 @@ class DatasetConfig(Section):
     """The texts and their labels."""
 
     name: str = "docstrings"
-    """A built-in set (`fedara list datasets`), file:DIR, or a hub name, with its configuration
-    after a colon: "glue:sst2"."""
+    """A built-in set (`fedara list datasets`), file:DIR, or a hub name[:configuration]."""
 
     text_column: str = "text"
     """Column of the texts, in file:DIR and hub sets."""

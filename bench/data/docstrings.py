@@ -66,7 +66,13 @@ def load(stdlib: Path) -> TextDataset:
         for key, (text, topics) in found.items()
         if len(topics) == 1
     ]
-    _require_all_topics(stdlib, {label_id for _, _, label_id in examples})
+    missing = set(range(len(labels))) - {label_id for _, _, label_id in examples}
+    if missing:
+        raise InputError(
+            f"dataset.name = 'docstrings': no docstrings of "
+            f"{', '.join(labels[label_id] for label_id in sorted(missing))} under {stdlib}; "
+            "allowed: a Python that has its standard library as .py files"
+        )
     # Order and split come from the text alone, so a file that moves changes neither.
     examples.sort()
     train = [example for example in examples if example[0][0] % 5]
@@ -119,25 +125,12 @@ def _file_docstrings(path: Path) -> Iterator[str]:
 
 def _without_names(text: str, names: frozenset[str]) -> str:
     """Remove `names` and compounds of them with "." or "_" from the text; make white space single.
-
-    The other parts of a dotted name stay: "asyncio.Task" becomes "Task".
-    """
+    The rest of a dotted name stays: "asyncio.Task" becomes "Task"."""
 
     def strip(match: re.Match[str]) -> str:
-        return ".".join(part for part in match[0].split(".") if not _is_named(part, names))
+        return ".".join(part for part in match[0].split(".") if not is_named(part.lower()))
+
+    def is_named(part: str) -> bool:
+        return part.strip("_") in names or not names.isdisjoint(part.strip("_").split("_"))
 
     return " ".join(re.sub(r"\w+(?:\.\w+)*", strip, text).split())
-
-
-def _is_named(identifier: str, names: frozenset[str]) -> bool:
-    identifier = identifier.lower().strip("_")
-    return identifier in names or not names.isdisjoint(identifier.split("_"))
-
-
-def _require_all_topics(stdlib: Path, label_ids: set[int]) -> None:
-    missing = [label for index, label in enumerate(TOPICS) if index not in label_ids]
-    if missing:
-        raise InputError(
-            f"dataset.name = 'docstrings': no docstrings of {', '.join(missing)} under {stdlib}; "
-            "allowed: a Python that has its standard library as .py files"
-        )

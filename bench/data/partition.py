@@ -17,12 +17,7 @@ MAX_DRAWN_NUMBERS = 20_000_000
 
 
 def partition(
-    labels: np.ndarray,
-    config: PartitionConfig,
-    *,
-    num_clients: int,
-    num_classes: int,
-    seed: int,
+    labels: np.ndarray, config: PartitionConfig, *, num_clients: int, num_classes: int, seed: int
 ) -> list[np.ndarray]:
     """Split the examples with these labels (int64, shape (num_examples,)) among the clients.
 
@@ -59,7 +54,13 @@ def partition(
         # Size skew is label skew where all examples have the same label.
         groups = labels if config.scheme == "dirichlet" else np.zeros_like(labels)
         shards = _by_dirichlet(groups, config, num_clients, generator)
-    _require_min_examples(shards, config)
+    for client_id, shard in enumerate(shards):
+        if len(shard) < config.min_examples:
+            problem = "empty client" if not len(shard) else "too small a client"
+            raise InputError(
+                f"partition.scheme = {config.scheme!r}: {problem}: client {client_id} has "
+                f"{len(shard)} examples; allowed: at least min_examples = {config.min_examples}"
+            )
     return [np.sort(shard) for shard in shards]
 
 
@@ -81,10 +82,8 @@ def draw_client_lora_ranks(config: AdapterConfig, *, num_clients: int, seed: int
 def deal_shares(
     shares: Sequence[float], num_clients: int, generator: np.random.Generator
 ) -> list[int]:
-    """The group of each client, where group i has shares[i] of the clients; the shares add up to 1.
-
-    Shares are rounded to whole clients, and the groups are shuffled.
-    """
+    """The group of each client, where group i has shares[i] of the clients, rounded to whole
+    clients and shuffled; the shares add up to 1."""
     ends = np.rint(np.cumsum(shares) * num_clients).astype(int)
     groups = np.repeat(np.arange(len(shares)), np.diff(ends, prepend=0))
     return [int(group) for group in generator.permutation(groups)]
@@ -96,10 +95,8 @@ def summary(
     label_names: Sequence[str],
     client_lora_ranks: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """partition.json: one entry per client, in client_id order.
-
-    Keys: client_id, num_examples, lora_rank, label_counts (by name, without zeros).
-    """
+    """partition.json: client_id, num_examples, lora_rank and label_counts (by name, without zeros)
+    of each client, in client_id order."""
     counts = label_counts(labels, shards, len(label_names))
     return [
         {
@@ -128,16 +125,6 @@ def _require_possible(
             f"partition.labels_per_client = {config.labels_per_client} is more than the "
             f"{num_classes} labels of the data set; allowed: 1 to {num_classes}"
         )
-
-
-def _require_min_examples(shards: Sequence[np.ndarray], config: PartitionConfig) -> None:
-    for client_id, shard in enumerate(shards):
-        if len(shard) < config.min_examples:
-            problem = "empty client" if not len(shard) else "too small a client"
-            raise InputError(
-                f"partition.scheme = {config.scheme!r}: {problem}: client {client_id} has "
-                f"{len(shard)} examples; allowed: at least min_examples = {config.min_examples}"
-            )
 
 
 def _by_label_shards(

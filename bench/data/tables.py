@@ -88,26 +88,19 @@ def _read_table(path: Path) -> "pd.DataFrame":
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
         if path.suffix == ".csv":
-            return _read_csv(path)
+            # Only an empty cell is null; by default pandas reads texts such as "NA" as null, too.
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+            if not isinstance(frame.index, pd.RangeIndex):
+                raise pd.errors.ParserError("rows have more fields than the header")
+            return frame
         with path.open(encoding="utf-8") as lines:
-            return pd.DataFrame(
-                [_json_object(line) for line in lines if line.strip()], dtype=object
-            )
+            rows = [_json_object(line) for line in lines if line.strip()]
+        return pd.DataFrame(rows, dtype=object)
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise InputError(
             f"dataset file {path}: cannot be read: {_one_line(error)}; "
             f"allowed: a valid {path.suffix} file"
         ) from None
-
-
-def _read_csv(path: Path) -> "pd.DataFrame":
-    import pandas as pd
-
-    # Only an empty cell is null; by default pandas reads texts such as "NA" as null, too.
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise pd.errors.ParserError("rows have more fields than the header")
-    return frame
 
 
 def _json_object(line: str) -> dict[str, Any]:
@@ -193,9 +186,11 @@ def _encoded(name: str, names: list[str] | None, train: _Split, test: _Split) ->
 def _label_ids(split: _Split, ids: dict[int | str, int], names: list[str]) -> np.ndarray:
     for row, value in enumerate(split.values):
         if value not in ids:
+            listed = ", ".join(names[:50]) + (", ..." if len(names) > 50 else "")
             raise InputError(
                 f"dataset split {split.source}: row {row}: label {value!r:.80} is not known; "
-                f"allowed: {_listed(names)} (rows count from 0)"
+                f"allowed: {listed}; or, in a file with labels.json, 0 to {len(names) - 1} "
+                "(rows count from 0)"
             )
     return np.array([ids[value] for value in split.values], dtype=np.int64)
 
@@ -227,11 +222,6 @@ def _labelled_split(splits: dict[str, Any], config: DatasetConfig) -> str:
         f"dataset.name = {config.name!r}: no test or validation split with labels among "
         f"{', '.join(splits)}; allowed: a set with the splits train and test or validation"
     )
-
-
-def _listed(names: list[str]) -> str:
-    listed = ", ".join(names[:50]) + (", ..." if len(names) > 50 else "")
-    return f"{listed}; or, in a file with labels.json, 0 to {len(names) - 1}"
 
 
 def _one_line(error: Exception) -> str:

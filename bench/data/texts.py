@@ -25,10 +25,8 @@ TOY_COMMON = "the a and very new old today people with some they said good long 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextDataset:
-    """A text classification set in memory; label id i is named labels[i].
-
-    train_labels and test_labels are int64 arrays of shape (num_train,) and (num_test,).
-    """
+    """A text classification set in memory; label id i is named labels[i]. train_labels and
+    test_labels are int64 arrays of shape (num_train,) and (num_test,)."""
 
     name: str
     labels: tuple[str, ...]
@@ -39,11 +37,9 @@ class TextDataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex over label names, texts and label ids of both splits.
-
-        Every list is preceded by its length and every string by its number of UTF-8 bytes, so no
-        two different sets feed the same bytes.
-        """
+        """SHA-256 in hex over label names, texts and label ids of both splits; each list goes with
+        its length and each string with its number of UTF-8 bytes, so no two sets feed the same
+        bytes."""
         hasher = hashlib.sha256()
         for strings in (self.labels, self.train_texts, self.test_texts):
             hasher.update(len(strings).to_bytes(8, "little"))
@@ -56,11 +52,8 @@ class TextDataset:
 
 
 def load_dataset(config: DatasetConfig) -> TextDataset:
-    """Load the set that config.name names: docstrings, toy, file:DIR, or a Hugging Face name.
-
-    Raises InputError for a set that can not be fetched or read, and for one with missing or wrong
-    texts or labels.
-    """
+    """Load the set that config.name names. Raises InputError for one that can not be fetched or
+    read, or has missing or wrong texts or labels."""
     from bench.data import docstrings, tables  # they import this module
 
     if config.name == "docstrings":

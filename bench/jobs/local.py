@@ -33,10 +33,8 @@ class _Running:
 
 
 def run_sweep(plan: Plan, processes: int, jobs: int | None, console: Console) -> bool:
-    """Run what is not finished; returns whether all of it succeeded. Raises InputError.
-
-    processes: of each run. jobs: runs at the same time, by default `side_by_side`.
-    """
+    """Run what is not finished; returns whether all of it succeeded. Raises InputError. processes:
+    of each run. jobs: runs at the same time, by default `side_by_side`."""
     if detect(os.environ) != "serial":
         raise InputError("fedara sweep starts the processes itself; allowed: without a launcher")
     launcher = [beside(sys.executable, "mpiexec"), "-n", str(processes)] if processes > 1 else []
@@ -69,10 +67,8 @@ def num_cores() -> int:
 
 
 def side_by_side(runs: tuple[RunConfig, ...], processes: int, cores: int) -> int:
-    """How many runs fit on the cores at the same time.
-
-    One, unless all runs use the CPU, set their number of threads, and measure no energy.
-    """
+    """How many runs fit on the cores at the same time: one, unless all runs use the CPU, set their
+    number of threads, and measure no energy."""
     if any(run.energy.enabled for run in runs):
         return 1
     threads = [run.system.threads for run in runs if run.system.device == "cpu"]

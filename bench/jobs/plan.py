@@ -12,6 +12,7 @@ from bench.config.load import load_record, load_runs, parse_run
 from bench.config.schema import RunConfig
 from bench.jobs.status import log_file
 from bench.run.checkpoint import write_atomically
+from bench.run.record import Recorder
 from fedara_core.errors import InputError
 
 _SUFFIX = ".jsonl"
@@ -36,11 +37,8 @@ class Plan:
 
     def left(self) -> list[int]:
         """Lines whose run is not finished, counted from 0."""
-        return [
-            index
-            for index, config in enumerate(self.runs)
-            if not (self.results / config.run_id / "DONE").exists()
-        ]
+        done = [Recorder(self.results, run).done for run in self.runs]
+        return [index for index, is_done in enumerate(done) if not is_done]
 
     def write(self) -> None:
         """Write the plan file and make the folder of the logs. Raises InputError."""
@@ -58,7 +56,8 @@ class Plan:
 def make_plan(config: Path, results: Path | None, overrides: list[str]) -> Plan:
     """Expand a config's sweep, without writing it. results: by default results/<config's name>."""
     runs = tuple(load_runs(config, overrides))
-    text = "".join(_line(run) for run in runs)
+    lines = [{"run_id": run.run_id, "config": run.model_dump(mode="json")} for run in runs]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return Plan(
         name=f"plan-{config.stem}-{digest}",
@@ -70,9 +69,7 @@ def make_plan(config: Path, results: Path | None, overrides: list[str]) -> Plan:
 
 def load_points(path: Path, overrides: list[str], index: int | None = None) -> list[RunConfig]:
     """The runs of a config, of a plan file, or of a record's run.json; with `index` only that one.
-
-    Raises InputError.
-    """
+    Raises InputError."""
     if path.name == "run.json":
         runs = [load_record(path, overrides)]
     elif path.suffix != _SUFFIX:
@@ -89,10 +86,8 @@ def load_points(path: Path, overrides: list[str], index: int | None = None) -> l
 
 
 def describe(plan: Plan) -> Iterator[str]:
-    """The lines of --dry-run: what each run will do and send, and the total of what is left.
-
-    Bytes are those of the first round, times the number of rounds. Raises InputError.
-    """
+    """The lines of --dry-run: what each run will do and send (the first round's bytes times the
+    number of rounds), and the total of what is left. Raises InputError."""
     from bench.tools.estimate import round_bytes
 
     left = set(plan.left())
@@ -135,11 +130,6 @@ def beside(python: str, name: str) -> str:
     if found is None:
         raise InputError(f"{name} is neither beside {python} nor on PATH")
     return found
-
-
-def _line(run: RunConfig) -> str:
-    config = run.model_dump(mode="json")
-    return json.dumps({"run_id": run.run_id, "config": config}, ensure_ascii=True) + "\n"
 
 
 def _read(path: Path) -> list[RunConfig]:

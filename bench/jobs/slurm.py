@@ -99,10 +99,8 @@ def read_site(path: Path) -> Site:
 
 
 def submit_plan(plan: Plan, site: Site, *, dry_run: bool) -> list[str]:
-    """Write the plan and its job scripts, and submit them; returns what to print.
-
-    With dry_run nothing is written. Raises InputError, also if sbatch is missing or refuses.
-    """
+    """Write the plan and its job scripts (with dry_run nothing) and submit them; returns what to
+    print. Raises InputError, also if sbatch is missing or refuses."""
     left = plan.left()
     if not left:
         return [f"{plan.path}: all {len(plan.runs)} runs are done, nothing to submit"]
@@ -151,7 +149,9 @@ def array_script(plan: Plan, site: Site, lines: list[int], python: str, folder: 
         "requeue": "",
         "signal": f"B:USR1@{_SIGNAL_SECONDS}",
     }
-    command = _command(python, "bench", "run", str(plan.path), "--results", str(plan.results))
+    command = shlex.join(
+        [python, "-m", "bench", "run", str(plan.path), "--results", str(plan.results)]
+    )
     return (
         _header(options, "One run of a plan: the line of the plan that the array's index counts.")
         + _surroundings(site)
@@ -180,7 +180,7 @@ def figures_script(plan: Plan, site: Site, python: str, folder: Path) -> str:
         "time": "00:15:00",
         "ntasks": "1",
     }
-    command = _command(python, "analysis", str(plan.results))
+    command = shlex.join([python, "-m", "analysis", str(plan.results)])
     return (
         _header(options, "Figures and table from the records of the runs that finished.")
         + _surroundings(site)
@@ -189,15 +189,11 @@ def figures_script(plan: Plan, site: Site, python: str, folder: Path) -> str:
 
 
 def _header(options: dict[str, str], what: str) -> str:
-    lines = [
-        f"#SBATCH --{key}" + (f"={_quoted(value)}" if value else "")
-        for key, value in options.items()
-    ]
-    return "\n".join(["#!/bin/bash", *lines, f"# {what}", ""])
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"' if re.search(r"\s", value) else value
+    lines = ["#!/bin/bash"]
+    for key, value in options.items():
+        quoted = f'"{value}"' if re.search(r"\s", value) else value
+        lines.append(f"#SBATCH --{key}" + (f"={quoted}" if value else ""))
+    return "\n".join([*lines, f"# {what}", ""])
 
 
 def _place(site: Site) -> dict[str, str]:
@@ -209,11 +205,6 @@ def _place(site: Site) -> dict[str, str]:
 def _surroundings(site: Site) -> str:
     lines = [f"module load {module}" for module in site.modules] + site.setup
     return "\n" + "".join(f"{line}\n" for line in lines)
-
-
-def _command(*words: str) -> str:
-    python, module, *rest = words
-    return shlex.join([python, "-m", module, *rest])
 
 
 def _ranges(numbers: list[int]) -> str:

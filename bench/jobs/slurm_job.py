@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -15,23 +14,21 @@ class JobId:
     restarts: int = 0
 
 
-def own_job(environ: Mapping[str, str] = os.environ) -> JobId | None:
+def own_job() -> JobId | None:
     """The job of this process; None outside Slurm."""
-    number = environ.get("SLURM_JOB_ID")
+    number = os.environ.get("SLURM_JOB_ID")
     if not number:
         return None
-    if "SLURM_ARRAY_TASK_ID" in environ:  # SLURM_JOB_ID may be the whole array's
-        number = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    restarts = environ.get("SLURM_RESTART_COUNT", "")
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # SLURM_JOB_ID may be the whole array's
+        number = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
     return JobId(number, int(restarts) if restarts.isdigit() else 0)
 
 
-def requeue(environ: Mapping[str, str] = os.environ) -> str:
-    """Ask Slurm to requeue this job; returns a line about the outcome, or "" outside Slurm.
-
-    A cancelled job stays cancelled. Slurm ends a requeued job at once.
-    """
-    job = own_job(environ)
+def requeue() -> str:
+    """Ask Slurm to requeue this job, which ends it at once; a cancelled job stays cancelled.
+    Returns a line about the outcome, or "" outside Slurm."""
+    job = own_job()
     if job is None:
         return ""
     if shutil.which("scontrol") is None or shutil.which("squeue") is None:

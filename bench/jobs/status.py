@@ -1,14 +1,10 @@
-"""The state of each run of a results folder, from files alone; imports no torch.
-
-A results folder holds plan-*.jsonl (bench/jobs/plan.py), a folder for each run
-(bench/run/record.py), and logs/ with one log for each line of a plan. A log's last line says
-whether its run failed.
-"""
+"""The state of each run of a results folder, from files alone; imports no torch. The folder holds
+plan-*.jsonl (bench/jobs/plan.py), a folder for each run (bench/run/record.py), and logs/ with one
+log for each line of a plan, whose last line says whether its run failed."""
 
 import json
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +17,6 @@ from rich.text import Text
 from bench.run import lock
 from fedara_core.errors import InputError, Interrupted
 
-STATES = ("running", "failed", "interrupted", "waiting", "done")  # in the order of the table
 _STYLES = {
     "running": "cyan",
     "failed": "red",
@@ -29,6 +24,7 @@ _STYLES = {
     "waiting": "dim",
     "done": "green",
 }
+STATES = tuple(_STYLES)  # in the order of the table
 _TAIL_BYTES = 1 << 20  # of rounds.jsonl: hundreds of rounds, or a few with 10^5 clients
 _LOG_TAIL_BYTES = 1 << 14
 _EXIT = "fedara: exit code "
@@ -69,7 +65,7 @@ def read_status(results: Path) -> list[RunStatus]:
     if not results.is_dir():
         raise InputError(f"{results}: no such folder; allowed: the folder given as --results")
     runs: dict[str, RunStatus] = {}
-    for run_id, num_rounds, logs in _planned(results):
+    for run_id, (num_rounds, logs) in _planned(results).items():
         runs[run_id] = look(results / run_id, num_rounds, logs)
     for file in sorted(results.glob("*/run.json")):
         if file.parent.name not in runs and not (file.parent / "rows.jsonl").exists():
@@ -138,8 +134,8 @@ def last_lines(log: Path, count: int) -> list[str]:
     return [line for line in _tail(log, _LOG_TAIL_BYTES).splitlines() if line.strip()][-count:]
 
 
-def _planned(results: Path) -> Iterator[tuple[str, int | None, list[Path]]]:
-    """run_id, num_rounds and possible logs; plans may share runs."""
+def _planned(results: Path) -> dict[str, tuple[int | None, list[Path]]]:
+    """run_id -> num_rounds and possible logs; plans may share runs."""
     found: dict[str, tuple[int | None, list[Path]]] = {}
     for plan in sorted(results.glob("plan-*.jsonl")):
         for index, text in enumerate(plan.read_text(encoding="utf-8").splitlines()):
@@ -148,8 +144,7 @@ def _planned(results: Path) -> Iterator[tuple[str, int | None, list[Path]]]:
                 raise InputError(f"plan {plan}, line {index} is damaged; delete the file")
             _, logs = found.setdefault(line["run_id"], (_num_rounds(line), []))
             logs.append(log_file(results, plan.stem, index))
-    for run_id, (num_rounds, logs) in found.items():
-        yield run_id, num_rounds, logs
+    return found
 
 
 def _num_rounds(record: dict[str, Any]) -> int | None:

@@ -73,21 +73,16 @@ class ClientCounter:
             "adapter_bytes": sum(p.nbytes for p in parts),
             "optimizer_bytes": _optimizer_bytes(client),
         }
-        if step is None:
-            return counts
-        return counts | {
-            "flops": step.total(shapes),
-            "lowest": step.lowest,
-            "num_layers": step.num_layers,
-            "num_backward_layers": step.num_backward_layers,
-        }
+        if step is not None:
+            counts["flops"] = step.total(shapes)
+            for key in ("lowest", "num_layers", "num_backward_layers"):
+                counts[key] = getattr(step, key)
+        return counts
 
 
 def reduce_clients(parts: Iterable[Iterable[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The record's keys from every process's clients; by-client lists are in order of client_id.
-
-    Clients that did not train count where something is known of them.
-    """
+    """The record's keys from every process's clients, by-client lists in order of client_id.
+    Clients that did not train count where something is known of them."""
     clients = sorted((c for part in parts for c in part), key=lambda c: c["client_id"])
     reduced: dict[str, Any] = {}
     for key in ("flops", "uplink_bytes", "downlink_bytes", "modelled_seconds"):

@@ -194,9 +194,7 @@ def _warn_no_energy(error: Exception) -> str:
 @dataclass(frozen=True, kw_only=True)
 class HostEnergy:
     """The energy meters of this process: its host's counters and codecarbon, or stand-ins.
-
-    idle_watts: of this host, by source of the counters. num_hosts: hosts of the job.
-    """
+    idle_watts: of this host, by source of the counters. num_hosts: hosts of the job."""
 
     counters: EnergyCounters | NullEnergy = field(default_factory=NullEnergy)
     run: RunEnergy | NullEnergy = field(default_factory=NullEnergy)
@@ -216,10 +214,8 @@ def open_energy(
     gpu: str | None,
     communicator: Communicator,
 ) -> HostEnergy:
-    """Choose each host's sampler, open its counters, and measure the idle host.
-
-    All processes call it together. gpu: UUID of the GPU that this process uses.
-    """
+    """Choose each host's sampler, open its counters, and measure the idle host. All processes call
+    it together. gpu: UUID of the GPU that this process uses."""
     identity = host_identity()
     facts = json.dumps([identity, gpu]).encode()
     everyone = [json.loads(part) for part in communicator.gather_bytes(facts)]
@@ -265,7 +261,7 @@ def _add(results: Sequence[Mapping[str, Any]], energy_scope: str) -> dict[str, A
     return total
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SourceCheck:
     """Whether an energy source works here; if not, advice says what to do."""
 
@@ -286,9 +282,9 @@ def check_sources(powercap: Path = POWERCAP) -> list[SourceCheck]:
 
 def _check_counter(source: str, opener: Callable[[], list[Counter]]) -> SourceCheck:
     try:
-        return SourceCheck(source=source, works=True, text=f"counts {scope(opener())}")
+        return SourceCheck(source, True, f"counts {scope(opener())}")
     except NoCounter as error:
-        return SourceCheck(source=source, works=False, text=error.reason, advice=error.advice)
+        return SourceCheck(source, False, error.reason, error.advice)
 
 
 def _check_codecarbon() -> SourceCheck:
@@ -300,6 +296,6 @@ def _check_codecarbon() -> SourceCheck:
         result = run.stop()
     if not result:
         text = str(caught[-1].message) if caught else "no energy"
-        return SourceCheck(source="codecarbon", works=False, text=text)
+        return SourceCheck("codecarbon", False, text)
     parts = ", ".join(f"{part} by {how}" for part, how in result["energy_part_sources"].items())
-    return SourceCheck(source="codecarbon", works=True, text=parts)
+    return SourceCheck("codecarbon", True, parts)

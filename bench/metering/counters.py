@@ -1,14 +1,11 @@
-"""Hardware counters of energy: RAPL through powercap, and NVML's total energy.
-
-A reading costs a few small files, so that phases can be measured one by one. RAPL advances every
-millisecond, NVML's counter about ten times a second: on a GPU short phases are coarse, their sum
-is not.
-"""
+"""Hardware counters of energy: RAPL through powercap, and NVML's total energy. A reading costs a
+few small files, so that phases can be measured one by one. RAPL advances every millisecond, NVML's
+counter about ten times a second: on a GPU short phases are coarse, their sum is not."""
 
 import importlib
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,11 +30,8 @@ class NoCounter(Exception):
 
 @dataclass
 class Counter:
-    """One hardware counter. It grows, and starts again at 0 past its range.
-
-    Two such starts between two readings go unnoticed; a package at 300 W takes about 15 minutes to
-    its range.
-    """
+    """One hardware counter. It grows, and starts again at 0 past its range; two such starts between
+    two readings go unnoticed (a package at 300 W takes about 15 minutes to its range)."""
 
     part: str  # package, dram or gpu
     name: str  # RAPL domain or GPU UUID
@@ -109,13 +103,6 @@ class EnergyCounters:
         return {"energy_source": "+".join(self._counters), "energy_scope": ", ".join(scopes)}
 
 
-def net_joules(
-    gross: Mapping[str, float], idle_watts: Mapping[str, float], seconds: float
-) -> dict[str, float]:
-    """Gross joules less those of the idle host in that time; noise may make it negative."""
-    return {key: gross[key] - idle_watts[key] * seconds for key in gross if key in idle_watts}
-
-
 def scope(counters: Sequence[Counter]) -> str:
     """The energy_scope of one source's counters: `host:package+dram` or `gpu:1`."""
     parts = list(dict.fromkeys(counter.part for counter in counters))
@@ -123,11 +110,8 @@ def scope(counters: Sequence[Counter]) -> str:
 
 
 def open_rapl(powercap: Path = POWERCAP) -> list[Counter]:
-    """The package and dram domains. Raises NoCounter.
-
-    core and uncore are parts of package, and psys contains package; they are left out. AMD hosts
-    use the same names.
-    """
+    """The package and dram domains, also of AMD hosts. Raises NoCounter. core and uncore are parts
+    of package, and psys contains package; they are left out."""
     try:
         domains = {
             folder: (folder / "name").read_text(encoding="ascii").strip()
@@ -188,9 +172,8 @@ def open_nvml(gpus: Sequence[int | str] | None = None) -> list[Counter]:
             read = partial(_read_gpu, nvml, handle)
             counters.append(Counter(part="gpu", name=uuid, read=read, joules_per_count=1e-3))
         except OSError as error:
-            raise NoCounter(f"{uuid}: {error}", "GPUs before Volta and MIG slices have none") from (
-                error
-            )
+            advice = "GPUs before Volta and MIG slices have none"
+            raise NoCounter(f"{uuid}: {error}", advice) from error
     return counters
 
 

@@ -72,29 +72,16 @@ _NUMBERS = tuple(item.name for item in fields(Device))
 
 
 def model_round(clients: Mapping[int, Modelled]) -> Modelled:
-    """A round, from what `Device.client` gives for each client_id of its cohort.
-
-    Joules are the sum over the clients. All other keys are those of the slowest client, named in
-    modelled_straggler (of equally slow ones, the lowest client_id).
-    """
-    straggler = min(
-        clients, key=lambda client_id: (-clients[client_id]["modelled_seconds"], client_id)
-    )
-    return {
-        **clients[straggler],
-        "modelled_joules": sum(
-            clients[client_id]["modelled_joules"] for client_id in sorted(clients)
-        ),
-        "modelled_straggler": straggler,
-    }
+    """A round, from what `Device.client` gives by client_id: joules are the clients' sum, all else
+    is of the slowest client, the modelled_straggler (of equals, the lowest client_id)."""
+    straggler = min(clients, key=lambda client: (-clients[client]["modelled_seconds"], client))
+    joules = sum(clients[client_id]["modelled_joules"] for client_id in sorted(clients))
+    return {**clients[straggler], "modelled_joules": joules, "modelled_straggler": straggler}
 
 
 def load_devices(own: Path | None = None) -> dict[str, Device]:
-    """All devices by name: the built-in ones, and those of a user's own file, which win.
-
-    Raises InputError for a file that can not be read, a key that is unknown or missing, and a
-    number that is not above 0.
-    """
+    """All devices by name: the built-in ones, and those of a user's own file, which win. Raises
+    InputError for an unreadable file, an unknown or missing key, and a number not above 0."""
     tables = read_toml(BUILT_IN, "devices") | (read_toml(own, "devices") if own else {})
     return {name: _device(name, table) for name, table in tables.items()}
 
@@ -103,9 +90,7 @@ def deal(
     devices: Mapping[str, Device], shares: Mapping[str, float], *, num_clients: int, seed: int
 ) -> list[str]:
     """The name of each client's device, by client_id, drawn from the seed; shares: by device.
-
-    Raises InputError for a device that is unknown and for shares that do not add up to 1.
-    """
+    Raises InputError for an unknown device and for shares that do not add up to 1."""
     check_names(shares, devices)
     for name, share in shares.items():
         _check_positive(f"the share of device {name}", share)

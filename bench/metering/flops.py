@@ -18,6 +18,7 @@ padded length, so that six shapes give every other one.
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,9 +88,7 @@ class StepFlops:
 
     def __init__(self, model: AdaptedModel) -> None:
         """Trace a model that `inject` has been over: seven forward passes of a few tokens, once.
-
-        The model is not changed, and no generator moves. Raises Uncountable.
-        """
+        The model is not changed, and no generator moves. Raises Uncountable."""
         self._adapters = list(model.adapters.values())
         inside = {id(p) for adapter in self._adapters for p in adapter.parameters()}
         whole = {name: p for name, p in model.module.named_parameters() if id(p) not in inside}
@@ -154,12 +153,12 @@ class StepFlops:
         """Raise Uncountable if a shape off the grid is not on the polynomial."""
         layers = [_layer(adapter) for adapter in self._adapters]
         for live in (0, (1 << len(self._names)) - 1):
-            cost = self._cost(live, layers)
+            expected = self._cost(live, layers).flops(*_OFF_GRID)
             counted = sum(self._count(tape, live, layers))
-            if counted != cost.flops(*_OFF_GRID):
+            if counted != expected:
                 raise Uncountable(
                     f"its FLOPs are no polynomial of the batch's shape: {counted} for {_OFF_GRID}, "
-                    f"not {cost.flops(*_OFF_GRID)}"
+                    f"not {expected}"
                 )
 
 
@@ -243,12 +242,12 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.matmuls: list[_Matmul] = []
         self.calls: list[_Call] = []
-        self.order: list[int] = []  # bits of sources, by first use
+        self.order: dict[int, None] = {}  # bits of sources, by first use
         self.reaches = 0
         self._sources = sources  # id of a parameter -> its bit
         self._bits: dict[int, int] = {}  # id of a tensor -> its bits
         self._kept: list[Tensor] = []  # so that no id is used twice
-        self._next_bit = 1 << num_sources
+        self._new_bits = (1 << i for i in itertools.count(num_sources))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -261,7 +260,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise Uncountable(f"there is no rule for the backward pass of {func}")
             flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
             left, right = (self.bits(tensor) for tensor in inputs[-2:])
-            self.matmuls.append(_Matmul(flops, (left, right), self._new_bit()))
+            self.matmuls.append(_Matmul(flops, (left, right), next(self._new_bits)))
             bits |= self.matmuls[-1].bit
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
@@ -271,29 +270,20 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def call(self, adapter: int, x: Tensor, out: Tensor) -> None:
         """Note the call of a wrapped layer on x, with this output."""
         source, num_rows = 1 << adapter, x.numel() // x.shape[-1]
-        self._use(source)
-        self.calls.append(_Call(adapter, num_rows, self.bits(x), source, self._new_bit()))
+        self.order.setdefault(source)
+        self.calls.append(_Call(adapter, num_rows, self.bits(x), source, next(self._new_bits)))
         self.write(out, self.bits(x) | source | self.calls[-1].bit)
 
     def bits(self, tensor: Tensor) -> int:
         source = self._sources.get(id(tensor))
         if source is None:
             return self._bits.get(id(tensor), 0)
-        self._use(source)
+        self.order.setdefault(source)
         return source
 
     def write(self, tensor: Tensor, bits: int) -> None:
         self._bits[id(tensor)] = self._bits.get(id(tensor), 0) | bits  # what is written in place
         self._kept.append(tensor)
-
-    def _use(self, source: int) -> None:
-        if source not in self.order:
-            self.order.append(source)
-
-    def _new_bit(self) -> int:
-        bit = self._next_bit
-        self._next_bit <<= 1
-        return bit
 
 
 class _Bare(nn.Module):

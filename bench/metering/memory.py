@@ -10,9 +10,7 @@ import torch
 
 class Peaks:
     """Peak bytes of this process and of its GPU: of each phase, and since this object was made.
-
-    Keys are absent on platforms that do not tell (no /proc).
-    """
+    Keys are absent on platforms that do not tell (no /proc)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -25,10 +23,16 @@ class Peaks:
 
     def end_phase(self, phase: str) -> None:
         """Record the peaks since the last call as this phase's."""
-        for key, peak in self._read_and_reset().items():
-            by_phase = self._by_phase.setdefault(f"{key}_by_phase", {})
-            by_phase[phase] = max(peak, by_phase.get(phase, 0))
-            self._run[key] = max(peak, self._run.get(key, 0))
+        peaks = {"peak_memory_bytes": self._process.read_and_reset()}
+        if self._device.type == "cuda":
+            self.last_device_bytes = torch.cuda.max_memory_allocated(self._device)
+            peaks["peak_device_memory_bytes"] = self.last_device_bytes
+            torch.cuda.reset_peak_memory_stats(self._device)
+        for key, peak in peaks.items():
+            if peak is not None:
+                by_phase = self._by_phase.setdefault(f"{key}_by_phase", {})
+                by_phase[phase] = max(peak, by_phase.get(phase, 0))
+                self._run[key] = max(peak, self._run.get(key, 0))
 
     def pop(self) -> dict[str, Any]:
         """The peaks since the start, and those of the phases since the last call."""
@@ -37,17 +41,6 @@ class Peaks:
             found.pop("peak_memory_bytes_by_phase", None)
         self._by_phase = {}
         return found
-
-    def _read_and_reset(self) -> dict[str, int]:
-        peaks = {}
-        process_bytes = self._process.read_and_reset()
-        if process_bytes is not None:
-            peaks["peak_memory_bytes"] = process_bytes
-        if self._device.type == "cuda":
-            self.last_device_bytes = torch.cuda.max_memory_allocated(self._device)
-            peaks["peak_device_memory_bytes"] = self.last_device_bytes
-            torch.cuda.reset_peak_memory_stats(self._device)
-        return peaks
 
 
 class _ProcessPeak:
@@ -83,10 +76,8 @@ class _ProcessPeak:
 
 
 def proportional_bytes() -> int | None:
-    """This process's share of physical memory (PSS): a page of n processes counts one n-th.
-
-    None where the platform does not tell. Takes about 10 ms for 1 GB.
-    """
+    """This process's share of physical memory (PSS): a page of n processes counts one n-th. None
+    where the platform does not tell. Takes about 10 ms for 1 GB."""
     with suppress(OSError, ValueError, IndexError):
         text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
         return int(text.partition("\nPss:")[2].split(maxsplit=1)[0]) * 1024  # the file says kB

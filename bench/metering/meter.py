@@ -1,8 +1,5 @@
-"""Phases of a round: seconds, joules and peak bytes, with the device in sync at both ends.
-
-Phases never nest, and together they cover the whole round. The phase "meter" is the time of
-measuring itself, and the time between two phases.
-"""
+"""Phases of a round: seconds, joules and peak bytes, with the device in sync at both ends. Phases
+never nest and cover the whole round; "meter" is measuring itself and the time between."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping

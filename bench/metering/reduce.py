@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.metering.counters import net_joules
 from bench.metering.meter import Measured
 from fedara_core.schema import PHASES
 
@@ -35,21 +34,18 @@ def reduce_memory(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def reduce_energy(parts: Sequence[Measured]) -> dict[str, Any]:
-    """The record's counted energy: the sum over hosts, by the phases of each host's sampler.
-
-    Empty if a host has no counter or if hosts have different ones. A source that was lost during
-    the round is left out.
-    """
+    """The record's counted energy: the sum over hosts, by the phases of each host's sampler. Empty
+    if a host has no counter or hosts differ in them; a source lost in the round is left out."""
     hosts = [part for part in parts if part.joules is not None]
     labels = {host.labels.get("energy_source") for host in hosts}
     if len(labels) != 1 or None in labels:
         return {}
     label = str(labels.pop())
     sources = label.split("+")
-    gross = [_joules_of(host, sources) for host in hosts]
+    gross = [_joules_of(host, sources, {}) for host in hosts]
     reduced: dict[str, Any] = {"energy_joules": _sum_phases(gross)}
     if all(source in host.idle_watts for host in hosts for source in sources):
-        net = [_net_of(host, sources) for host in hosts]
+        net = [_joules_of(host, sources, host.idle_watts) for host in hosts]
         reduced["energy_net_joules"] = _sum_phases(net)
     by_source = {
         source: sum(by.get(source, 0.0) for host in hosts for by in (host.joules or {}).values())
@@ -63,22 +59,17 @@ def reduce_energy(parts: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def _joules_of(host: Measured, sources: Sequence[str]) -> dict[str, float]:
-    """Joules by phase, and `total`."""
-    phases = host.joules or {}
-    joules = {phase: sum(by.get(s, 0.0) for s in sources) for phase, by in phases.items()}
-    return {**joules, "total": sum(joules.values())}
-
-
-def _net_of(host: Measured, sources: Sequence[str]) -> dict[str, float]:
-    """Joules by phase, and `total`, less what the idle host takes in that time."""
-    watts = {source: host.idle_watts[source] for source in sources}
+def _joules_of(
+    host: Measured, sources: Sequence[str], idle_watts: Mapping[str, float]
+) -> dict[str, float]:
+    """Joules by phase, and `total`, less those of idle_watts (by source) in that time."""
     phases = host.joules or {}
     total = {source: sum(by.get(source, 0.0) for by in phases.values()) for source in sources}
-    return {
-        phase: sum(net_joules(by_source, watts, host.seconds.get(phase, 0.0)).values())
-        for phase, by_source in {**phases, "total": total}.items()
-    }
+    joules = {}
+    for phase, by in {**phases, "total": total}.items():
+        seconds = host.seconds.get(phase, 0.0)
+        joules[phase] = sum(by[s] - idle_watts.get(s, 0.0) * seconds for s in sources if s in by)
+    return joules
 
 
 def _sum_phases(hosts: Sequence[Mapping[str, float]]) -> dict[str, float]:

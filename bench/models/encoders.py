@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from bench.config.sections import ModelConfig
 from bench.models import toy
@@ -72,10 +73,8 @@ class Classifier:
 
 
 def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> Classifier:
-    """The pretrained encoder in float32, with a fresh head drawn from the seed.
-
-    Raises InputError if the model is missing or altered.
-    """
+    """The pretrained encoder in float32, with a fresh head drawn from the seed. Raises InputError
+    if the model is missing or altered."""
     torch.manual_seed(derive(seed, "head"))
     if config.pooling == "model":
         if config.name == "toy":
@@ -123,18 +122,16 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
     if positions is not None:
         _require_positions(config, positions)
     settings.num_labels = num_classes
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
-        if config.dropout is not None and hasattr(settings, name):
-            setattr(settings, name, config.dropout)
-    for name in ("attention_dropout", "seq_classif_dropout", "classifier_dropout"):
-        if config.dropout is not None and getattr(settings, name, None) is not None:
+    dropouts = ["hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"]
+    dropouts += ["attention_dropout", "seq_classif_dropout", "classifier_dropout"]
+    for name in dropouts if config.dropout is not None else []:
+        if getattr(settings, name, None) is not None:
             setattr(settings, name, config.dropout)
     if config.name == "tiny":
         return auto.from_config(settings, attn_implementation=config.attention)
-    source = _source(config.name)
     try:
         return auto.from_pretrained(
-            source,
+            _source(config.name),
             config=settings,
             attn_implementation=config.attention,
             dtype=torch.float32,
@@ -200,12 +197,9 @@ def minilm_folder() -> Path:
 def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Encoded:
     """Tokenise: int32 ids, cut to max_length and padded to the longest text."""
     ids, pad = _tokenize(config, texts)
-    ids = [item or [pad] for item in ids]  # an empty text may have no token
-    lengths = torch.tensor([len(item) for item in ids])
-    longest = int(lengths.max())
-    padded = torch.full((len(ids), longest), pad, dtype=torch.int32)
-    for row, item in zip(padded, ids, strict=True):
-        row[: len(item)] = torch.tensor(item, dtype=torch.int32)
+    rows = [torch.tensor(item or [pad], dtype=torch.int32) for item in ids]  # some have no token
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = pad_sequence(rows, batch_first=True, padding_value=pad)
     return Encoded(input_ids=padded, lengths=lengths, labels=torch.from_numpy(labels).long())
 
 

@@ -1,7 +1,7 @@
-"""A random encoder with BERT's shape and layer names, in plain torch.
+"""A random encoder with BERT's shape and layer names in plain torch, for tests that start
+processes: importing transformers takes longer than their rounds."""
 
-For tests that start processes: importing transformers takes longer than their rounds.
-"""
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ class ToyEncoder(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.embeddings = _Embeddings(dropout)
-        self.encoder = _Layers(dropout)
+        layers = nn.ModuleList(_Layer(dropout) for _ in range(NUM_LAYERS))
+        self.encoder = nn.ModuleDict({"layer": layers})
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -28,7 +29,10 @@ class ToyEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
         seen = attention_mask[:, None, None, :].bool()  # (n, head, query, key)
-        return (self.encoder(self.embeddings(input_ids), seen),)
+        hidden = self.embeddings(input_ids)
+        for layer in self.encoder["layer"].children():
+            hidden = layer(hidden, seen)
+        return (hidden,)
 
 
 class _Embeddings(nn.Module):
@@ -82,33 +86,14 @@ class _Attention(nn.Module):
         return self.output(self.self(hidden, seen), hidden)  # type: ignore[no-any-return]
 
 
-class _Intermediate(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = nn.Linear(HIDDEN, INNER)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return functional.gelu(self.dense(hidden))
-
-
 class _Layer(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.attention = _Attention(dropout)
-        self.intermediate = _Intermediate()
+        dense = nn.Linear(HIDDEN, INNER)
+        self.intermediate = nn.Sequential(OrderedDict(dense=dense, gelu=nn.GELU()))
         self.output = _Output(INNER, dropout)
 
     def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
         hidden = self.attention(hidden, seen)
         return self.output(self.intermediate(hidden), hidden)  # type: ignore[no-any-return]
-
-
-class _Layers(nn.Module):
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(_Layer(dropout) for _ in range(NUM_LAYERS))
-
-    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
-        for layer in self.layer:
-            hidden = layer(hidden, seen)
-        return hidden

@@ -27,10 +27,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # the file system has n
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[str]:
-    """Hold the folder's lock; yields a line about the stale lock that was taken over, or "".
-
-    Raises InputError with host and job id if another job holds it.
-    """
+    """Hold the folder's lock; yields a line about the stale lock that was taken over, or "". Raises
+    InputError with host and job id if another job holds it."""
     path = run_dir / FILE
     descriptor, sure = _open_locked(path)
     try:
@@ -38,7 +36,10 @@ def locked(run_dir: Path) -> Iterator[str]:
         if holder and not _is_gone(holder, sure):
             raise _held(path, holder)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
+        own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+        if job := own_job():
+            own |= {"job_id": job.number, "restarts": job.restarts}
+        os.pwrite(descriptor, json.dumps(own).encode(), 0)
     except BaseException:
         os.close(descriptor)
         raise
@@ -81,12 +82,6 @@ def _open_locked(path: Path) -> tuple[int, bool]:
         os.close(descriptor)
 
 
-def _own() -> dict[str, Any]:
-    own = {"host": socket.gethostname(), "pid": os.getpid()}
-    job = own_job()
-    return own | ({"job_id": job.number, "restarts": job.restarts} if job else {})
-
-
 def _read(descriptor: int) -> dict[str, Any]:
     """What the holder wrote; empty if it has not written yet."""
     try:
@@ -105,17 +100,12 @@ def _is_gone(holder: dict[str, Any], sure: bool) -> bool:
     theirs, own = JobId(holder["job_id"], holder.get("restarts", 0)), own_job()
     if own and own.number == theirs.number:
         return own.restarts != theirs.restarts  # Slurm has restarted this job since
-    return not _in_queue(theirs.number)
-
-
-def _in_queue(job_number: str) -> bool:
-    """Whether Slurm still has the job; true if Slurm can not be asked."""
     if shutil.which("squeue") is None:
-        return True
-    done = queue_state(job_number)
+        return False
+    done = queue_state(theirs.number)
     if done.returncode:  # also for a job that Slurm has forgotten
-        return "Invalid job id" not in done.stderr
-    return bool(done.stdout.strip())
+        return "Invalid job id" in done.stderr
+    return not done.stdout.strip()
 
 
 def _held(path: Path, holder: dict[str, Any]) -> InputError:

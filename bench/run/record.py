@@ -1,7 +1,4 @@
-"""A run's record: run.json, rounds.jsonl, partition.json and, written last, DONE.
-
-Only world_rank 0 writes.
-"""
+"""A run's record: run.json, rounds.jsonl, partition.json and, last, DONE; by world_rank 0."""
 
 import json
 import os
@@ -44,13 +41,11 @@ class Recorder:
         partition: list[dict[str, Any]],
         earlier_rounds: list[dict[str, Any]],
     ) -> None:
-        """Write run.json, partition.json, and rounds.jsonl with the rounds of earlier parts.
-
-        A run that is resumed keeps the run.json of its first part and lists later ones in `parts`.
-        """
+        """Write run.json, partition.json, and rounds.jsonl with the rounds of earlier parts. A
+        resumed run keeps the run.json of its first part and lists later ones in `parts`."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if earlier_rounds:
-            first = self._run()
+            first = self.run()
             part = {key: run[key] for key in _PART_KEYS if key in run}
             part["first_round_index"] = len(earlier_rounds)
             run = {**first, "parts": [*first.get("parts", []), part]}
@@ -67,26 +62,26 @@ class Recorder:
         """Record the energy of a part of the run, if it is known."""
         if not energy:
             return
-        run = self._run()
+        run = self.run()
         part = {"first_round_index": first_round_index, **energy}
         write_json(
-            self.run_dir / "run.json",
-            {**run, "energy_parts": [*run.get("energy_parts", []), part]},
+            self.run_dir / "run.json", {**run, "energy_parts": [*run.get("energy_parts", []), part]}
         )
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> None:
         """Complete run.json, then write DONE. The checkpoint stays: it holds the trained model.
-
-        facts: more keys, energy_missing among them if the last part's energy is not known.
-        """
+        facts: more keys, energy_missing among them if the last part's energy is not known."""
         total_seconds = sum(row["seconds"]["total"] for row in self.rounds())
-        run = self._run()
-        energy = _energy(run) or {"energy_missing": "not known of every part of the run"}
+        run = self.run()
+        parts = run.get("energy_parts", [])
+        energy = add_parts(parts) if len(parts) == 1 + len(run.get("parts", [])) else {}
+        energy = energy or {"energy_missing": "not known of every part of the run"}
         end = {"end_time": utc_now(), "total_seconds": total_seconds, **energy, **(facts or {})}
         write_json(self.run_dir / "run.json", {**run, **end})
         write_atomically(self.run_dir / "DONE", b"")
 
-    def _run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
+        """What run.json says so far."""
         run: dict[str, Any] = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
         return run
 
@@ -103,12 +98,6 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(_line(row))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _energy(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The sum of the parts' energy; empty if one of them is unknown."""
-    parts = run.get("energy_parts", [])
-    return add_parts(parts) if len(parts) == 1 + len(run.get("parts", [])) else {}
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def run_all(
     points = _points(path, results, overrides, communicator, index)
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     diverged: list[Diverged] = []
-    finished: list[Path] = []
-    energies = _Energies(communicator)
+    finished: list[Recorder] = []
+    meters = cache(partial(_meters, communicator))  # runs with equal settings share them
     with listening() as asked:
         for title, config, done in points:
             if done:
@@ -61,13 +62,13 @@ def run_all(
                     if done:  # by the job that held the lock until now
                         console.print(f"{title}: finished meanwhile, skipped")
                         continue
-                    _run_point(title, config, communicator, recorder, console, energies, asked)
+                    _run_point(title, config, communicator, recorder, console, meters, asked)
             except Diverged as error:  # the same on every process
                 console.print(f"{title}: {error}", soft_wrap=True)
                 diverged.append(error)
             else:
                 console.print(f"{title}: done, records in {recorder.run_dir}", soft_wrap=True)
-                finished.append(recorder.run_dir)
+                finished.append(recorder)
     if communicator.world_rank == 0:
         show_costs(finished, console)
     if diverged:
@@ -80,7 +81,7 @@ def _run_point(
     communicator: Communicator,
     recorder: Recorder,
     console: Console,
-    energies: "_Energies",
+    meters: Callable[[EnergyConfig, torch.device], HostEnergy],
     asked: Asked,
 ) -> None:
     """Run one point to its end."""
@@ -92,21 +93,18 @@ def _run_point(
             f"{communicator.world_size} processes share a cohort of {config.num_drawn} clients: "
             "some processes have no client to train"
         )
-    energy = energies.of(config.energy, job.device)
-
-    def notice(text: str) -> None:
-        console.print(f"{title}: {text}", soft_wrap=True)
-
-    with _Progress(console, config) as report:
-        run(job, communicator, recorder, report, energy, asked, notice)
+    energy = meters(config.energy, job.device)
+    with _progress(console, config) as report:
+        run(
+            *(job, communicator, recorder, report, energy, asked),
+            lambda text: console.print(f"{title}: {text}", soft_wrap=True),
+        )
 
 
 @contextmanager
 def _locked(recorder: Recorder, communicator: Communicator, console: Console) -> Iterator[bool]:
     """Lock the run's folder, world_rank 0 for all processes; yields whether the run is finished.
-
-    Raises InputError if another job holds the lock.
-    """
+    Raises InputError if another job holds the lock."""
     with ExitStack() as stack:
 
         def lock() -> None:
@@ -125,33 +123,17 @@ def _locked(recorder: Recorder, communicator: Communicator, console: Console) ->
         yield communicator.broadcast(b"\1" if recorder.done else b"\0") == b"\1"
 
 
-class _Energies:
-    """The energy meters of a job; runs with equal settings share them."""
-
-    def __init__(self, communicator: Communicator) -> None:
-        self._communicator = communicator
-        self._opened: dict[tuple[EnergyConfig, str], HostEnergy] = {}
-
-    def of(self, config: EnergyConfig, device: torch.device) -> HostEnergy:
-        """The meters for these settings; all processes call it together."""
-        if not config.enabled:
-            return no_energy("energy.enabled = false")
-        key = config, device.type
-        if key not in self._opened:
-            self._opened[key] = open_energy(
-                country_iso_code=config.country_iso_code,
-                idle_seconds=config.idle_seconds,
-                gpu=gpu_uuid(device),
-                communicator=self._communicator,
-            )
-        return self._opened[key]
-
-
-def gpu_uuid(device: torch.device) -> str | None:
-    """NVML's name of a GPU; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+def _meters(communicator: Communicator, config: EnergyConfig, device: torch.device) -> HostEnergy:
+    """The energy meters for these settings; all processes call it together."""
+    if not config.enabled:
+        return no_energy("energy.enabled = false")
+    on_gpu = device.type == "cuda"
+    return open_energy(
+        country_iso_code=config.country_iso_code,
+        idle_seconds=config.idle_seconds,
+        gpu=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if on_gpu else None,
+        communicator=communicator,
+    )
 
 
 def keep_freed_memory() -> None:
@@ -170,10 +152,8 @@ def keep_freed_memory() -> None:
 
 
 def set_threads(wanted: int | str, communicator: Communicator) -> None:
-    """Use the same number of threads on every process, since the bits depend on it.
-
-    "auto" divides each host's cores among its processes; the smallest share counts.
-    """
+    """Use the same number of threads on every process, since the bits depend on it. "auto" divides
+    each host's cores among its processes; the smallest share counts."""
     mine = _num_threads(wanted, communicator.host_size, os.environ)
     everyone = communicator.gather_bytes(str(mine).encode())
     torch.set_num_threads(min(int(number) for number in everyone))
@@ -189,11 +169,7 @@ def _num_threads(wanted: int | str, host_size: int, environ: Mapping[str, str]) 
 
 
 def _points(
-    path: Path,
-    results: Path,
-    overrides: list[str],
-    communicator: Communicator,
-    index: int | None,
+    path: Path, results: Path, overrides: list[str], communicator: Communicator, index: int | None
 ) -> list[tuple[str, RunConfig, bool]]:
     """Title, config and whether it is finished, for each point. world_rank 0 reads for all."""
 
@@ -221,42 +197,33 @@ def _make_folder(results: Path) -> None:
         raise InputError(f"--results {results}: {reason}; allowed: a folder that can be written to")
 
 
-class _Progress:
-    """Shows rounds on world_rank 0: as a bar on a terminal, else as lines."""
+@contextmanager
+def _progress(console: Console, config: RunConfig) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that shows a round on world_rank 0: as a bar on a terminal, else as a line."""
+    num_rounds = config.federation.num_rounds
+    bar = Progress(
+        TextColumn(config.method.name),
+        BarColumn(bar_width=20),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )
 
-    def __init__(self, console: Console, config: RunConfig) -> None:
-        self._console = console
-        self._num_rounds = config.federation.num_rounds
-        self._bar = Progress(
-            TextColumn(config.method.name),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=console.quiet or not console.is_terminal,
-        )
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self._num_rounds)
-        return self._report
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def _report(self, row: dict[str, Any]) -> None:
-        text = f"round {row['round_index'] + 1}/{self._num_rounds}"
+    def report(row: dict[str, Any]) -> None:
+        text = f"round {row['round_index'] + 1}/{num_rounds}"
         if "num_arrived" in row:
             text += f"  arrived {row['num_arrived']} of {len(row['cohort'])}"
         if "train_loss" in row:
             text += f"  loss {row['train_loss']:.3f}"
         if "accuracy" in row:
             text += f"  accuracy {100 * row['accuracy']:5.1f} %"
-        self._bar.update(self._task, completed=row["round_index"] + 1, description=text)
-        if self._console.is_terminal:
+        bar.update(task, completed=row["round_index"] + 1, description=text)
+        if console.is_terminal:
             return
-        text += (
-            f"  up {row['uplink_bytes'] / 1e6:.2f} MB  live {row['live_triplets']}"
-            f"  {row['seconds']['total']:.1f} s"
-        )
-        self._console.print(text, soft_wrap=True)
+        text += f"  up {row['uplink_bytes'] / 1e6:.2f} MB  live {row['live_triplets']}"
+        console.print(f"{text}  {row['seconds']['total']:.1f} s", soft_wrap=True)
+
+    with bar:
+        task = bar.add_task("", total=num_rounds)
+        yield report

@@ -61,7 +61,9 @@ def describe_methods() -> Iterator[str]:
         text = sys.modules[cls.__module__].__doc__ or ""
         yield f"{name}: {_first_sentence(text)}"
         for way in ("Up", "Down"):
-            yield from _wrapped(way.lower(), _paragraph(text, way))
+            label = f"    {way.lower()}:".ljust(10)
+            paragraph = label + _paragraph(text, way)
+            yield from textwrap.wrap(paragraph, 100, subsequent_indent=" " * 10)
         for field in dataclasses.fields(cls):
             yield f"    {field.name} = {field.default!r}"
         yield ""
@@ -72,12 +74,6 @@ def _paragraph(text: str, word: str) -> str:
     found = re.search(rf"^{word}:((?:.*)(?:\n    .*)*)", text, re.MULTILINE)
     assert found, f"a method's docstring needs a line that starts with {word}:"
     return " ".join(found.group(1).split())
-
-
-def _wrapped(label: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text, 100, initial_indent=f"    {label + ':':<6}", subsequent_indent=" " * 10
-    )
 
 
 def _first_sentence(text: str) -> str:

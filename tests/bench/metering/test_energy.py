@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench.metering.codecarbon import NullEnergy, RunEnergy, check_sources, host_identity, samplers
-from bench.metering.counters import EnergyCounters, net_joules, nvml_indices
+from bench.metering.counters import EnergyCounters, nvml_indices
 
 RANGE = 10_000_000  # microjoules at which the fake RAPL counters begin again
 MODELLED = "codecarbon-load-model+ram-model"
@@ -299,8 +299,6 @@ def test_idle_and_net(powercap: Powercap, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("bench.metering.counters.time", fake_time)
     watts = counters.idle_watts(4.0)
     assert watts == pytest.approx({"rapl": 0.25})
-    gross = {"rapl": 10.0, "nvml": 3.0}  # a GPU without a baseline has no net
-    assert net_joules(gross, watts, seconds=8.0) == pytest.approx({"rapl": 8.0})
 
 
 def test_null_energy_answers_nothing() -> None:

@@ -88,7 +88,7 @@ class Client:
         """Clip the gradient and move the vector."""
         if self.max_grad_norm is not None:
             # By chunks: torch's float32 norm of one long vector is off by up to a per cent.
-            norms = torch._foreach_norm(list(self.gradient.split(_NORM_VALUES)))
+            norms = torch._foreach_norm(torch.split(self.gradient, _NORM_VALUES))
             total = torch.linalg.vector_norm(torch.stack(norms))
             self.gradient.mul_((self.max_grad_norm / (total + 1e-6)).clamp(max=1.0))
         self.optimizer.step()

@@ -80,8 +80,7 @@ def scaling_data(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) 
 def modelled_points(points: pd.DataFrame) -> pd.DataFrame:
     """The measured points beside the modelled lines: of one density, and of the least overlap.
 
-    Of the densities that were measured on most numbers of processes it is the one next to
-    _MODELLED_DENSITY.
+    The density next to _MODELLED_DENSITY of those measured on most numbers of processes.
     """
     counts = points.groupby("density")["world_size"].nunique()
     densities = sorted(counts.index[counts == counts.max()])
@@ -110,11 +109,10 @@ def _exchange(row: pd.Series, num_processes: int) -> ExchangeSizes:
     """The point's exchange on another number of processes, with as many clients on each."""
     num_clients = round(row["num_clients"] / row["world_size"] * num_processes)
     sizes = {"part_bytes": row["part_bytes"], "layout_bytes": row["layout_bytes"]}
-    union = union_bytes(num_clients=num_clients, overlap=row["overlap"], **sizes)
     return ExchangeSizes(
         num_clients=num_clients,
         world_size=num_processes,
-        union_bytes=union,
+        union_bytes=union_bytes(num_clients=num_clients, overlap=row["overlap"], **sizes),
         mask_bytes=_MASK_HEADER_BYTES + row["num_rows"] / 8,
         **sizes,
     )

@@ -64,7 +64,6 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     frame["rounds_completed"] = frame["round_index"] + 1
     shown = panels_in(campaign, frame)
     costs = [cost for cost in _COSTS if frame[f"{cost}_mean"].notna().any()]
-    mixed = caveats.mixed_machines(campaign)
     num_columns, num_rows = _shape(len(shown), len(costs))
     with style.context():
         fig = Figure(figsize=(2.7 * num_columns, 2.2 * num_rows))
@@ -75,8 +74,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         for (panel, cost), ax in zip(places, grid, strict=False):
             _draw_cost(ax, frame[is_panel(frame, panel)], cost)
             if cost == costs[0]:
-                mark = f"\n({caveats.MARK})" if panel in mixed else ""
-                ax.set_title(f"{', '.join(panel)}{mark}", loc="left")
+                ax.set_title(caveats.heading(campaign, panel, before_mark="\n"), loc="left")
         add_legend(fig, list(grid), frame["num_seeds"])
         files = style.save(fig, out_dir / NAME)
     source, reason = known_energy(campaign)

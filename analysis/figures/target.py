@@ -35,8 +35,7 @@ _COST_INCHES = 2.6
 def data(campaign: Campaign) -> pd.DataFrame:
     """One row per line of the figure: `ratios` of uplink_bytes, seconds and joules.
 
-    Seconds and joules are missing in a panel whose machines differ, joules also where a round was
-    not counted.
+    Seconds and joules are missing where machines differ, joules also where a round lacks them.
     """
     frame = ratios(campaign, list(_LABELS))
     mixed = caveats.mixed_machines(campaign)

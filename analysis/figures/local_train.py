@@ -33,10 +33,9 @@ _MAX_COLUMNS = 3
 def data(campaign: Campaign) -> pd.DataFrame:
     """Of panels in which both methods were timed, one row per method, setting and round.
 
-    Columns: dataset, partition, method, setting, round_index, num_seeds, and X_{mean,low,high} of
-    each cost X of _COSTS, over seeds. A cost is missing in all of a panel if one of its rounds does
-    not hold it; joules also where sources differ, and the host's memory where runs shared
-    processes.
+    Columns: SERIES, round_index, num_seeds, and X_{mean,low,high} over seeds of each cost X of
+    _COSTS. A cost is missing in all of a panel if one of its rounds lacks it; joules also where
+    sources differ, and the host's memory where runs shared processes.
     """
     rows = campaign.rounds.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
     rows = rows[rows["method"].isin(_METHODS)].dropna(subset=["local_train_seconds"])

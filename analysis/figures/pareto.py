@@ -17,9 +17,8 @@ NAME = "pareto"
 def data(campaign: Campaign) -> pd.DataFrame:
     """One row per method and setting of a panel, means over seeds.
 
-    Columns: dataset, partition, method, setting, num_seeds, accuracy_percent_{mean,low,high},
-    uplink_bytes, and on_front: nothing in the panel is more accurate at as few bytes, or as
-    accurate at fewer.
+    Columns: SERIES, num_seeds, accuracy_percent_{mean,low,high}, uplink_bytes, and on_front:
+    nothing in the panel is more accurate at as few bytes, or as accurate at fewer.
     """
     runs = per_run(campaign).dropna(subset=["accuracy_percent"])
     if runs.empty:

@@ -94,7 +94,7 @@ def launches_text(points: pd.DataFrame) -> str:
     low, high = points["num_launches"].min(), points["num_launches"].max()
     if high == 1:
         return "One launch: median over its calls of the slowest process, no measure of spread."
-    count = f"{low}" if low == high else f"{low} to {high}"
+    count = low if low == high else f"{low} to {high}"
     return (
         f"Median over {count} launches of each one's median over calls of the slowest process; "
         "bars: smallest and largest of the launches."

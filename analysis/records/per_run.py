@@ -37,8 +37,7 @@ _CONDITIONS = {
 def per_run(campaign: Campaign) -> pd.DataFrame:
     """One row per run, in the order of SERIES and seed; a column that no run has is empty.
 
-    Columns: run_id, dataset, partition, method, setting, seed, total_seconds, alpha, num_rounds,
-    cohort, and
+    Columns: run_id, SERIES, seed, total_seconds, alpha, num_rounds, cohort, and
 
     is_ablation: a part of the method is switched off.
     accuracy_percent, macro_f1, client_accuracy_*: of the last evaluated round.

@@ -14,23 +14,19 @@ REQUIRED = [
     *("bare_loop_median_seconds", "ratio_to_bare_loop", "meter_share"),
 ]
 
-_GROUP = [
-    *("model", "cpu", "num_cores"),
-    *("method", "num_clients", "local_steps", "max_length"),
-]
+_GROUP = ["model", "cpu", "num_cores", "method", "num_clients", "local_steps", "max_length"]
+_MEDIANS = ["bare_loop_median_seconds", "meter_share"]
 _SPREAD = ["median_seconds", "ratio_to_bare_loop"]
 
 
 def data(overhead: Launches) -> pd.DataFrame:
     """One row per setting on one machine: medians over launches.
 
-    Columns: _GROUP, num_launches, bare_loop_median_seconds, meter_share, _SPREAD with quartiles,
-    run_ids.
+    Columns: _GROUP, num_launches, _MEDIANS, _SPREAD with quartiles, run_ids.
     """
     if overhead.rows.empty:
         return overhead.rows
-    medians = ["bare_loop_median_seconds", "meter_share"]
-    frame = over_launches(overhead.rows, _GROUP, medians, _SPREAD)
+    frame = over_launches(overhead.rows, _GROUP, _MEDIANS, _SPREAD)
     return frame.sort_values(_GROUP, ignore_index=True)
 
 

@@ -38,8 +38,7 @@ _SHOWN_PHASES = ("download", "pack", "exchange", "aggregate", "meter")
 def data(roundtrip: Launches) -> pd.DataFrame:
     """One row per combination on one machine: medians over launches.
 
-    Columns: _GROUP, num_launches, _MEDIANS, _SPREAD with quartiles, X_seconds of each phase,
-    run_ids.
+    Columns: _GROUP, num_launches, _MEDIANS, _SPREAD with quartiles, X_seconds by phase, run_ids.
     """
     rows = roundtrip.rows
     if rows.empty:

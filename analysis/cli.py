@@ -45,10 +45,7 @@ Costs = Annotated[
 
 @app.command()
 def main(
-    directory: Directory = None,
-    pair: Compare = None,
-    out: Out = None,
-    costs: Costs = None,
+    directory: Directory = None, pair: Compare = None, out: Out = None, costs: Costs = None
 ) -> None:
     """Draw the figures and tables of the records below DIR, and a page with all of them.
 
@@ -71,12 +68,10 @@ def main(
     Exit code 2: records are missing, damaged, or come twice; one line says which.
     """
     try:
-        lines = _report(directory, pair, out, costs)
+        typer.echo("\n".join(_report(directory, pair, out, costs)))
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    for line in lines:
-        typer.echo(line)
 
 
 def _report(

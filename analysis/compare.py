@@ -32,10 +32,9 @@ def data(a: Campaign, b: Campaign) -> pd.DataFrame:
     """One row per measure of each data set, partition, method and setting that both campaigns have.
 
     Columns: those, measure, num_pairs (runs of equal seed), num_equal_digests (pairs that ended
-    with the same bits; missing where a run has no digest), a, b (means over the pairs, or over all
-    runs where no seed is shared), difference (b - a), difference_{low,high} (its 95 % interval over
-    pairs), p_value, p_holm (over all tests of the table), verdict, a_run_ids, b_run_ids. The frame
-    is empty if the campaigns share nothing.
+    with the same bits; missing where a digest is), a, b (means over pairs, over all runs where no
+    seed is shared), difference (b - a), difference_{low,high} (95 % interval over pairs), p_value,
+    p_holm (over all tests of the table), verdict, a_run_ids, b_run_ids. Empty if none is in both.
     """
     rows = [
         dict(zip(SERIES, series, strict=True)) | _row(measure, *_halves(group))
@@ -74,7 +73,9 @@ def table(frame: pd.DataFrame, notes: list[str]) -> Table:
 def summary(a: Campaign, b: Campaign, frame: pd.DataFrame, names: tuple[str, str]) -> list[str]:
     """Sentences: what A and B are, what both have, and what changed over all of it."""
     lines = [
-        f"{letter}: {name}: {_count(campaign)}, commit {_commits(campaign)}."
+        f"{letter}: {name}: {len(campaign.runs)} runs"
+        + (f" ({len(campaign.incomplete)} incomplete, left out)" if campaign.incomplete else "")
+        + f", commit {_commits(campaign)}."
         for letter, name, campaign in zip("AB", names, (a, b), strict=True)
     ]
     changed: Counter[str] = Counter()
@@ -125,21 +126,20 @@ def _place(row: pd.Series) -> str:
 def _runs(a: Campaign, b: Campaign) -> pd.DataFrame:
     """The runs of both, `campaign` A or B, with the measures of `per_run` and their state_digest.
 
-    Settings are told apart by the keys in which runs of A or runs of B differ among themselves.
-    Runs are compared across a key that only changed from A to B.
+    Settings are told apart by keys that differ within A or within B, not by what only changed
+    from A to B.
     """
-    frames = [_with_measures(one).assign(campaign=name) for name, one in (("A", a), ("B", b))]
+    frames = [
+        one.runs.assign(hardware=one.runs.apply(hardware, axis=1), campaign=name).merge(
+            per_run(one)[["run_id", ACCURACY, BYTES, "state_digest"]], on="run_id"
+        )
+        for name, one in (("A", a), ("B", b))
+    ]
     runs = pd.concat(frames, ignore_index=True)
     for _, group in runs.groupby([*PANEL, "method"]):
         keys = [key for half in _halves(group) for key in differing_keys(half)]
         runs.loc[group.index, "setting"] = setting_texts(group, list(dict.fromkeys(keys)))
     return runs
-
-
-def _with_measures(campaign: Campaign) -> pd.DataFrame:
-    own = per_run(campaign)[["run_id", ACCURACY, BYTES, "state_digest"]]
-    runs = campaign.runs.assign(hardware=campaign.runs.apply(hardware, axis=1))
-    return runs.merge(own, on="run_id")
 
 
 def _halves(group: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -218,11 +218,6 @@ def _changes(in_a: pd.DataFrame, in_b: pd.DataFrame) -> list[str]:
 
 def _short(value: Any, key: str) -> str:
     return " ".join(setting_text(value, key).split())[:_TEXT_LENGTH]
-
-
-def _count(campaign: Campaign) -> str:
-    left_out = f" ({len(campaign.incomplete)} incomplete, left out)" if campaign.incomplete else ""
-    return f"{len(campaign.runs)} runs{left_out}"
 
 
 def _commits(campaign: Campaign) -> str:

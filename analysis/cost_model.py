@@ -85,10 +85,7 @@ def predict(path: str, exchange: ExchangeSizes, cost: Cost) -> float:
 def union_bytes(
     *, num_clients: int, part_bytes: float, layout_bytes: float, overlap: float
 ) -> float:
-    """Bytes of the union of masks that share `overlap` of their rows, the others being disjoint.
-
-    At most the layout's.
-    """
+    """Of the union of masks that share `overlap` of their rows, the others being disjoint."""
     shared = overlap * part_bytes
     return shared + min(layout_bytes - shared, num_clients * (part_bytes - shared))
 

@@ -1,6 +1,6 @@
 """Every figure, table and the page of the records below a folder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -115,31 +115,27 @@ def report(
     return [*files, page_file], gaps
 
 
-_Makers = list[tuple[str, Callable[[], list[Path] | Table]]]
-
-
-def _makers(records: Records, out_dir: Path, costs: Mapping[str, Cost] | None) -> _Makers:
+def _makers(
+    records: Records, out_dir: Path, costs: Mapping[str, Cost] | None
+) -> Iterator[tuple[str, Callable[[], list[Path] | Table]]]:
     """What writes each figure or makes each table, with its name."""
-    makers: _Makers = []
     if campaign := records.campaign:
-        makers += [(figure.NAME, partial(figure.draw, campaign, out_dir)) for figure in _FIGURES]
-        makers += [(table.NAME, partial(_warned, table.table, campaign)) for table in _TABLES]
-        makers.append((summary.NAME, partial(summary.write, campaign, out_dir)))
+        for figure in _FIGURES:
+            yield figure.NAME, partial(figure.draw, campaign, out_dir)
+        for table in _TABLES:
+            yield table.NAME, partial(_warned, table.table, campaign)
+        yield summary.NAME, partial(summary.write, campaign, out_dir)
     if launches := records.collectives:
-        draw = partial(collectives_scaling.draw, launches, out_dir, costs)
-        makers.append(
-            (collectives_density.NAME, partial(collectives_density.draw, launches, out_dir))
-        )
-        makers.append((collectives_scaling.NAME, draw))
-        makers.append((allgather.NAME, partial(allgather.table, launches)))
+        yield collectives_density.NAME, partial(collectives_density.draw, launches, out_dir)
+        yield collectives_scaling.NAME, partial(collectives_scaling.draw, launches, out_dir, costs)
+        yield allgather.NAME, partial(allgather.table, launches)
     if launches := records.scaling:
-        makers.append((scaling.NAME, partial(scaling.draw, launches, out_dir)))
-        makers.append((efficiency.NAME, partial(efficiency.table, launches)))
+        yield scaling.NAME, partial(scaling.draw, launches, out_dir)
+        yield efficiency.NAME, partial(efficiency.table, launches)
     if launches := records.roundtrip:
-        makers.append((roundtrip.NAME, partial(roundtrip.table, launches)))
+        yield roundtrip.NAME, partial(roundtrip.table, launches)
     if launches := records.overhead:
-        makers.append((overhead.NAME, partial(overhead.table, launches)))
-    return makers
+        yield overhead.NAME, partial(overhead.table, launches)
 
 
 def _warned(make: Callable[[Campaign], Table], campaign: Campaign) -> Table:

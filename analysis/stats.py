@@ -33,23 +33,16 @@ def interval(values: pd.Series) -> tuple[float, float]:
 
 def mean_and_interval(*columns: str) -> dict[str, tuple[str, str | Callable[..., float]]]:
     """For DataFrame.agg: the columns X_mean, X_low and X_high of each column X."""
-    functions: dict[str, str | Callable[..., float]] = {"mean": "mean", "low": _low, "high": _high}
+    functions: dict[str, str | Callable[..., float]] = {
+        "mean": "mean",
+        "low": lambda values: interval(values)[0],
+        "high": lambda values: interval(values)[1],
+    }
     return {f"{x}_{name}": (x, function) for x in columns for name, function in functions.items()}
 
 
-def _low(values: pd.Series) -> float:
-    return interval(values)[0]
-
-
-def _high(values: pd.Series) -> float:
-    return interval(values)[1]
-
-
 def paired_p_value(differences: Values) -> float:
-    """Two-sided sign-flip permutation test that paired differences have mean zero.
-
-    It is exact up to 12 pairs; for more it draws 4096 sign patterns.
-    """
+    """Two-sided sign-flip test that paired differences have mean zero; exact up to 12 pairs."""
     num_pairs = len(differences)
     if num_pairs <= _MAX_EXACT_PAIRS:
         signs = np.array(list(product([1.0, -1.0], repeat=num_pairs)))
@@ -57,9 +50,8 @@ def paired_p_value(differences: Values) -> float:
         generator = np.random.default_rng(num_pairs)
         drawn = generator.choice([1.0, -1.0], size=(2**_MAX_EXACT_PAIRS, num_pairs))
         signs = np.vstack([np.ones(num_pairs), drawn])  # the observed pattern is one of them
-    flipped = np.abs(signs @ differences)
-    observed = abs(differences.sum())
-    return float((flipped >= observed * (1 - 1e-12)).mean())
+    least = abs(differences.sum()) * (1 - 1e-12)
+    return float((np.abs(signs @ differences) >= least).mean())
 
 
 def least_p_value(num_pairs: int) -> float:

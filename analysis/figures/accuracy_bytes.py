@@ -5,17 +5,14 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.figures.panels import accuracy_by_round, draw_panels
-from analysis.records.campaign import SERIES, Campaign
+from analysis.records.campaign import Campaign
 
 NAME = "accuracy_bytes"
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """The points of the figure: columns of panels.accuracy_by_round, sorted by round.
-
-    cumulative_uplink_bytes_mean is over seeds: their masks differ, and so may their bytes.
-    """
-    return accuracy_by_round(campaign).sort_values([*SERIES, "round_index"], ignore_index=True)
+    """`panels.accuracy_by_round`. Masks differ between seeds, and so may their bytes."""
+    return accuracy_by_round(campaign)
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:

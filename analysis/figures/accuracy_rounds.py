@@ -5,15 +5,14 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.figures.panels import accuracy_by_round, draw_panels
-from analysis.records.campaign import SERIES, Campaign
+from analysis.records.campaign import Campaign
 
 NAME = "accuracy_rounds"
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """The points of the figure: columns of panels.accuracy_by_round, sorted by round."""
-    frame = accuracy_by_round(campaign).drop(columns="cumulative_uplink_bytes_mean")
-    return frame.sort_values([*SERIES, "round_index"], ignore_index=True)
+    """`panels.accuracy_by_round`, without the bytes."""
+    return accuracy_by_round(campaign).drop(columns="cumulative_uplink_bytes_mean")
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:

@@ -43,8 +43,11 @@ _WIDTH = 100
 
 def write(campaign: Campaign, out: Path, *, title: str) -> Path:
     """Write the caption `out`.txt beside a figure; returns its path."""
-    first = f"{title} {_seeds_sentence(campaign)}"
-    return write_text(out, [first, *caveats.warnings(campaign), *conditions(campaign)])
+    seeds = f"Mean over seeds. {stats.SENTENCE}"
+    if campaign.runs.groupby(SERIES).size().max() == 1:
+        seeds = "One seed each: differences between methods carry no measure of spread."
+    paragraphs = [f"{title} {seeds}", *caveats.warnings(campaign), *conditions(campaign)]
+    return write_text(out, paragraphs)
 
 
 def write_text(out: Path, paragraphs: list[str]) -> Path:
@@ -99,10 +102,3 @@ def _seeds(runs: pd.DataFrame) -> str:
         seeds = ", ".join(str(seed) for seed in sorted(group["seed"]))
         texts.append(f"{series_name(method, setting)} n = {len(group)} ({seeds})")
     return "seeds: " + ", ".join(texts)
-
-
-def _seeds_sentence(campaign: Campaign) -> str:
-    counts = campaign.runs.groupby(SERIES).size()
-    if counts.max() == 1:
-        return "One seed each: differences between methods carry no measure of spread."
-    return f"Mean over seeds. {stats.SENTENCE}"

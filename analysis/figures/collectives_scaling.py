@@ -15,6 +15,7 @@ from analysis.records.launches import Launches
 
 NAME = "collectives_scaling"
 MAX_PROCESSES = 10**6
+_PROCESSES = [*(2**power for power in range(1, 20)), MAX_PROCESSES]
 _MODELLED_DENSITY = 0.25
 _MASK_HEADER_BYTES = 12  # client_id and weight, before each client's mask
 
@@ -35,12 +36,15 @@ def draw(
     measured, modelled = modelled_points(points), scaling_data(points, by_backend)
     payloads = sorted(measured["payload_bytes"].unique())
     backends = sorted(measured["backend"].unique())
+    look: Any = style.MODELLED  # matplotlib's own type has no (offset, dashes)
     with style.context():
         fig, axes = path_panels.grid(len(backends), len(payloads), share_y="all")
         for row, backend in enumerate(backends):
             for column, payload_bytes in enumerate(payloads):
                 ax = axes[row][column]
-                _draw_modelled(ax, _of(modelled, backend, payload_bytes))
+                for path, line in _of(modelled, backend, payload_bytes).groupby("path"):
+                    color, seconds = style.PATH_LOOKS[str(path)].color, line["modelled_seconds"]
+                    ax.plot(line["num_processes"], seconds, color=color, linestyle=look)
                 own = _of(measured, backend, payload_bytes)
                 path_panels.draw_panel(ax, own, "world_size", scale=1.0, linestyle="none")
                 if not own.empty:
@@ -50,9 +54,8 @@ def draw(
                 ax.set_title(path_panels.title(backend, path_panels.size_text(payload_bytes)))
                 ax.set_xlabel("Processes" if row == len(backends) - 1 else "")
                 ax.set_ylabel("Time (s)" if column == 0 else "")
-        look: Any = style.MODELLED  # matplotlib's own type has no (offset, dashes)
-        line = Line2D([], [], color=style.GREY, linestyle=look, label="modelled")
-        path_panels.add_legend(fig, measured, [line])
+        handle = Line2D([], [], color=style.GREY, linestyle=look, label="modelled")
+        path_panels.add_legend(fig, measured, [handle])
         files = style.save(fig, out_dir / NAME)
     paragraphs = scaling_caption(collectives, points, by_backend, costs is None)
     return [*files, caption.write_text(out_dir / NAME, paragraphs)]
@@ -72,7 +75,7 @@ def scaling_data(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) 
         }
         for _, row in shown.head(1).iterrows()
         if (cost := costs.get(row["backend"], {}).get(row["path"]))
-        for num_processes in _process_counts()
+        for num_processes in _PROCESSES
     ]
     return pd.DataFrame(rows)
 
@@ -80,8 +83,7 @@ def scaling_data(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) 
 def modelled_points(points: pd.DataFrame) -> pd.DataFrame:
     """The measured points beside the modelled lines: of one density, and of the least overlap.
 
-    Of the densities that were measured on most numbers of processes it is the one next to
-    _MODELLED_DENSITY.
+    The density next to _MODELLED_DENSITY of those measured on most numbers of processes.
     """
     counts = points.groupby("density")["world_size"].nunique()
     densities = sorted(counts.index[counts == counts.max()])
@@ -110,26 +112,13 @@ def _exchange(row: pd.Series, num_processes: int) -> ExchangeSizes:
     """The point's exchange on another number of processes, with as many clients on each."""
     num_clients = round(row["num_clients"] / row["world_size"] * num_processes)
     sizes = {"part_bytes": row["part_bytes"], "layout_bytes": row["layout_bytes"]}
-    union = union_bytes(num_clients=num_clients, overlap=row["overlap"], **sizes)
     return ExchangeSizes(
         num_clients=num_clients,
         world_size=num_processes,
-        union_bytes=union,
+        union_bytes=union_bytes(num_clients=num_clients, overlap=row["overlap"], **sizes),
         mask_bytes=_MASK_HEADER_BYTES + row["num_rows"] / 8,
         **sizes,
     )
-
-
-def _process_counts() -> list[int]:
-    powers = [2**power for power in range(1, MAX_PROCESSES.bit_length())]
-    return [*(power for power in powers if power < MAX_PROCESSES), MAX_PROCESSES]
-
-
-def _draw_modelled(ax: Any, modelled: pd.DataFrame) -> None:
-    for path, line in modelled.groupby("path"):
-        color = style.PATH_LOOKS[str(path)].color
-        seconds = line["modelled_seconds"]
-        ax.plot(line["num_processes"], seconds, color=color, linestyle=style.MODELLED)
 
 
 def scaling_caption(

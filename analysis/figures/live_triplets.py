@@ -23,10 +23,9 @@ _TITLE_LETTERS = 34  # that fit over a panel
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
-    """Columns: dataset, partition, method, setting, adapter, round_index and live_triplets.
+    """Columns: SERIES, adapter, round_index, live_triplets (mean over seeds).
 
-    live_triplets is the mean over seeds. Only methods that end with fewer live triplets than they
-    had after the first round are there.
+    Only of methods that end with fewer live triplets than they had after the first round.
     """
     rows = campaign.adapters.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
     if rows.empty:

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import stats
 from analysis.figures import caption, style
-from analysis.figures.panels import add_legend, draw_lines, seeds_text
+from analysis.figures.panels import add_legend, draw_lines
 from analysis.records import caveats
 from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels_in
 from analysis.records.energy import known_energy
@@ -27,23 +27,20 @@ _COSTS = {
     "local_train_peak_device_memory_bytes": ("Peak GPU memory (MB)", 1e-6),
     "local_train_joules": ("Counted energy (J)", 1.0),
 }
-_PANEL_INCHES = (2.7, 2.2)
 _MAX_COLUMNS = 3
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
     """Of panels in which both methods were timed, one row per method, setting and round.
 
-    Columns: dataset, partition, method, setting, round_index, num_seeds, and X_{mean,low,high} of
-    each cost X of _COSTS, over seeds. A cost is missing in all of a panel if one of its rounds does
-    not hold it; joules also where sources differ, and the host's memory where runs shared
-    processes.
+    Columns: SERIES, round_index, num_seeds, and X_{mean,low,high} over seeds of each cost X of
+    _COSTS. A cost is missing in all of a panel if one of its rounds lacks it; joules also where
+    sources differ, and the host's memory where runs shared processes.
     """
     rows = campaign.rounds.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
     rows = rows[rows["method"].isin(_METHODS)].dropna(subset=["local_train_seconds"])
     if not rows.empty:
-        both = rows.groupby(PANEL)["method"].transform("nunique") == len(_METHODS)
-        rows = rows[both]
+        rows = rows[rows.groupby(PANEL)["method"].transform("nunique") == len(_METHODS)]
     if rows.empty:
         raise NotDrawn("no data set and partition with the seconds of both fedara and lora")
     costs = rows.reindex(columns=[*_COSTS, "adapter_bytes", "optimizer_bytes"])
@@ -52,8 +49,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
         costs["local_train_joules"] = float("nan")
     for panel in caveats.shared_processes(campaign):
         costs.loc[is_panel(rows, panel), "local_train_peak_memory_bytes"] = float("nan")
-    in_panel = [rows[name] for name in PANEL]
-    known = costs.notna().groupby(in_panel).transform("all")
+    known = costs.notna().groupby([rows[name] for name in PANEL]).transform("all")
     groups = rows[[*SERIES, "run_id", "round_index"]].join(costs.where(known))
     return groups.groupby([*SERIES, "round_index"], as_index=False).agg(
         num_seeds=("run_id", "nunique"),
@@ -64,14 +60,12 @@ def data(campaign: Campaign) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write local_train.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    frame = frame.assign(rounds_completed=frame["round_index"] + 1)
+    frame["rounds_completed"] = frame["round_index"] + 1
     shown = panels_in(campaign, frame)
     costs = [cost for cost in _COSTS if frame[f"{cost}_mean"].notna().any()]
-    mixed = caveats.mixed_machines(campaign)
     num_columns, num_rows = _shape(len(shown), len(costs))
-    width, height = _PANEL_INCHES
     with style.context():
-        fig = Figure(figsize=(width * num_columns, height * num_rows))
+        fig = Figure(figsize=(2.7 * num_columns, 2.2 * num_rows))
         grid = fig.subplots(num_rows, num_columns, squeeze=False).ravel()
         places = [(panel, cost) for panel in shown for cost in costs]
         for ax in grid[len(places) :]:
@@ -79,10 +73,13 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         for (panel, cost), ax in zip(places, grid, strict=False):
             _draw_cost(ax, frame[is_panel(frame, panel)], cost)
             if cost == costs[0]:
-                mark = f"\n({caveats.MARK})" if panel in mixed else ""
-                ax.set_title(f"{', '.join(panel)}{mark}", loc="left")
-        add_legend(fig, list(grid), seeds_text(frame["num_seeds"]))
+                ax.set_title(caveats.heading(campaign, panel, before_mark="\n"), loc="left")
+        add_legend(fig, list(grid), frame["num_seeds"])
         files = style.save(fig, out_dir / NAME)
+    source, reason = known_energy(campaign)
+    energy = f"Energy: of the hosts, gross, in the phase, counted by {source}."
+    if "local_train_joules" not in costs:
+        energy = f"No energy: {reason or 'no counter was read in every round'}."
     title = (
         "Local training in each round. Seconds: of all clients that one process hosts, maximum "
         "over processes; single peaks are other work on the machine. TFLOP (10^12): counted from "
@@ -91,8 +88,7 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         "Adapters, optimiser: bytes of a client's live rows and of its optimiser's state, the "
         "head's included, the most of any client. Peak memory: in the phase, the largest process, "
         "with all that it holds; not drawn where runs shared processes. A fall of FedARA's line is "
-        "what pruning saves. "
-        f"{_energy_sentence(campaign, 'local_train_joules' in costs)}"
+        f"what pruning saves. {energy}"
     )
     return [*files, caption.write(campaign, out_dir / NAME, title=title)]
 
@@ -121,11 +117,3 @@ def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str) -> None:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     ax.set_xlabel("Round")
     ax.set_ylabel(label)
-
-
-def _energy_sentence(campaign: Campaign, drawn: bool) -> str:
-    """Which counter's joules are drawn, or why none are."""
-    source, reason = known_energy(campaign)
-    if drawn:
-        return f"Energy: of the hosts, gross, in the phase, counted by {source}."
-    return f"No energy: {reason or 'no counter was read in every round'}."

@@ -33,8 +33,7 @@ def accuracy_by_round(campaign: Campaign) -> pd.DataFrame:
         raise NotDrawn("no run holds an evaluated round")
     rows = evaluated.merge(campaign.runs[["run_id", *SERIES]], on="run_id")
     rows["accuracy_percent"] = 100 * rows["accuracy"]
-    groups = rows.groupby([*SERIES, "round_index"], as_index=False)
-    frame = groups.agg(
+    frame = rows.groupby([*SERIES, "round_index"], as_index=False).agg(
         num_seeds=("run_id", "nunique"),
         **stats.mean_and_interval("accuracy_percent"),
         cumulative_uplink_bytes_mean=("cumulative_uplink_bytes", "mean"),
@@ -52,44 +51,44 @@ def draw_panels(
     The x axis is logarithmic when the lines end more than a factor of ten apart.
     """
     shown = panels_in(campaign, frame)
+    last = frame.groupby(SERIES)[x].max()
+    log_x = frame[x].min() > 0 and last.max() > 10 * last.min()
     with style.context():
-        num_columns = columns_of(shown)
-        fig, axes = grid(shown, num_columns)
-        log_x = _spans_decades(frame, x)
-        for index, (panel, ax) in enumerate(zip(shown, axes, strict=True)):
+        fig, axes = grid(shown, x_label)
+        for ax in axes[: -_columns_of(shown)]:  # a label below each column is enough
+            ax.set_xlabel("")
+        for panel, ax in zip(shown, axes, strict=True):
             draw_lines(ax, frame[is_panel(frame, panel)], x, "accuracy_percent")
-            ax.set_title(", ".join(panel))
             if log_x:
                 ax.set_xscale("log")
                 ax.xaxis.set_major_formatter(style.plain_number)
             elif is_integer_dtype(frame[x]):
                 ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-            last_of_column = index + num_columns >= len(shown)
-            ax.set_xlabel(x_label if last_of_column else "")
-            ax.set_ylabel("Accuracy (%)" if index % num_columns == 0 else "")
-        add_legend(fig, axes, seeds_text(frame["num_seeds"]))
+        add_legend(fig, axes, frame["num_seeds"])
         files = style.save(fig, out)
     return [*files, caption.write(campaign, out, title=title)]
 
 
-def columns_of(shown: list[tuple[str, str]]) -> int:
+def _columns_of(shown: list[tuple[str, str]]) -> int:
     """How many columns: one row per data set if one has several partitions, else filled rows."""
     most_partitions = max(Counter(dataset for dataset, _ in shown).values())
     return min(most_partitions if most_partitions > 1 else len(shown), _MAX_COLUMNS)
 
 
-def grid(shown: list[tuple[str, str]], num_columns: int) -> tuple[Figure, list[Any]]:
-    """A figure with one axes for each panel; those of a data set share their y axis."""
+def grid(shown: list[tuple[str, str]], x_label: str) -> tuple[Figure, list[Any]]:
+    """A figure with axes of accuracies for each panel; those of a data set share their y axis."""
+    num_columns = _columns_of(shown)
     num_rows = math.ceil(len(shown) / num_columns)
     width, height = _PANEL_INCHES
     fig = Figure(figsize=(width * num_columns, height * num_rows))
     first_of: dict[str, Any] = {}
-    axes = []
-    for index, (dataset, _) in enumerate(shown, start=1):
-        ax = fig.add_subplot(num_rows, num_columns, index, sharey=first_of.get(dataset))
+    for index, (dataset, partition) in enumerate(shown):
+        ax = fig.add_subplot(num_rows, num_columns, index + 1, sharey=first_of.get(dataset))
         first_of.setdefault(dataset, ax)
-        axes.append(ax)
-    return fig, axes
+        ax.set_title(f"{dataset}, {partition}" if partition else dataset)
+        ax.set_xlabel(x_label)
+        ax.set_ylabel("Accuracy (%)" if index % num_columns == 0 else "")
+    return fig, fig.axes
 
 
 def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
@@ -113,11 +112,9 @@ def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
             ax.fill_between(line[x], low, high, color=look.color, alpha=0.2, linewidth=0)
 
 
-def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
-    """One legend for all panels, outside them; the figure grows to hold it.
-
-    Few entries stand below the panels. Many stand beside them, one a line.
-    """
+def add_legend(fig: Figure, axes: list[Any], num_seeds: pd.Series) -> None:
+    """One legend for all panels, below them or, if long, beside; the figure grows to hold it."""
+    title = _seeds_text(num_seeds)
     handles: dict[str, Any] = {}
     for ax in axes:
         lines, labels = ax.get_legend_handles_labels()
@@ -132,11 +129,10 @@ def add_legend(fig: Figure, axes: list[Any], title: str) -> None:
         fig.set_figwidth(fig.get_figwidth() + 0.7 + _CHARACTER_INCHES * longest)
         fig.set_figheight(max(fig.get_figheight(), num_lines * _LEGEND_LINE_INCHES))
     else:
-        labels = [label.replace("\n", " ") for label in sorted(handles)]
+        labels = [label.replace("\n", " ") for label in labels]
         handles = {label.replace("\n", " "): handle for label, handle in handles.items()}
         inches_per_entry = 0.8 + 0.075 * max(len(label) for label in labels)
-        fitting = int(fig.get_figwidth() / inches_per_entry)
-        num_columns = max(1, min(len(labels), fitting))
+        num_columns = max(1, min(len(labels), int(fig.get_figwidth() / inches_per_entry)))
         num_lines = 1 + math.ceil(len(labels) / num_columns)
         fig.set_figheight(fig.get_figheight() + num_lines * _LEGEND_LINE_INCHES)
     fig.legend(
@@ -159,15 +155,10 @@ def label_inches(labels: list[str]) -> float:
     return _CHARACTER_INCHES * max(map(len, labels))
 
 
-def seeds_text(num_seeds: pd.Series) -> str:
+def _seeds_text(num_seeds: pd.Series) -> str:
     """What a line and its band show, with the number of seeds."""
     low, high = num_seeds.min(), num_seeds.max()
     if high == 1:
         return "one seed each (n = 1)"
     count = f"n = {low}" if low == high else f"n = {low} to {high}"
     return f"mean and 95 % interval, {count} seeds"
-
-
-def _spans_decades(frame: pd.DataFrame, x: str) -> bool:
-    last = frame.groupby(SERIES)[x].max()
-    return bool(frame[x].min() > 0 and last.max() > 10 * last.min())

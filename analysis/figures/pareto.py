@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.figures import caption, style
-from analysis.figures.panels import add_legend, columns_of, grid, seeds_text, series_label
+from analysis.figures.panels import add_legend, grid, series_label
 from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels_in
 from analysis.records.per_run import per_run
 
@@ -17,9 +17,8 @@ NAME = "pareto"
 def data(campaign: Campaign) -> pd.DataFrame:
     """One row per method and setting of a panel, means over seeds.
 
-    Columns: dataset, partition, method, setting, num_seeds, accuracy_percent_{mean,low,high},
-    uplink_bytes, and on_front: nothing in the panel is more accurate at as few bytes, or as
-    accurate at fewer.
+    Columns: SERIES, num_seeds, accuracy_percent_{mean,low,high}, uplink_bytes, and on_front:
+    nothing in the panel is more accurate at as few bytes, or as accurate at fewer.
     """
     runs = per_run(campaign).dropna(subset=["accuracy_percent"])
     if runs.empty:
@@ -40,14 +39,10 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     frame = data(campaign)
     shown = panels_in(campaign, frame)
     with style.context():
-        num_columns = columns_of(shown)
-        fig, axes = grid(shown, num_columns)
-        for index, (panel, ax) in enumerate(zip(shown, axes, strict=True)):
+        fig, axes = grid(shown, "Uplink of the whole run (MB)")
+        for panel, ax in zip(shown, axes, strict=True):
             _draw_points(ax, frame[is_panel(frame, panel)])
-            ax.set_title(", ".join(panel))
-            ax.set_xlabel("Uplink of the whole run (MB)")
-            ax.set_ylabel("Accuracy (%)" if index % num_columns == 0 else "")
-        add_legend(fig, axes, seeds_text(frame["num_seeds"]))
+        add_legend(fig, axes, frame["num_seeds"])
         files = style.save(fig, out_dir / NAME)
     title = (
         "Accuracy of the last evaluated round against the uplink of the whole run: payload of all "
@@ -68,13 +63,8 @@ def _front(group: pd.DataFrame) -> pd.Series:
 
 def _draw_points(ax: Any, rows: pd.DataFrame) -> None:
     front = rows[rows["on_front"]].sort_values("uplink_bytes")
-    ax.step(
-        front["uplink_bytes"] / 1e6,
-        front["accuracy_percent_mean"],
-        where="post",
-        color="#BBBBBB",
-        zorder=0,
-    )
+    megabytes, accuracies = front["uplink_bytes"] / 1e6, front["accuracy_percent_mean"]
+    ax.step(megabytes, accuracies, where="post", color="#BBBBBB", zorder=0)
     for _, row in rows.iterrows():
         settings = sorted(rows.loc[rows["method"] == row["method"], "setting"])
         look, fill = style.setting_look(row["method"], settings.index(row["setting"]))

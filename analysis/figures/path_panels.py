@@ -43,10 +43,7 @@ def grid(
 def draw_panel(
     ax: Any, points: pd.DataFrame, x: str, *, scale: float, linestyle: str | None = None
 ) -> None:
-    """One line of medians for each path, with the range over launches.
-
-    scale: what is drawn for one second.
-    """
+    """Each path's medians and their range over launches; scale: what is drawn for a second."""
     for path in PATHS:
         line = points[points["path"] == path].sort_values(x)
         look = style.PATH_LOOKS[path]
@@ -79,9 +76,8 @@ def add_legend(fig: Figure, points: pd.DataFrame, further: list[Line2D]) -> None
 
 def title(backend: str, what: str) -> str:
     """The title in one line, or with a long name on lines of its own."""
-    text = f"{backend}, {what}"
-    if len(text) <= _TITLE_LETTERS:
-        return text
+    if len(f"{backend}, {what}") <= _TITLE_LETTERS:
+        return f"{backend}, {what}"
     return f"{textwrap.fill(backend, _TITLE_LETTERS)}\n{what}"
 
 
@@ -98,7 +94,7 @@ def launches_text(points: pd.DataFrame) -> str:
     low, high = points["num_launches"].min(), points["num_launches"].max()
     if high == 1:
         return "One launch: median over its calls of the slowest process, no measure of spread."
-    count = f"{low}" if low == high else f"{low} to {high}"
+    count = low if low == high else f"{low} to {high}"
     return (
         f"Median over {count} launches of each one's median over calls of the slowest process; "
         "bars: smallest and largest of the launches."

@@ -42,17 +42,15 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write phases.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     shown = panels_in(campaign, frame)
-    counts = [len(frame[is_panel(frame, panel)][SERIES].drop_duplicates()) for panel in shown]
-    heights = [0.9 + 0.2 * count for count in counts]
-    mixed = caveats.mixed_machines(campaign)
-    names = _names(frame)
+    series = frame[SERIES].drop_duplicates()
+    heights = [0.9 + 0.2 * is_panel(series, panel).sum() for panel in shown]
+    width = _BARS_INCHES + label_inches(_names(frame))
     with style.context():
-        fig = Figure(figsize=(_BARS_INCHES + label_inches(names), sum(heights) + 0.4))
+        fig = Figure(figsize=(width, sum(heights) + 0.4))
         axes = fig.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
         for ax, panel in zip(axes, shown, strict=True):
             _draw_bars(ax, frame[is_panel(frame, panel)])
-            mark = f" ({caveats.MARK})" if panel in mixed else ""
-            ax.set_title(f"{', '.join(panel)}{mark}", loc="left")
+            ax.set_title(caveats.heading(campaign, panel), loc="left")
         axes[-1].set_xlabel("Seconds of a round (mean over rounds and runs)")
         handles = {
             label: handle

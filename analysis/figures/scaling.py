@@ -69,15 +69,11 @@ def _draw_line(ax: Any, group: dict[str, Any], line: pd.DataFrame) -> dict[str, 
 
 def _caption(launches: pd.DataFrame, points: pd.DataFrame) -> list[str]:
     cores = int(launches["num_cores"].max() * launches["num_hosts"].max())
-    clients = {
-        kind: ", ".join(str(n) for n in sorted(set(own["per_round"])))
-        for kind, own in points.groupby("scaling")
-    }
-    sizes = []
-    if "strong" in clients:
-        sizes.append(f"strong scaling {clients['strong']} clients a round")
-    if "weak" in clients:
-        sizes.append(f"weak scaling {clients['weak']} clients on each process")
+    where = {"strong": "a round", "weak": "on each process"}
+    sizes = [
+        f"{kind} scaling {', '.join(map(str, sorted(numbers)))} clients {where[str(kind)]}"
+        for kind, numbers in points.groupby("scaling")["per_round"].unique().items()
+    ]
     efficiency = "; ".join(
         f"{row['scaling']}, {row['method']}, {row['world_size']} processes: {row['efficiency']:.2f}"
         for _, row in points.iterrows()

@@ -105,8 +105,7 @@ def look(method: str) -> Look:
 def setting_look(method: str, place: int) -> tuple[Look, str]:
     """Look and marker fill of a method's setting number `place`.
 
-    Number 0 has the method's own look. Others keep its colour and marker, and differ in line and
-    fill.
+    Number 0 has the method's own look; others differ in line and fill.
     """
     own = look(method)
     lines = [own.linestyle, *(line for line in _LINES if line != own.linestyle)]

@@ -30,14 +30,12 @@ _LABELS = {
 }
 _OF_A_MACHINE = ("seconds", "joules")
 _COST_INCHES = 2.6
-_MARKER_SIZE = 6
 
 
 def data(campaign: Campaign) -> pd.DataFrame:
     """One row per line of the figure: `ratios` of uplink_bytes, seconds and joules.
 
-    Seconds and joules are missing in a panel whose machines differ, joules also where a round was
-    not counted.
+    Seconds and joules are missing where machines differ, joules also where a round lacks them.
     """
     frame = ratios(campaign, list(_LABELS))
     mixed = caveats.mixed_machines(campaign)
@@ -59,8 +57,7 @@ def ratios(campaign: Campaign, costs: list[str]) -> pd.DataFrame:
     runs = runs.join(lora.add_prefix("lora_"), on=[*PANEL, "seed"])
     rows = []
     for series, group in runs.groupby(SERIES, sort=False):
-        row: dict[str, Any] = dict(zip(SERIES, series, strict=True))
-        row |= {
+        row: dict[str, Any] = dict(zip(SERIES, series, strict=True)) | {
             "target_accuracy_percent": group["target_accuracy_percent"].mean(),
             "num_runs": len(group),
             "num_reached": int(group["uplink_bytes"].notna().sum()),
@@ -68,8 +65,8 @@ def ratios(campaign: Campaign, costs: list[str]) -> pd.DataFrame:
         for cost in costs:
             ratio = group[cost] / group[f"lora_{cost}"]
             low, high = stats.interval(ratio)
-            row |= {f"{cost}_ratio": ratio.mean()}
-            row |= {f"{cost}_ratio_low": low, f"{cost}_ratio_high": high}
+            names = (f"{cost}_ratio", f"{cost}_ratio_low", f"{cost}_ratio_high")
+            row |= zip(names, (ratio.mean(), low, high), strict=True)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -77,7 +74,12 @@ def ratios(campaign: Campaign, costs: list[str]) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write target.pdf, .png and .txt (the caption); raises NotDrawn where LoRA is missing."""
     frame = data(campaign)
-    labels = {cost: text for cost, text in _LABELS.items() if _is_drawn(frame, cost)}
+    # Bytes and seconds always, so that a gap shows.
+    labels = {
+        cost: text
+        for cost, text in _LABELS.items()
+        if cost != "joules" or frame["joules_ratio"].notna().any()
+    }
     files = draw_ratios(campaign, frame, labels, out_dir / NAME)
     return [*files, caption.write(campaign, out_dir / NAME, title=sentence("Cost"))]
 
@@ -129,11 +131,6 @@ def sentence(cost: str) -> str:
     )
 
 
-def _is_drawn(frame: pd.DataFrame, cost: str) -> bool:
-    """Bytes and seconds always, so that a gap shows; joules only where they were counted."""
-    return cost != "joules" or bool(frame["joules_ratio"].notna().any())
-
-
 def _names(rows: pd.DataFrame) -> list[str]:
     return [
         f"{series_name(row['method'], row['setting'])} ({row['num_reached']}/{row['num_runs']})"
@@ -142,7 +139,6 @@ def _names(rows: pd.DataFrame) -> list[str]:
 
 
 def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str, *, gap: str, modelled: bool) -> None:
-    found = rows[f"{cost}_ratio"]
     for place, (_, row) in enumerate(rows.iterrows()):
         look = style.look(row["method"])
         ratio = row[f"{cost}_ratio"]
@@ -160,9 +156,10 @@ def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str, *, gap: str, modelled: bo
             marker=look.marker,
             color=look.color,
             markerfacecolor="white" if modelled else look.color,
-            markersize=look.size(_MARKER_SIZE),
+            markersize=look.size(6),
         )
     limits = rows[[f"{cost}_ratio{end}" for end in ("", "_low", "_high")]]
+    found = rows[f"{cost}_ratio"]
     if found.max() >= 10 * found.min() > 0:
         ax.set_xscale("log")
         ax.margins(x=0.08)

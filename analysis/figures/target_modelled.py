@@ -22,9 +22,8 @@ def data(campaign: Campaign) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     """Write target_modelled.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    labels = {
-        f"modelled_joules.{name}": f"Modelled joules, {name}" for name in modelled_devices(campaign)
-    }
+    names = modelled_devices(campaign)
+    labels = {f"modelled_joules.{name}": f"Modelled joules, {name}" for name in names}
     files = draw_ratios(campaign, frame, labels, out_dir / NAME, modelled=True)
     title = (
         "Modelled, not measured: joules of all clients on the named edge device, from counted "

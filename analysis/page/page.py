@@ -34,8 +34,7 @@ def write(
 ) -> Path:
     """Write report.html from the figures among `files` (.png with its .txt) and the tables.
 
-    launches: of micro-benchmarks, one row each with the columns LAUNCH. gaps: what is not drawn,
-    and why.
+    launches: of micro-benchmarks, columns LAUNCH. gaps: what is not drawn, and why.
     """
     places = {
         launch["run_id"]: f"commit {launch['commit']}, {launch['cpu']}, {launch['world_size']} "

@@ -39,16 +39,11 @@ _UNITS = {
     "peak_device_memory_bytes_by_phase": "peak_device_memory_bytes",
 }
 
-# What is summed up over a run's rounds, and the name that the sum has.
-_CUMULATIVE = {
-    "uplink_bytes": "cumulative_uplink_bytes",
-    "downlink_bytes": "cumulative_downlink_bytes",
-    "total_seconds": "cumulative_seconds",
-    "total_joules": "cumulative_joules",
-    "local_train_seconds": "cumulative_local_train_seconds",
-    "local_train_joules": "cumulative_local_train_joules",
-    "flops": "cumulative_flops",
-}
+# What is summed up over a run's rounds: total_X as cumulative_X, any other X, too.
+_SUMMED = [
+    *("uplink_bytes", "downlink_bytes", "total_seconds", "total_joules"),
+    *("local_train_seconds", "local_train_joules", "flops"),
+]
 _MODELLED = ("modelled_seconds.", "modelled_joules.")
 
 
@@ -72,7 +67,7 @@ class Campaign:
         renamed: seconds.X is X_seconds, energy_joules.X is X_joules, energy_net_joules.X is
         X_net_joules, peak_memory_bytes_by_phase.X is X_peak_memory_bytes (of a GPU
         X_peak_device_memory_bytes), and modelled_by_device.D.modelled_X is modelled_X.D. Added are
-        the sums up to and including the round, under the names of _CUMULATIVE,
+        the sums up to and including the round, cumulative_X of each X of _SUMMED,
         cumulative_total_bytes (up and down) and cumulative_modelled_X.D. A sum is missing from the
         first round on that lacks the number.
     adapters: live_triplets by run_id, round_index and adapter; empty if no run recorded it.
@@ -159,9 +154,8 @@ def series_name(method: str, setting: str) -> str:
 
 def modelled_devices(campaign: Campaign) -> list[str]:
     """Names of the devices that rounds are modelled on, in the order of the records."""
-    first = _MODELLED[0]
-    names = map(str, campaign.rounds)
-    return [name.removeprefix(first) for name in names if name.startswith(first)]
+    seconds = campaign.rounds.filter(regex=r"^modelled_seconds\.")
+    return [str(name).removeprefix(_MODELLED[0]) for name in seconds]
 
 
 def _run_columns(record: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -203,11 +197,13 @@ def _round_columns(record: dict[str, Any]) -> dict[str, Any]:
 
 def _with_sums(rounds: pd.DataFrame) -> pd.DataFrame:
     """One run's rounds with their cumulative columns."""
-    summed = {name: to for name, to in _CUMULATIVE.items() if name in rounds}
     modelled = [name for name in map(str, rounds) if name.startswith(_MODELLED)]
-    summed |= {name: f"cumulative_{name}" for name in modelled}
     # A sum that skipped a round without the number would look like a small one.
-    sums = {to: rounds[name].cumsum(skipna=False) for name, to in summed.items()}
+    sums = {
+        f"cumulative_{name.removeprefix('total_')}": rounds[name].cumsum(skipna=False)
+        for name in [*_SUMMED, *modelled]
+        if name in rounds
+    }
     both = sums["cumulative_uplink_bytes"] + sums["cumulative_downlink_bytes"]
     return rounds.assign(**sums, cumulative_total_bytes=both)
 
@@ -254,5 +250,4 @@ def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _with_columns(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    absent = [name for name in names if name not in frame]
-    return frame.assign(**dict.fromkeys(absent, float("nan")))
+    return frame.reindex(columns=[*dict.fromkeys([*frame, *names])])

@@ -30,11 +30,14 @@ def mixed_machines(campaign: Campaign) -> dict[tuple[str, str], str]:
     return mixed
 
 
-def shared_processes(campaign: Campaign) -> set[tuple[str, str]]:
-    """Panels in which one process executed several runs, as a sweep in one job does.
+def heading(campaign: Campaign, panel: tuple[str, str], before_mark: str = " ") -> str:
+    """The title of a panel with seconds, marked where its machines differ."""
+    mark = f"{before_mark}({MARK})" if panel in mixed_machines(campaign) else ""
+    return f"{', '.join(panel)}{mark}"
 
-    The peak memory of a later run then includes what the earlier ones left behind.
-    """
+
+def shared_processes(campaign: Campaign) -> set[tuple[str, str]]:
+    """Panels in which one process executed several runs, as a sweep in one job does."""
     shared = set()
     for panel, runs in _by_panel(campaign):
         texts = runs.get("processes", pd.Series(dtype=str)).dropna()
@@ -87,20 +90,16 @@ def _values(runs: pd.DataFrame, column: str) -> list[str]:
     """The values that occur; "none" where a run has no value."""
     if column not in runs:
         return []
-    values = runs[column].astype(object)
-    return sorted({"none" if pd.isna(value) else _text(value) for value in values})
-
-
-def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    known = runs[column].dropna()
+    texts = {f"{value:g}" if isinstance(value, float) else str(value) for value in known}
+    return sorted(texts | ({"none"} if len(known) < len(runs) else set()))
 
 
 def _unlike_devices(runs: pd.DataFrame) -> list[str]:
     """Names of the devices whose profiles differ between runs."""
-    profiles = runs.filter(regex=r"^device_profiles\.")
-    differing = [str(key) for key in profiles if profiles[key].nunique() > 1]
-    names = [key.removeprefix("device_profiles.").rpartition(".")[0] for key in differing]
-    return sorted(set(names))
+    different = runs.filter(regex=r"^device_profiles\.").nunique() > 1
+    names = different.index[different].str.removeprefix("device_profiles.")
+    return sorted({name.rpartition(".")[0] for name in names})
 
 
 def _seeds(runs: pd.DataFrame) -> str:

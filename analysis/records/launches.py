@@ -65,10 +65,7 @@ def _launch(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _backend(run: dict[str, Any]) -> str:
-    """Such as "MPICH", "gloo", "MPICH, mpi-node" or "MPICH, UCX_TLS=tcp,self".
-
-    Launches that differ in it are never mixed.
-    """
+    """Such as "MPICH, mpi-node, UCX_TLS=tcp,self"; launches that differ in it are not mixed."""
     text = run.get(f"{run['comm'].removesuffix('-node')}_library", run["comm"])
     names = ("Open MPI", "MPICH", "Intel(R) MPI", "MVAPICH")
     name = next((known for known in names if known in text), text)

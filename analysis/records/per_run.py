@@ -15,18 +15,12 @@ from analysis.records.energy import known_energy
 # Evaluations. One alone is far off by chance where few unlike clients are averaged.
 LATE = 3
 _OF_LAST_EVALUATION = [
-    "accuracy",
-    "macro_f1",
-    "client_accuracy_mean",
-    "client_accuracy_std",
-    "client_accuracy_p10",
+    *("accuracy", "macro_f1"),
+    *("client_accuracy_mean", "client_accuracy_std", "client_accuracy_p10"),
 ]
 _OF_LAST_ROUND = [
-    "cumulative_uplink_bytes",
-    "cumulative_downlink_bytes",
-    "cumulative_total_bytes",
-    "live_triplets",
-    "state_digest",
+    *("cumulative_uplink_bytes", "cumulative_downlink_bytes", "cumulative_total_bytes"),
+    *("live_triplets", "state_digest"),
 ]
 _MAXIMA = ["peak_memory_bytes", "peak_device_memory_bytes"]
 _OF = ("first", "last", "all")
@@ -43,8 +37,7 @@ _CONDITIONS = {
 def per_run(campaign: Campaign) -> pd.DataFrame:
     """One row per run, in the order of SERIES and seed; a column that no run has is empty.
 
-    Columns: run_id, dataset, partition, method, setting, seed, total_seconds, alpha, num_rounds,
-    cohort, and
+    Columns: run_id, SERIES, seed, total_seconds, alpha, num_rounds, cohort, and
 
     is_ablation: a part of the method is switched off.
     accuracy_percent, macro_f1, client_accuracy_*: of the last evaluated round.
@@ -59,11 +52,11 @@ def per_run(campaign: Campaign) -> pd.DataFrame:
     """
     rounds = campaign.rounds.sort_values(["run_id", "round_index"])
     own = ["run_id", *SERIES, "seed", "total_seconds", "energy_joules"]
+    runs = campaign.runs.set_index("run_id")
     frame = campaign.runs[own].set_index("run_id")
     for name, column in _CONDITIONS.items():
-        frame[name] = campaign.runs.set_index("run_id").get(column, float("nan"))
-    switches = campaign.runs.set_index("run_id").reindex(columns=_SWITCHES)
-    frame["is_ablation"] = switches.eq(False).any(axis=1)
+        frame[name] = runs.get(column, float("nan"))
+    frame["is_ablation"] = runs.reindex(columns=_SWITCHES).eq(False).any(axis=1)
     evaluations = rounds.dropna(subset=["accuracy"]).groupby("run_id")
     late = evaluations.tail(LATE).groupby("run_id")["accuracy"]
     frame["late_accuracy_percent"] = 100 * late.mean()[late.size() == LATE]
@@ -82,8 +75,7 @@ def per_run(campaign: Campaign) -> pd.DataFrame:
         frame[f"all_{name}"] = last.get(f"cumulative_{name}", float("nan"))
         in_every_round = frame[f"all_{name}"].notna()
         for of, rows in (("first", first), ("last", last)):
-            values = rows.get(name, pd.Series(dtype=float))
-            frame[f"{of}_{name}"] = values.where(in_every_round)
+            frame[f"{of}_{name}"] = rows.get(name, pd.Series(dtype=float)).where(in_every_round)
     if known_energy(campaign)[0] is None:
         frame[["energy_joules", *(f"{of}_local_train_joules" for of in _OF)]] = float("nan")
     frame["accuracy_percent"] = 100 * frame.pop("accuracy")

@@ -20,8 +20,8 @@ def scaling_points(scaling: Launches) -> pd.DataFrame:
     """One row per number of processes of each GROUP.
 
     per_round: clients of a round (strong) or of each process (weak). seconds: of a round, of the
-    slowest process, median over launches; min_seconds, max_seconds: their range. ideal_seconds:
-    from the fewest processes. efficiency: ideal to measured seconds. Also num_launches, run_ids.
+    slowest process, median over launches; {min,max}_seconds: their range. ideal_seconds: from the
+    fewest processes. efficiency: ideal to measured seconds. Also num_launches, run_ids.
     """
     rows = scaling.rows
     of_process = rows["cohort"] // rows["world_size"]

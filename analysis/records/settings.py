@@ -34,10 +34,7 @@ def differing_keys(runs: pd.DataFrame) -> list[str]:
 
 
 def setting_texts(runs: pd.DataFrame, keys: list[str]) -> pd.Series:
-    """What tells each of these runs apart, such as "lr=0.01".
-
-    Without it, runs at different settings would be averaged as if they were seeds.
-    """
+    """What tells each of these runs apart, such as "lr=0.01"; else they would count as seeds."""
     texts = [
         ", ".join(f"{key.split('.')[-1]}={setting_text(row.get(key), key)}" for key in keys)
         for _, row in runs.iterrows()

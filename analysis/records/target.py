@@ -27,10 +27,9 @@ def targets(campaign: Campaign) -> pd.DataFrame:
 def costs_to_target(campaign: Campaign) -> pd.DataFrame:
     """One row per run whose panel and seed have a target.
 
-    Columns: run_id, dataset, partition, method, setting, seed, target_accuracy_percent, and the
-    sums up to the first evaluated round at or above it of uplink_bytes, total_bytes (up and down),
-    seconds, joules (counted, of one source) and modelled_joules.D of each device D. The sums are
-    missing where the target was never reached.
+    Columns: run_id, SERIES, seed, target_accuracy_percent, and the sums up to the first evaluated
+    round that reached it, else missing, of uplink_bytes, total_bytes (up and down), seconds, joules
+    (counted, of one source) and modelled_joules.D of each device D.
     """
     costs = [*_COSTS, *(f"modelled_joules.{name}" for name in modelled_devices(campaign))]
     if known_energy(campaign)[0] is None:

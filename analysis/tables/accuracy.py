@@ -16,12 +16,10 @@ def data(campaign: Campaign) -> pd.DataFrame:
     """One row per data set, partition, method and setting.
 
     Columns: those, alpha, num_runs, accuracy_percent_{mean,low,high}, late_accuracy_percent_mean
-    (of the last LATE evaluations; missing where a run has fewer) and run_ids; of the runs paired
-    with FedARA's by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus
-    this), p_value and p_holm (corrected over all tests of the table).
-
-    FedARA's ablations are tested against it, too. There is no test below 3 pairs, or where the
-    whole FedARA has several settings. Raises NotDrawn without an evaluated run.
+    (of the last LATE evaluations; missing where a run has fewer), run_ids; of the pairs with FedARA
+    by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus this), p_value,
+    p_holm (over all tests of the table). Ablations are tested, too. There is no test below 3 pairs,
+    or where the whole FedARA has several settings. Raises NotDrawn without an evaluated run.
     """
     runs = per_run(campaign).dropna(subset=["accuracy_percent"])
     if runs.empty:

@@ -5,7 +5,7 @@ import pandas as pd
 from analysis.records.campaign import NotDrawn
 from analysis.records.collectives import collective_points
 from analysis.records.launches import Launches
-from analysis.tables.render import Table, median_and_range, rounded
+from analysis.tables.render import Table, medians_and_ranges, rounded
 
 NAME = "collectives_allgather"
 
@@ -35,9 +35,7 @@ def table(collectives: Launches) -> Table:
             "launches": frame["num_launches"].astype(str),
             "ours ms": (1e3 * frame["median_seconds"]).map("{:.4g}".format),
             "bare ms": (1e3 * frame["bare_median_seconds"]).map("{:.4g}".format),
-            "ratio": [
-                median_and_range(row, "ratio", "ratio", ".3f") for _, row in frame.iterrows()
-            ],
+            "ratio": medians_and_ranges(frame, "ratio", ".3f"),
             "ratio, sizes first": rounded(frame["sizes_first_ratio"], 3),
             "bare call": frame["bare_call"],
         }

@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis.records.launches import Launches
 from analysis.records.scaling import scaling_points
-from analysis.tables.render import Table, median_and_range
+from analysis.tables.render import Table, medians_and_ranges
 
 NAME = "scaling"
 
@@ -22,9 +22,7 @@ def table(scaling: Launches) -> Table:
             "clients": frame["per_round"].astype(str),
             "P": frame["world_size"].astype(str),
             "launches": frame["num_launches"].astype(str),
-            "seconds": [
-                median_and_range(row, "seconds", "seconds", ".3g") for _, row in frame.iterrows()
-            ],
+            "seconds": medians_and_ranges(frame, "seconds", ".3g"),
             "efficiency": frame["efficiency"].map("{:.2f}".format),
         }
     )

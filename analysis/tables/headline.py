@@ -1,6 +1,5 @@
 """Table: FedARA's headline numbers in its paper (arXiv 2501.14406) beside those of the records."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -52,8 +51,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
             place = dict(zip(PANEL, panel, strict=True)) | {"setting": setting}
             found = [
                 *_accuracies(fedara, others),
-                *_against_lora(fedara, lora, _BYTES, _ratio),
-                *_against_lora(fedara, lora, cost_readings, _change, gap),
+                *_against_lora(fedara, lora, [*_BYTES, *cost_readings], gap),
             ]
             rows += [place | row for row in found]
     if not rows:
@@ -108,13 +106,8 @@ def _cost_readings(campaign: Campaign) -> list[_Reading]:
 
 
 def _modelled(paper: str, unit: str, devices: list[str]) -> list[_Reading]:
-    return [
-        reading
-        for name in devices
-        for reading in _both_ways(
-            paper, f"modelled_{unit}.{name}", f"modelled: {unit} on {name}", False
-        )
-    ]
+    names = [(f"modelled_{unit}.{name}", f"modelled: {unit} on {name}") for name in devices]
+    return [reading for name in names for reading in _both_ways(paper, *name, False)]
 
 
 def _both_ways(paper: str, column: str, text: str, of_a_machine: bool) -> list[_Reading]:
@@ -134,11 +127,11 @@ def _accuracies(fedara: pd.DataFrame, others: pd.DataFrame) -> list[dict[str, An
             base, ours = by_method.mean(skipna=False), mean_of_all(fedara[column])
             text = f"accuracy over {kind} baselines{when}"
             if pd.isna(ours - base):
-                rows += [_gap(paper, f"{text}, {unit}", _ABSENT) for unit in ("points", "relative")]
+                rows += [_row(paper, f"{text}, {unit}", _ABSENT) for unit in ("points", "relative")]
                 continue
             points, relative = f"{ours - base:+.2f}", f"{100 * (ours / base - 1):+.2f} %"
-            rows.append(_found(paper, f"{text}, points", points, fedara, baselines))
-            rows.append(_found(paper, f"{text}, relative", relative, fedara, baselines))
+            rows.append(_row(paper, f"{text}, points", points, fedara, baselines))
+            rows.append(_row(paper, f"{text}, relative", relative, fedara, baselines))
     return rows
 
 
@@ -146,10 +139,9 @@ def _against_lora(
     fedara: pd.DataFrame,
     lora: pd.DataFrame,
     readings: list[_Reading],
-    form: Callable[[float, float], str],
-    gap: str = "",
+    gap: str,
 ) -> list[dict[str, Any]]:
-    """FedARA's mean over runs against LoRA's; no number where one run lacks it.
+    """FedARA's mean over runs against LoRA's, as the paper has it; none where one run lacks it.
 
     gap: why numbers that depend on the machine do not compare; "" if they do.
     """
@@ -157,32 +149,21 @@ def _against_lora(
     for paper, column, reading, of_a_machine in readings:
         known = pd.concat([fedara[column], lora[column]]).notna()
         if lora.empty or not known.any():
-            rows.append(_gap(paper, reading, _ABSENT))
+            rows.append(_row(paper, reading, _ABSENT))
         elif not known.all():
-            rows.append(_gap(paper, reading, "not known of every run"))
+            rows.append(_row(paper, reading, "not known of every run"))
         elif gap and of_a_machine:
-            rows.append(_gap(paper, reading, gap))
+            rows.append(_row(paper, reading, gap))
         else:
-            text = form(fedara[column].mean(), lora[column].mean())
-            rows.append(_found(paper, reading, text, fedara, lora))
+            ours, base = fedara[column].mean(), lora[column].mean()
+            change = f"{100 * (ours / base - 1):+.2f} %"
+            text = f"{base / ours:.2f}x" if paper.endswith("x") else change
+            rows.append(_row(paper, reading, text, fedara, lora))
     return rows
 
 
-def _ratio(ours: float, base: float) -> str:
-    return f"{base / ours:.2f}x"
-
-
-def _change(ours: float, base: float) -> str:
-    return f"{100 * (ours / base - 1):+.2f} %"
-
-
-def _gap(paper: str, reading: str, reason: str) -> dict[str, Any]:
-    return {"paper": paper, "reading": reading, "ours": reason, "num_runs": 0, "run_ids": ""}
-
-
-def _found(
-    paper: str, reading: str, text: str, ours: pd.DataFrame, others: pd.DataFrame
-) -> dict[str, Any]:
-    run_ids = sorted([*ours["run_id"], *others["run_id"]])
+def _row(paper: str, reading: str, text: str, *behind: pd.DataFrame) -> dict[str, Any]:
+    """A row from the runs behind it; of none where the text is the reason why."""
+    run_ids = sorted(run_id for runs in behind for run_id in runs["run_id"])
     numbers = {"num_runs": len(run_ids), "run_ids": " ".join(run_ids)}
     return {"paper": paper, "reading": reading, "ours": text, **numbers}

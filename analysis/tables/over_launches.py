@@ -32,8 +32,14 @@ def over_launches(
     return frame
 
 
-def median_and_quartiles(row: pd.Series, name: str, form: Callable[[float], str]) -> str:
+def medians_and_quartiles(
+    frame: pd.DataFrame, name: str, form: Callable[[float], str]
+) -> list[str]:
     """Such as "0.90 (0.85 to 0.94)"; fewer launches than the row's are named; nothing if none."""
+    return [_median_and_quartiles(row, name, form) for _, row in frame.iterrows()]
+
+
+def _median_and_quartiles(row: pd.Series, name: str, form: Callable[[float], str]) -> str:
     count = row[f"num_{name}"]
     if count == 0:
         return ""

@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis.records.campaign import NotDrawn
 from analysis.records.launches import Launches
-from analysis.tables.over_launches import median_and_quartiles, over_launches, three_digits
+from analysis.tables.over_launches import medians_and_quartiles, over_launches, three_digits
 from analysis.tables.render import Table
 
 NAME = "overhead"
@@ -14,23 +14,19 @@ REQUIRED = [
     *("bare_loop_median_seconds", "ratio_to_bare_loop", "meter_share"),
 ]
 
-_GROUP = [
-    *("model", "cpu", "num_cores"),
-    *("method", "num_clients", "local_steps", "max_length"),
-]
+_GROUP = ["model", "cpu", "num_cores", "method", "num_clients", "local_steps", "max_length"]
+_MEDIANS = ["bare_loop_median_seconds", "meter_share"]
 _SPREAD = ["median_seconds", "ratio_to_bare_loop"]
 
 
 def data(overhead: Launches) -> pd.DataFrame:
     """One row per setting on one machine: medians over launches.
 
-    Columns: _GROUP, num_launches, bare_loop_median_seconds, meter_share, _SPREAD with quartiles,
-    run_ids.
+    Columns: _GROUP, num_launches, _MEDIANS, _SPREAD with quartiles, run_ids.
     """
     if overhead.rows.empty:
         return overhead.rows
-    medians = ["bare_loop_median_seconds", "meter_share"]
-    frame = over_launches(overhead.rows, _GROUP, medians, _SPREAD)
+    frame = over_launches(overhead.rows, _GROUP, _MEDIANS, _SPREAD)
     return frame.sort_values(_GROUP, ignore_index=True)
 
 
@@ -39,22 +35,18 @@ def table(overhead: Launches) -> Table:
     frame = data(overhead)
     if frame.empty:
         raise NotDrawn("no launch of fedara micro overhead finished its pairs of rounds")
-    rows = [row for _, row in frame.iterrows()]
+    sizes = zip(frame["num_clients"], frame["local_steps"], strict=True)
     cells = pd.DataFrame(
         {
             "method": frame["method"],
             "model": frame["model"],
             "tokens": frame["max_length"].astype(str),
-            "clients x steps": [f"{row['num_clients']} x {row['local_steps']}" for row in rows],
+            "clients x steps": [f"{clients} x {steps}" for clients, steps in sizes],
             "CPU": frame["cpu"],
             "launches": frame["num_launches"].astype(str),
-            "s a round": [
-                median_and_quartiles(row, "median_seconds", three_digits) for row in rows
-            ],
+            "s a round": medians_and_quartiles(frame, "median_seconds", three_digits),
             "bare loop s": frame["bare_loop_median_seconds"].map(three_digits),
-            "ratio": [
-                median_and_quartiles(row, "ratio_to_bare_loop", "{:.3f}".format) for row in rows
-            ],
+            "ratio": medians_and_quartiles(frame, "ratio_to_bare_loop", "{:.3f}".format),
             "metering %": (100 * frame["meter_share"]).map("{:.2f}".format),
         }
     )

@@ -47,25 +47,27 @@ def rounded(values: pd.Series, digits: int) -> list[str]:
     return [number(value, digits) for value in values]
 
 
-def median_and_range(row: pd.Series, median: str, of: str, form: str) -> str:
-    """A median over launches, followed by their smallest and largest value if there are several.
-
-    of: the columns min_X and max_X. form: a format specification.
-    """
-    text = f"{row[median]:{form}}"
-    if row["num_launches"] == 1:
-        return text
-    return f"{text} ({row[f'min_{of}']:{form}} to {row[f'max_{of}']:{form}})"
+def medians_and_ranges(frame: pd.DataFrame, name: str, form: str) -> list[str]:
+    """Medians over launches, with the columns min_X and max_X where there are several."""
+    return [
+        f"{row[name]:{form}}"
+        + (
+            f" ({row[f'min_{name}']:{form}} to {row[f'max_{name}']:{form}})"
+            if row["num_launches"] > 1
+            else ""
+        )
+        for _, row in frame.iterrows()
+    ]
 
 
 def _markdown(table: Table) -> str:
     columns = list(table.cells)
-    lines = [f"# {table.title}", "", _row(columns), _row(["---"] * len(columns))]
-    lines += [_row(row) for row in table.cells.itertuples(index=False)]
+    lines = [f"# {table.title}", "", markdown_row(columns), markdown_row(["---"] * len(columns))]
+    lines += [markdown_row(row) for row in table.cells.itertuples(index=False)]
     return "\n".join([*lines, "", *table.notes]) + "\n"
 
 
-def _row(cells: Iterable[object]) -> str:
+def markdown_row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 from analysis.records.campaign import NotDrawn
 from analysis.records.launches import Launches
 from analysis.tables.over_launches import (
-    median_and_quartiles,
+    medians_and_quartiles,
     milliseconds,
     over_launches,
     three_digits,
@@ -38,8 +38,7 @@ _SHOWN_PHASES = ("download", "pack", "exchange", "aggregate", "meter")
 def data(roundtrip: Launches) -> pd.DataFrame:
     """One row per combination on one machine: medians over launches.
 
-    Columns: _GROUP, num_launches, _MEDIANS, _SPREAD with quartiles, X_seconds of each phase,
-    run_ids.
+    Columns: _GROUP, num_launches, _MEDIANS, _SPREAD with quartiles, X_seconds by phase, run_ids.
     """
     rows = roundtrip.rows
     if rows.empty:
@@ -63,8 +62,7 @@ def table(roundtrip: Launches) -> Table:
     frame = data(roundtrip)
     if frame.empty:
         raise NotDrawn("no launch of fedara micro roundtrip finished a combination")
-
-    rows = [row for _, row in frame.iterrows()]
+    two_digits = "{:.2f}".format
     cells = pd.DataFrame(
         {
             "method": frame["method"],
@@ -77,20 +75,16 @@ def table(roundtrip: Launches) -> Table:
             "P": frame["world_size"].astype(str),
             "CPU": frame["cpu"],
             "launches": frame["num_launches"].astype(str),
-            "ms a round": [
-                median_and_quartiles(row, "median_seconds", milliseconds) for row in rows
-            ],
+            "ms a round": medians_and_quartiles(frame, "median_seconds", milliseconds),
             "messages/s": frame["messages_per_second"].map("{:.0f}".format),
             "bare loop ms": frame["bare_loop_median_seconds"].map(milliseconds),
             "with messages ms": frame["bare_messages_median_seconds"].map(milliseconds),
             "bare allgather ms": frame["bare_allgather_median_seconds"].map(milliseconds),
-            "ratio to bare loop": [
-                median_and_quartiles(row, "ratio_to_bare_loop", "{:.2f}".format) for row in rows
-            ],
-            "ratio, with messages": [
-                median_and_quartiles(row, "ratio_to_bare_messages", "{:.2f}".format) for row in rows
-            ],
-            f"{', '.join(_SHOWN_PHASES)} ms": [_phases(row) for row in rows],
+            "ratio to bare loop": medians_and_quartiles(frame, "ratio_to_bare_loop", two_digits),
+            "ratio, with messages": medians_and_quartiles(
+                frame, "ratio_to_bare_messages", two_digits
+            ),
+            f"{', '.join(_SHOWN_PHASES)} ms": frame.apply(_phases, axis=1),
         }
     )
     notes = [

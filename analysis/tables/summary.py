@@ -12,7 +12,7 @@ from analysis.records.campaign import PANEL, SERIES, Campaign, series_name
 from analysis.records.energy import known_energy
 from analysis.records.per_run import in_panels, per_run
 from analysis.records.provenance import joined
-from analysis.tables.render import number
+from analysis.tables.render import markdown_row, number
 
 NAME = "summary"
 _SHOW_COLUMNS = 100
@@ -20,17 +20,8 @@ _ENERGY = {"energy_joules": ("energy_joules", "mean"), "energy_source": ("energy
 
 # Headings of summary.md (in one line) and of the screen (in two, to fit 100 columns).
 _HEADINGS = [
-    "method",
-    "n",
-    "accuracy\n%",
-    "macro\nF1",
-    "up\nMB",
-    "down\nMB",
-    "up /\nlora",
-    "total\ns",
-    "train s\nfirst",
-    "train s\nlast",
-    "live\ntriplets",
+    *("method", "n", "accuracy\n%", "macro\nF1", "up\nMB", "down\nMB", "up /\nlora", "total\ns"),
+    *("train s\nfirst", "train s\nlast", "live\ntriplets"),
     "energy\nJ",  # left out where the table has no energy
 ]
 
@@ -39,12 +30,11 @@ def data(campaign: Campaign) -> pd.DataFrame:
     """One row per data set, partition, method and setting; means over runs, which differ in seed.
 
     Columns: dataset, partition, method, setting, num_rounds, cohort, num_runs,
-    accuracy_percent_{mean,std}, macro_f1_{mean,std} (of the last round with an evaluation; std is
-    the sample standard deviation, missing for one run), uplink_bytes, downlink_bytes (sums over all
-    rounds), uplink_ratio_to_lora (missing without a comparable lora), total_seconds (of the whole
-    run), first_round_local_train_seconds, last_round_local_train_seconds, live_triplets (of the
-    last round) and run_ids. Where the energy of all runs has one source, also energy_joules of the
-    whole run and that energy_source; `energy_note` says why they are missing.
+    accuracy_percent_{mean,std}, macro_f1_{mean,std} (of the last evaluated round; std of a sample,
+    missing for one run), uplink_bytes, downlink_bytes (sums over all rounds), uplink_ratio_to_lora
+    (missing without a comparable lora), total_seconds, {first,last}_round_local_train_seconds,
+    live_triplets (of the last round), run_ids; and energy_joules of the whole run and energy_source
+    where all runs have one source.
     """
     source = known_energy(campaign)[0]
     # In the order of the records, on which the last digit of a mean depends.
@@ -97,12 +87,9 @@ def show(campaign: Campaign) -> None:
     """Print the table, one block per data set and partition, at most 100 columns wide."""
     console = Console()
     console.width = min(console.width, _SHOW_COLUMNS) if console.is_terminal else _SHOW_COLUMNS
-    mixed = caveats.mixed_machines(campaign)
     for panel, rows in _blocks(data(campaign)):
-        mark = f" ({caveats.MARK})" if panel in mixed else ""
-        table = Table(
-            title=f"{', '.join(panel)}{mark}", title_justify="left", padding=(0, 1, 0, 0), box=None
-        )
+        title = caveats.heading(campaign, panel)
+        table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), box=None)
         for heading in _HEADINGS[: len(rows[0])]:
             text = heading == "method"
             table.add_column(heading, justify="left" if text else "right", no_wrap=not text)
@@ -128,18 +115,18 @@ def _ratio_to_lora(row: pd.Series, frame: pd.DataFrame) -> float:
 
 def _blocks(frame: pd.DataFrame) -> list[tuple[tuple[str, str], list[list[str]]]]:
     """(panel, rows of formatted cells under _HEADINGS), in the order of the frame."""
-    groups = frame.groupby(PANEL, sort=False)
     return [
         ((str(dataset), str(partition)), [_cells(row) for _, row in rows.iterrows()])
-        for (dataset, partition), rows in groups
+        for (dataset, partition), rows in frame.groupby(PANEL, sort=False)
     ]
 
 
 def _cells(row: pd.Series) -> list[str]:
+    deviation = number(row["accuracy_percent_std"], 1)
     cells = [
         series_name(row["method"], row["setting"]),
         str(row["num_runs"]),
-        number(row["accuracy_percent_mean"], 1) + _deviation(row["accuracy_percent_std"], 1),
+        number(row["accuracy_percent_mean"], 1) + (deviation and f" +- {deviation}"),
         number(row["macro_f1_mean"], 3),
         _megabytes(row["uplink_bytes"]),
         _megabytes(row["downlink_bytes"]),
@@ -157,19 +144,13 @@ def _megabytes(num_bytes: float) -> str:
     return f"{megabytes:.2f}" if megabytes >= 1 else f"{megabytes:.3g}"
 
 
-def _deviation(std: float, digits: int) -> str:
-    return "" if pd.isna(std) else f" +- {std:.{digits}f}"
-
-
 def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
     lines = ["# Summary", ""]
-    mixed = caveats.mixed_machines(campaign)
     for panel, rows in _blocks(frame):
-        mark = f" ({caveats.MARK})" if panel in mixed else ""
-        lines += [f"## {', '.join(panel)}{mark}", ""]
+        lines += [f"## {caveats.heading(campaign, panel)}", ""]
         headings = [heading.replace("\n", " ") for heading in _HEADINGS[: len(rows[0])]]
-        lines += [_line(headings), _line(["---", *["--:"] * (len(headings) - 1)])]
-        lines += [*map(_line, rows), ""]
+        rule = ["---", *["--:"] * (len(headings) - 1)]
+        lines += [*map(markdown_row, [headings, rule, *rows]), ""]
     lines += [
         "n: runs, which differ in seed. Accuracy, macro F1: last evaluated round, mean (+- sample",
         "standard deviation). MB: 10^6 bytes, sum over all rounds. up / lora: uplink as a part of",
@@ -178,10 +159,5 @@ def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
         *filter(None, [energy_note(campaign)]),
         "",
     ]
-    below = [*caveats.warnings(campaign), *caption.conditions(campaign)]
-    lines += [f"- {line}" for line in below]
+    lines += [f"- {line}" for line in caveats.warnings(campaign) + caption.conditions(campaign)]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -17,7 +17,8 @@ import numpy as np
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
 from bench.micro.bare import add_lora, train_round
-from bench.micro.record import quantiles, record_rows
+from bench.micro.record import record_rows
+from bench.micro.timing import quantiles
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches, draw_cohort
 from bench.run.job import Job, prepare

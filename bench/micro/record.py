@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -28,64 +27,6 @@ _TRANSPORT_KEYS = (
 )
 
 
-class MicroRecord:
-    """Every process makes it and calls it; world_rank 0 writes.
-
-    Raises InputError on every process where the folder can not be made.
-    """
-
-    def __init__(
-        self,
-        benchmark: str,
-        settings: Any,
-        results: Path,
-        communicator: Communicator,
-        facts: Mapping[str, Any],
-    ) -> None:
-        """settings: a dataclass; facts: more keys of run.json."""
-        self._communicator = communicator
-        self._start = time.perf_counter()
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        stamp = communicator.broadcast(stamp.encode()).decode()  # world_rank 0's clock
-        name = f"{benchmark}-{communicator.kind}-p{communicator.world_size}-{stamp}"
-        self.run_dir = results / name
-        run = {
-            "schema_version": SCHEMA_VERSION,
-            "benchmark": benchmark,
-            "run_id": name,
-            "config": asdict(settings),
-            **_shared_facts(communicator),
-            **facts,
-        }
-        together(communicator, lambda: self._write_start(run))
-
-    def _write_start(self, run: Mapping[str, Any]) -> None:
-        if self._communicator.world_rank != 0:
-            return
-        try:
-            self.run_dir.mkdir(parents=True)
-            write_atomically(self.run_dir / "rows.jsonl", b"")
-            write_json(self.run_dir / "run.json", run)
-        except OSError as error:
-            raise InputError(
-                f"--results {self.run_dir.parent}: {error.strerror}; allowed: a folder that can be "
-                "written to"
-            ) from None
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append one row."""
-        if self._communicator.world_rank == 0:
-            append_row(self.run_dir / "rows.jsonl", row)
-
-    def finish(self) -> None:
-        """Complete run.json; write DONE."""
-        if self._communicator.world_rank == 0:
-            run = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
-            end = {"end_time": utc_now(), "total_seconds": time.perf_counter() - self._start}
-            write_json(self.run_dir / "run.json", {**run, **end})
-            write_atomically(self.run_dir / "DONE", b"")
-
-
 def record_rows(
     benchmark: str,
     settings: Any,
@@ -93,20 +34,56 @@ def record_rows(
     communicator: Communicator,
     rows: Iterable[dict[str, Any]],
     describe: Callable[[dict[str, Any]], str],
+    **facts: Any,
 ) -> Path:
     """Record rows as they are measured, each with a line of progress from world_rank 0.
 
-    rows: measures the next row when it is asked for, the same on every process. Returns the
-    record's folder (of world_rank 0).
+    Every process calls it. settings: a dataclass; rows: measures the next row when it is asked for,
+    the same on every process; facts: more keys of run.json. Returns the record's folder, which
+    world_rank 0 writes. Raises InputError on every process where it can not be made.
     """
-    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
-    record = MicroRecord(benchmark, settings, results, communicator, {})
+    console, start = progress(communicator), time.perf_counter()
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+    stamp = communicator.broadcast(stamp.encode()).decode()  # world_rank 0's clock
+    name = f"{benchmark}-{communicator.kind}-p{communicator.world_size}-{stamp}"
+    run_dir = results / name
+    run = {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": benchmark,
+        "run_id": name,
+        "config": asdict(settings),
+        **_shared_facts(communicator),
+        **facts,
+    }
+    writes = communicator.world_rank == 0
+    together(communicator, lambda: _write_start(run_dir, run) if writes else None)
     for row in rows:
         console.print(describe(row), soft_wrap=True)
-        record.add(row)
-    record.finish()
-    console.print(f"done, records in {record.run_dir}", soft_wrap=True)
-    return record.run_dir
+        if writes:
+            append_row(run_dir / "rows.jsonl", row)
+    if writes:
+        end = {"end_time": utc_now(), "total_seconds": time.perf_counter() - start}
+        write_json(run_dir / "run.json", {**run, **end})
+        write_atomically(run_dir / "DONE", b"")
+    console.print(f"done, records in {run_dir}", soft_wrap=True)
+    return run_dir
+
+
+def progress(communicator: Communicator) -> Console:
+    """Where world_rank 0 tells how far it is; the others are quiet."""
+    return Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+
+
+def _write_start(run_dir: Path, run: Mapping[str, Any]) -> None:
+    try:
+        run_dir.mkdir(parents=True)
+        write_atomically(run_dir / "rows.jsonl", b"")
+        write_json(run_dir / "run.json", run)
+    except OSError as error:
+        raise InputError(
+            f"--results {run_dir.parent}: {error.strerror}; allowed: a folder that can be written "
+            "to"
+        ) from None
 
 
 def _shared_facts(communicator: Communicator) -> dict[str, Any]:
@@ -120,23 +97,6 @@ def _shared_facts(communicator: Communicator) -> dict[str, Any]:
         "transport_environment": transport,
         "world_size": communicator.world_size,
         "processes": processes,
-    }
-
-
-def slowest(seconds: list[float], communicator: Communicator) -> np.ndarray:
-    """Each iteration's maximum over processes: (iterations,) float64."""
-    gathered = communicator.gather_bytes(np.array(seconds).tobytes())
-    longest: np.ndarray = np.stack([np.frombuffer(part) for part in gathered]).max(axis=0)
-    return longest
-
-
-def quantiles(seconds: np.ndarray) -> dict[str, Any]:
-    """The keys of a row that say how long its iterations took."""
-    return {
-        "median_seconds": float(np.median(seconds)),
-        "min_seconds": float(seconds.min()),
-        "p95_seconds": float(np.quantile(seconds, 0.95)),
-        "iteration_seconds": [float(f"{value:.6g}") for value in seconds],
     }
 
 
@@ -158,3 +118,10 @@ def names(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     if not set(found) <= set(allowed):
         raise InputError(f"{option} {text!r}: allowed: {', '.join(allowed)}, separated by commas")
     return found
+
+
+def least(option: str, number: int, low: int) -> int:
+    """An option's number, `low` or more. Raises InputError."""
+    if number < low:
+        raise InputError(f"{option} {number}: allowed: {low} or more")
+    return number

@@ -18,21 +18,13 @@ import numpy as np
 import torch
 
 from bench.micro.bare import bare_allgather
-from bench.micro.masks import (
-    VALUE_BYTES,
-    Layout,
-    check_buffers,
-    check_sum,
-    make_layout,
-    run_layout,
-)
+from bench.micro.masks import VALUE_BYTES, Layout, check_buffers, check_sum, make_layout, run_layout
 from bench.micro.record import progress, record_rows
 from bench.micro.timing import quantiles, slowest, timed
 from bench.micro.wire_counter import WireCounter, open_counter
 from bench.run.runner import set_threads
 from fedara_core.codec import row_bytes
 from fedara_core.comm.base import Communicator
-from fedara_core.errors import InputError
 from fedara_core.merge.cost import moved_values
 from fedara_core.merge.masked import masked_sum
 
@@ -65,10 +57,6 @@ class Settings:
 
 def run_collectives(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
-    for name in ("limit_seconds", "max_layout_bytes"):
-        if not 0 < getattr(settings, name) < float("inf"):
-            option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
-            raise InputError(f"{option}: allowed: numbers above 0")
     set_threads(1, communicator)
     runs = [run_layout(Path(run), communicator, settings.seed) for run in settings.runs]
     counter = open_counter(communicator)
@@ -88,8 +76,8 @@ def _rows(
     for layout in runs:
         yield from _merge_rows(layout, settings, communicator, counter)
     for payload_bytes in settings.payload_bytes if not runs else ():
-        bare_done = False
-        for density, overlap in itertools.product(settings.densities, settings.overlaps):
+        masks = itertools.product(settings.densities, settings.overlaps)
+        for number, (density, overlap) in enumerate(masks):
             layout = make_layout(
                 payload_bytes=payload_bytes,
                 density=density,
@@ -97,9 +85,8 @@ def _rows(
                 num_clients=settings.clients_per_process * communicator.world_size,
                 seed=settings.seed,
             )
-            if not bare_done:  # the packed rows are the same at every density and overlap
+            if number == 0:  # the packed rows are the same at every density and overlap
                 yield _bare_row(layout, settings, communicator, counter)
-                bare_done = True
             yield from _merge_rows(layout, settings, communicator, counter)
 
 
@@ -134,7 +121,7 @@ def _merge_rows(
             average=layout.average,
         )
         check = partial(check_sum, expected=expected, path=path, codec=codec)
-        row = measure({"": call}, {"": check}, settings, communicator, counter)
+        row = measure({"": call}, check, settings, communicator, counter)
         yield {
             **layout.axes,
             "path": path,
@@ -169,8 +156,8 @@ def _bare_row(
     bare = bare_allgather(mine, communicator)
     if bare is not None:
         calls["bare_"] = bare
-    checks = dict.fromkeys(calls, partial(check_buffers, expected=packed))
-    row = measure(calls, checks, settings, communicator, counter)
+    check = partial(check_buffers, expected=packed)
+    row = measure(calls, check, settings, communicator, counter)
     return {
         "call": "allgather",
         "payload_bytes": layout.axes["payload_bytes"],
@@ -184,51 +171,42 @@ def _bare_row(
 
 def measure(
     calls: Mapping[str, Callable[[], Any]],
-    checks: Mapping[str, Callable[[Any], None]],
+    check: Callable[[Any], None],
     settings: Settings,
     communicator: Communicator,
     counter: WireCounter,
 ) -> dict[str, Any]:
-    """Seconds and bytes of the calls, turn about; each result goes to its check, untimed.
+    """Seconds and bytes of the calls, turn about; each result is checked, untimed.
 
     Keys of calls are prefixes of the row's keys; ratios are those to "bare_", the median over
     iterations. Every process calls it and gets the same.
     """
+
+    def seconds_of(prefix: str) -> float:
+        seconds, result = timed(calls[prefix], communicator)
+        check(result)
+        return seconds
+
     row: dict[str, Any] = {}
     warm_seconds = 0.0
     for prefix, call in calls.items():
         for _ in range(settings.warm_up - MIN_WARM_UP):
-            checks[prefix](call())
+            check(call())
         row |= {f"{prefix}{key}": value for key, value in _bytes(call, communicator, counter)}
-        warm_seconds += _checked(call, checks[prefix], communicator)
-    number = _iterations(settings, warm_seconds, communicator)
+        warm_seconds += seconds_of(prefix)
+    # As many as world_rank 0's seconds of one iteration allow within the limit.
+    warm_seconds = float(communicator.broadcast(str(warm_seconds).encode()))
+    allowed = int(settings.limit_seconds / max(warm_seconds, 1e-9))
     own: dict[str, list[float]] = {prefix: [] for prefix in calls}
-    for iteration in range(number):
-        order = list(calls)[:: 1 if iteration % 2 else -1]
-        for prefix in order:
-            own[prefix].append(_checked(calls[prefix], checks[prefix], communicator))
+    for iteration in range(min(settings.iterations, max(MIN_ITERATIONS, allowed))):
+        for prefix in list(calls)[:: 1 if iteration % 2 else -1]:
+            own[prefix].append(seconds_of(prefix))
     longest = {prefix: slowest(seconds, communicator) for prefix, seconds in own.items()}
     for prefix, seconds in longest.items():
         row |= {f"{prefix}{key}": value for key, value in quantiles(seconds).items()}
     for prefix in longest.keys() - {"bare_"} if "bare_" in longest else ():
         row[f"{prefix}ratio"] = float(np.median(longest[prefix] / longest["bare_"]))
     return row
-
-
-def _checked(
-    call: Callable[[], Any], check: Callable[[Any], None], communicator: Communicator
-) -> float:
-    """Seconds of the call, whose result is checked."""
-    seconds, result = timed(call, communicator)
-    check(result)
-    return seconds
-
-
-def _iterations(settings: Settings, seconds: float, communicator: Communicator) -> int:
-    """As many as world_rank 0's seconds of one iteration allow within the limit."""
-    seconds = float(communicator.broadcast(str(seconds).encode()))
-    allowed = max(MIN_ITERATIONS, int(settings.limit_seconds / max(seconds, 1e-9)))
-    return min(settings.iterations, allowed)
 
 
 def _bytes(

@@ -93,9 +93,9 @@ def collectives(
             codecs=names("--codecs", codecs, CODECS),
             iterations=least("--iterations", iterations, 1),
             warm_up=least("--warm-up", warm_up, MIN_WARM_UP),
-            limit_seconds=limit_seconds,
+            limit_seconds=least("--limit-seconds", limit_seconds, 0.001),
             clients_per_process=least("--clients-per-process", clients_per_process, 1),
-            max_layout_bytes=max_layout_bytes,
+            max_layout_bytes=least("--max-layout-bytes", max_layout_bytes, 1),
             seed=seed,
         )
         run_collectives(settings, results, communicator)

@@ -122,14 +122,10 @@ def make_layout(
             bits=bits,
         )
         headers.append(header)
+    # weighted_sum is the first name of masked_sum.
+    axes = {"call": "weighted_sum", "payload_bytes": payload_bytes, "num_clients": num_clients}
     return Layout(
-        axes={
-            "call": "weighted_sum",  # the first name of masked_sum
-            "payload_bytes": payload_bytes,
-            "num_clients": num_clients,
-            "density": density,
-            "overlap": overlap,
-        },
+        axes={**axes, "density": density, "overlap": overlap},
         widths=torch.full((num_rows,), width),
         headers=headers,
         seed=seed,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
 from fedara_core.schema import SCHEMA_VERSION
 
+Number = TypeVar("Number", int, float)
 # Variables that choose the transport, and with it the time: part of the record.
 _TRANSPORT_KEYS = (
     *("MPIR_CVAR_", "UCX_", "FI_", "GLOO_", "NCCL_", "I_MPI_"),
@@ -47,12 +48,20 @@ def record_rows(
     stamp = communicator.broadcast(stamp.encode()).decode()  # world_rank 0's clock
     name = f"{benchmark}-{communicator.kind}-p{communicator.world_size}-{stamp}"
     run_dir = results / name
+    own = json.dumps(process_facts(communicator.world_rank, torch.device("cpu")))
+    processes = [json.loads(part) for part in communicator.gather_bytes(own.encode())]
+    transport = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_TRANSPORT_KEYS)}
     run = {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark,
         "run_id": name,
         "config": asdict(settings),
-        **_shared_facts(communicator),
+        **surroundings(),
+        "comm": communicator.kind,
+        **library_fact(communicator.kind, communicator.library),
+        "transport_environment": transport,
+        "world_size": communicator.world_size,
+        "processes": processes,
         **facts,
     }
     writes = communicator.world_rank == 0
@@ -86,20 +95,6 @@ def _write_start(run_dir: Path, run: Mapping[str, Any]) -> None:
         ) from None
 
 
-def _shared_facts(communicator: Communicator) -> dict[str, Any]:
-    facts = json.dumps(process_facts(communicator.world_rank, torch.device("cpu")))
-    processes = [json.loads(part) for part in communicator.gather_bytes(facts.encode())]
-    transport = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_TRANSPORT_KEYS)}
-    return {
-        **surroundings(),
-        "comm": communicator.kind,
-        **library_fact(communicator.kind, communicator.library),
-        "transport_environment": transport,
-        "world_size": communicator.world_size,
-        "processes": processes,
-    }
-
-
 def numbers(option: str, text: str, low: float, high: float) -> tuple[float, ...]:
     """An option's numbers, separated by commas. Raises InputError."""
     try:
@@ -120,8 +115,8 @@ def names(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     return found
 
 
-def least(option: str, number: int, low: int) -> int:
+def least(option: str, number: Number, low: float) -> Number:
     """An option's number, `low` or more. Raises InputError."""
-    if number < low:
-        raise InputError(f"{option} {number}: allowed: {low} or more")
+    if not number >= low:  # NaN is refused too
+        raise InputError(f"{option} {number}: allowed: {low:g} or more")
     return number

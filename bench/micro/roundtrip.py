@@ -1,15 +1,15 @@
 """`fedara micro roundtrip`: rounds without training, real payloads.
 
-A round is the suite's own. Every client downloads the state into the model, trains no step and
-uploads what is in it; uploads are exchanged, and the server aggregates. The same run times two bare
-loops that do this to plain tensors in one process, one without any message and one where every
-client's message is a copy of its tensors, and the library's bare allgather of as many bytes.
+A round is the suite's own; its clients train no step. The same run times the bare loop `average`
+in one process, with messages and without, and the library's bare allgather of as many bytes.
 """
 
 import gc
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.config.load import parse_run
 from bench.metering.meter import Measured
-from bench.micro.bare import average, average_messages, bare_allgather
+from bench.micro.bare import average, bare_allgather
 from bench.micro.record import record_rows
 from bench.micro.timing import phase_seconds, quantiles, slowest, time_rounds, timed
 from bench.run.clients import place
@@ -33,7 +33,6 @@ from fedara_core.method import load_method
 BENCHMARK = "micro-roundtrip"
 NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats
 _WARM_UP = 3
-_BARE = ("bare_loop_", "bare_messages_", "bare_allgather_")
 _BESIDE = "beside_messages_"  # the suite's rounds that take turns with the bare loop with messages
 _LONG_SCHEDULE = 1000  # rounds; no schedule prunes within the first twentieth
 _MOST_ROUNDS = _LONG_SCHEDULE // 20
@@ -66,34 +65,27 @@ def run_roundtrip(settings: Settings, results: Path, communicator: Communicator)
 
 def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
     """One object per combination, the same on every process."""
-    for method in settings.methods:
-        for num_clients in settings.clients:
-            for path in settings.paths:
-                if load_method(method).combine == "gather" and path != "allgather":
-                    continue  # no sum will do
-                for codec in settings.codecs:
-                    gc.collect()  # or the last combination would count in this one's peak
-                    job = _make_job(method, num_clients, path, codec, settings)
-                    measured = _measure(job, settings.rounds, communicator)
-                    del job
-                    axes = {"method": method, "num_clients": num_clients}
-                    axes |= {"path": path, "codec": codec}
-                    yield {**axes, **measured}
+    axes = (settings.methods, settings.clients, settings.paths, settings.codecs)
+    for method, num_clients, path, codec in itertools.product(*axes):
+        if load_method(method).combine == "gather" and path != "allgather":
+            continue  # no sum will do
+        gc.collect()  # or the last combination would count in this one's peak
+        job = _make_job(method, num_clients, path, codec, settings)
+        measured = _measure(job, settings.rounds, communicator)
+        del job
+        found = {"method": method, "num_clients": num_clients, "path": path, "codec": codec}
+        yield {**found, **measured}
 
 
 def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Settings) -> Job:
     """A job whose clients have examples by number only, and take no step."""
+    everyone = {"num_clients": num_clients, "cohort": num_clients}
     config = parse_run(
         {
             "method": {"name": method},
             "model": {"name": settings.model},
             "adapter": {"lora_rank": settings.lora_rank, "lora_alpha": float(settings.lora_rank)},
-            "federation": {
-                "num_clients": num_clients,
-                "cohort": num_clients,
-                "num_rounds": _LONG_SCHEDULE,
-                "merge_path": path,
-            },
+            "federation": {**everyone, "num_rounds": _LONG_SCHEDULE, "merge_path": path},
             "codec": {"up": codec},
             "train": {"local_steps": 1},
         }
@@ -108,28 +100,32 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
     follow. Memory and phases are those of the first rounds, before there are buffers for an
     allgather.
     """
-    parameters = _parameters(job)
+    num_clients = len(job.shards)
+    job.method.download(job.model, job.state, None)
+    trained = [p for p in job.model.module.parameters() if p.requires_grad]
+    parameters = [parameter.detach().clone() for parameter in trained]
     own: dict[str, list[float]] = {}
     own[""], own["bare_loop_"], measured, row = _turn_about(
         average, parameters, job, rounds, communicator
     )
     own[_BESIDE], own["bare_messages_"], _, _ = _turn_about(
-        average_messages, parameters, job, rounds, communicator
+        partial(average, messages=True), parameters, job, rounds, communicator
     )
-    packed = torch.zeros(_packed_bytes(job, row, communicator), dtype=torch.uint8)
-    bare_call = bare_allgather(packed, communicator)
+    # As many bytes as the process with most clients sends, by a round's mean message.
+    most_clients = max(map(len, place(job, range(num_clients), communicator.world_size)))
+    num_bytes = int(row["uplink_bytes"] / num_clients * most_clients)
+    bare_call = bare_allgather(torch.zeros(num_bytes, dtype=torch.uint8), communicator)
     if bare_call is not None:
         calls = [timed(bare_call, communicator)[0] for _ in range(1 + rounds)]
         own["bare_allgather_"] = calls[1:]
     longest = {prefix: slowest(seconds, communicator) for prefix, seconds in own.items()}
-    num_clients = len(job.shards)
     median = float(np.median(longest[""]))
     return {
         **quantiles(longest[""]),
         **{
-            f"{prefix}median_seconds": float(np.median(longest[prefix]))
-            for prefix in _BARE
-            if prefix in longest
+            f"{prefix}median_seconds": float(np.median(seconds))
+            for prefix, seconds in longest.items()
+            if prefix.startswith("bare_")
         },
         "ratio_to_bare_loop": float(np.median(longest[""] / longest["bare_loop_"])),
         "ratio_to_bare_messages": float(np.median(longest[_BESIDE] / longest["bare_messages_"])),
@@ -152,19 +148,17 @@ def _turn_about(
     communicator: Communicator,
 ) -> tuple[list[float], list[float], list[Measured], dict[str, Any]]:
     """`time_rounds`, with the seconds of the bare loop after each round: those of world_rank 0,
-    while the others wait, and 0 elsewhere."""
+    while the others wait, and next to nothing elsewhere."""
     bare_seconds = []
     weights = [len(shard) for shard in job.shards]
 
     def run_loop() -> None:
         communicator.barrier()
+        mean = [parameter.clone() for parameter in parameters]
+        start = time.perf_counter()
         if communicator.world_rank == 0:
-            mean = [parameter.clone() for parameter in parameters]
-            start = time.perf_counter()
             loop(parameters, mean, weights)
-            bare_seconds.append(time.perf_counter() - start)
-        else:
-            bare_seconds.append(0.0)
+        bare_seconds.append(time.perf_counter() - start)
 
     # First rounds fault their pages in.
     seconds, measured, row = time_rounds(job, communicator, rounds, _WARM_UP, run_loop)
@@ -183,26 +177,12 @@ def _peak_memory(measured: Measured, communicator: Communicator) -> dict[str, in
     return {"peak_memory_bytes": max(peaks)} if peaks else {}
 
 
-def _packed_bytes(job: Job, row: Mapping[str, Any], communicator: Communicator) -> int:
-    """Bytes of the messages of the process with most clients, by a round's mean message."""
-    placed = place(job, range(len(job.shards)), communicator.world_size)
-    return int(row["uplink_bytes"] / len(job.shards) * max(map(len, placed)))
-
-
-def _parameters(job: Job) -> list[Tensor]:
-    """Tensors of the shapes that a client trains."""
-    job.method.download(job.model, job.state, None)
-    return [p.detach().clone() for p in job.model.module.parameters() if p.requires_grad]
-
-
 def _describe(row: dict[str, Any]) -> str:
     """One line of progress."""
-    bare = row.get("bare_allgather_median_seconds")
-    beside = "" if bare is None else f", bare allgather {1e3 * bare:.2f} ms"
     return (
         f"{row['method']}, {row['num_clients']} clients, {row['path']}, {row['codec']}: "
         f"{1e3 * row['median_seconds']:.2f} ms a round, "
         f"{row['messages_per_second']:.0f} messages/s, bare loop "
         f"{1e3 * row['bare_loop_median_seconds']:.2f} ms, with messages "
-        f"{1e3 * row['bare_messages_median_seconds']:.2f} ms{beside}"
+        f"{1e3 * row['bare_messages_median_seconds']:.2f} ms"
     )

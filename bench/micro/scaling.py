@@ -7,7 +7,6 @@ measures its own number of processes; launches of several numbers make the figur
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,13 @@ def run_scaling(settings: Settings, results: Path, communicator: Communicator) -
         raise InputError("--cohort 0 --clients-per-process 0: allowed: one of them above 0")
     set_threads(1, communicator)
     rows = _rows(settings, communicator)
-    describe = partial(_describe, world_size=communicator.world_size)
-    return record_rows(BENCHMARK, settings, results, communicator, rows, describe)
+    return record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
 
 
-def _describe(row: dict[str, Any], *, world_size: int) -> str:
+def _describe(row: dict[str, Any]) -> str:
     """One line of progress."""
-    return (
-        f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients on "
-        f"{world_size} processes: {row['median_seconds']:.3f} s a round"
-    )
+    what = f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients"
+    return f"{what}: {row['median_seconds']:.3f} s a round"
 
 
 def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
@@ -79,17 +75,14 @@ def _measure(config: RunConfig, settings: Settings, communicator: Communicator) 
 
 def _config(settings: Settings, method: str, cohort: int) -> RunConfig:
     """All clients of a round have as much to do, so that the shares can be equal."""
+    num_rounds = 20 * (_WARM_UP + settings.rounds)  # no schedule prunes that early
     return parse_run(
         {
             "method": {"name": method},
             "model": {"name": settings.model, "max_length": settings.max_length},
             "dataset": {"name": "toy" if settings.model == "tiny" else "docstrings"},
             "partition": {"scheme": "iid"},
-            "federation": {
-                "num_clients": cohort,
-                "cohort": cohort,
-                "num_rounds": 20 * (_WARM_UP + settings.rounds),  # no schedule prunes that early
-            },
+            "federation": {"num_clients": cohort, "cohort": cohort, "num_rounds": num_rounds},
             "train": {"local_steps": settings.local_steps, "lr": 1e-3},
             "system": {"device": "cpu", "threads": 1},
         }

@@ -43,33 +43,27 @@ def bare_allgather(mine: Tensor, communicator: Communicator) -> Callable[[], lis
     return None
 
 
-def average(parameters: list[Tensor], mean: list[Tensor], weights: Sequence[int]) -> list[Tensor]:
-    """A round's copies and sums without any message.
+def average(
+    parameters: list[Tensor], mean: list[Tensor], weights: Sequence[int], *, messages: bool = False
+) -> list[Tensor]:
+    """A round's copies and sums on plain tensors; returns the new mean.
 
     For every client copy the mean's tensors into the model's, and add these to a sum by the
-    client's weight. Divide the sum; returns the new mean.
+    client's weight. Divide the sum. messages: each client's is a copy of its tensors, and the sum
+    is taken when all are there.
     """
     total = [torch.zeros_like(tensor) for tensor in mean]
+    sent: list[list[Tensor]] = []
     for weight in weights:
         _copy(mean, parameters)
-        _add(parameters, weight, total)
-    _divide(total, sum(weights))
-    return total
-
-
-def average_messages(
-    parameters: list[Tensor], mean: list[Tensor], weights: Sequence[int]
-) -> list[Tensor]:
-    """The same with messages: each client's is a copy of its tensors, and the sum is taken when all
-    are there."""
-    messages = []
-    for weight in weights:
-        _copy(mean, parameters)
-        messages.append(([parameter.clone() for parameter in parameters], weight))
-    total = [torch.zeros_like(tensor) for tensor in mean]
-    for message, weight in messages:
+        if messages:
+            sent.append([parameter.clone() for parameter in parameters])
+        else:
+            _add(parameters, weight, total)
+    for message, weight in zip(sent, weights, strict=messages):
         _add(message, weight, total)
-    _divide(total, sum(weights))
+    for summed in total:
+        summed.div_(sum(weights))
     return total
 
 
@@ -81,11 +75,6 @@ def _copy(mean: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
 def _add(tensors: Sequence[Tensor], weight: int, total: Sequence[Tensor]) -> None:
     for summed, tensor in zip(total, tensors, strict=True):
         summed.add_(tensor, alpha=weight)
-
-
-def _divide(total: Sequence[Tensor], num_examples: int) -> None:
-    for summed in total:
-        summed.div_(num_examples)
 
 
 class BareLora(nn.Module):

@@ -38,6 +38,10 @@ def overhead(
 
 @app.command()
 def collectives(
+    runs: Annotated[
+        str,
+        typer.Option(help="Folders of runs: time the masks and sizes of their next round instead."),
+    ] = "",
     payload_bytes: Annotated[
         str, typer.Option(help="Bytes of one client's live rows.")
     ] = "10e3,1e6,50e6",
@@ -74,20 +78,24 @@ def collectives(
       mpiexec -n 4 fedara micro collectives
       torchrun --nproc-per-node 2 -m bench micro collectives --payload-bytes 1e6
     """
-    from bench.micro.collectives import parse_settings, run_collectives
+    from bench.micro.collectives import MIN_WARM_UP, Settings, run_collectives
+    from bench.micro.record import least, names, numbers
+    from fedara_core.codec import CODECS
+    from fedara_core.merge.cost import PATHS
 
     def job(communicator: "Communicator") -> None:
-        settings = parse_settings(
-            payload_bytes=payload_bytes,
-            densities=densities,
-            overlaps=overlaps,
-            paths=paths,
-            codecs=codecs,
-            iterations=iterations,
-            warm_up=warm_up,
-            limit_seconds=limit_seconds,
-            clients_per_process=clients_per_process,
-            max_layout_bytes=max_layout_bytes,
+        settings = Settings(
+            runs=tuple(folder for folder in runs.split(",") if folder),
+            payload_bytes=numbers("--payload-bytes", payload_bytes, 64, 1e12),
+            densities=numbers("--densities", densities, 1e-6, 1),
+            overlaps=numbers("--overlaps", overlaps, 0, 1),
+            paths=names("--paths", paths, PATHS),
+            codecs=names("--codecs", codecs, CODECS),
+            iterations=least("--iterations", iterations, 1),
+            warm_up=least("--warm-up", warm_up, MIN_WARM_UP),
+            limit_seconds=least("--limit-seconds", limit_seconds, 0.001),
+            clients_per_process=least("--clients-per-process", clients_per_process, 1),
+            max_layout_bytes=least("--max-layout-bytes", max_layout_bytes, 1),
             seed=seed,
         )
         run_collectives(settings, results, communicator)
@@ -118,14 +126,18 @@ def roundtrip(
     \b
       mpiexec -n 2 fedara micro roundtrip --clients 10,128
     """
-    from bench.micro.roundtrip import parse_settings, run_roundtrip
+    from bench.micro.record import names, numbers
+    from bench.micro.roundtrip import Settings, run_roundtrip
+    from fedara_core.codec import CODECS
+    from fedara_core.merge.cost import PATHS
+    from fedara_core.method import method_names
 
     def job(communicator: "Communicator") -> None:
-        settings = parse_settings(
-            clients=clients,
-            methods=methods,
-            paths=paths,
-            codecs=codecs,
+        settings = Settings(
+            clients=tuple(map(int, numbers("--clients", clients, 1, 1e6))),
+            methods=names("--methods", methods, tuple(method_names())),
+            paths=names("--paths", paths, tuple(path for path in PATHS if path != "dense")),
+            codecs=names("--codecs", codecs, CODECS),
             model=model,
             lora_rank=lora_rank,
             rounds=rounds,
@@ -164,20 +176,20 @@ def scaling(
       for p in 1 2 4; do mpiexec -n $p fedara micro scaling; done
       fedara report results/micro
     """
-    from bench.micro.record import names
-    from bench.micro.scaling import Settings, check, run_scaling
+    from bench.micro.record import least, names
+    from bench.micro.scaling import Settings, run_scaling
     from fedara_core.method import method_names
 
     def job(communicator: "Communicator") -> None:
         settings = Settings(
-            cohort=cohort,
-            clients_per_process=clients_per_process,
+            cohort=least("--cohort", cohort, 0),
+            clients_per_process=least("--clients-per-process", clients_per_process, 0),
             methods=names("--methods", methods, tuple(method_names())),
             model=model,
             max_length=max_length,
-            local_steps=local_steps,
-            rounds=rounds,
+            local_steps=least("--local-steps", local_steps, 1),
+            rounds=least("--rounds", rounds, 1),
         )
-        run_scaling(check(settings), results, communicator)
+        run_scaling(settings, results, communicator)
 
     as_job(comm, job)

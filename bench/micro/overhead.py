@@ -17,7 +17,8 @@ import numpy as np
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
 from bench.micro.bare import add_lora, train_round
-from bench.micro.record import quantiles, record_rows
+from bench.micro.record import record_rows
+from bench.micro.timing import quantiles
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches, draw_cohort
 from bench.run.job import Job, prepare
@@ -52,26 +53,22 @@ class Pair(NamedTuple):
 def run_overhead(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure the pairs and record them as one row; returns the record's folder."""
     set_threads(1, communicator)
-    config = _config(settings)
-    job = prepare(config, communicator)  # first, so that wrong input leaves no record
-    rows = _rows(config, job, settings, communicator)
+    job = prepare(_config(settings), communicator)  # first, so that wrong input leaves no record
+    rows = _rows(job, settings, communicator)
     return record_rows(BENCHMARK, settings, results, communicator, rows, describe)
 
 
-def _rows(
-    config: RunConfig, job: Job, settings: Settings, communicator: Communicator
-) -> Iterator[dict[str, Any]]:
+def _rows(job: Job, settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
     """The one row."""
     batches = [list(client_batches(job, 0, client_id)) for client_id in draw_cohort(job, 0)]
-    _bare_round(config, job, batches[:1])  # warm up allocator and kernels
+    _bare_round(job, batches[:1])  # warm up allocator and kernels
     pairs = []
     for repeat in range(settings.repeats):
         if repeat % 2:
-            bare = _bare_round(config, job, batches)
-            suite, meter = _suite_round(job, communicator)
-        else:
-            suite, meter = _suite_round(job, communicator)
-            bare = _bare_round(config, job, batches)
+            bare = _bare_round(job, batches)
+        suite, meter = _suite_round(job, communicator)
+        if not repeat % 2:
+            bare = _bare_round(job, batches)
         pairs.append(Pair(suite, bare, meter))
     axes = {"method": METHOD, "num_clients": COHORT, "local_steps": LOCAL_STEPS}
     yield {**axes, "max_length": settings.max_length, **summarize(pairs)}
@@ -126,10 +123,10 @@ def _suite_round(job: Job, communicator: Communicator) -> tuple[float, float]:
     return seconds - rows[0]["seconds"]["evaluate"], rows[0]["seconds"]["meter"]
 
 
-def _bare_round(config: RunConfig, job: Job, cohort: list[list[Batch]]) -> float:
+def _bare_round(job: Job, cohort: list[list[Batch]]) -> float:
     """Seconds of the bare loop on a model of its own."""
-    num_classes = job.label_counts.shape[1]
-    model = build_model(config.model, num_classes=num_classes, seed=config.seed).model
+    config = job.config
+    model = build_model(config.model, num_classes=len(job.labels), seed=config.seed).model
     trained = add_lora(model, config.adapter.lora_rank)
     start_values = [parameter.detach().clone() for parameter in trained]
     model.train()

@@ -1,16 +1,15 @@
 """`fedara micro roundtrip`: rounds without training, real payloads.
 
-A round is the suite's own. Every client downloads the state into the model, trains no step and
-uploads what is in it; uploads are exchanged, and the server aggregates. The same run times two bare
-loops that do this to plain tensors in one process, one without any message and one where every
-client's message is a copy of its tensors, and the library's bare allgather of as many bytes.
+A round is the suite's own; its clients train no step. The same run times the bare loop `average`
+in one process, with messages and without, and the library's bare allgather of as many bytes.
 """
 
 import gc
-import statistics
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,24 @@ import torch
 from torch import Tensor
 
 from bench.config.load import parse_run
-from bench.metering.meter import Measured, Meter
-from bench.micro.bare import average, average_messages, bare_allgather
-from bench.micro.record import names, numbers, quantiles, record_rows, slowest
+from bench.metering.meter import Measured
+from bench.micro.bare import average, bare_allgather
+from bench.micro.record import record_rows
+from bench.micro.timing import phase_seconds, quantiles, slowest, time_rounds, timed
 from bench.run.clients import place
 from bench.run.job import Job
-from bench.run.rounds import advance
 from bench.run.runner import keep_freed_memory, set_threads
 from bench.tools.estimate import null_job
-from fedara_core.codec import CODECS
 from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
-from fedara_core.merge.cost import PATHS
-from fedara_core.method import load_method, method_names
-from fedara_core.schema import PHASES
+from fedara_core.method import load_method
 
 BENCHMARK = "micro-roundtrip"
 NUM_CLASSES = 20  # with lora_rank 12 on MiniLM LoRA trains 505,364 floats
 _WARM_UP = 3
-_BARE = ("bare_loop_", "bare_messages_", "bare_allgather_")
 _BESIDE = "beside_messages_"  # the suite's rounds that take turns with the bare loop with messages
-_LONG_SCHEDULE = 1000  # rounds; no schedule prunes within the first twentieth that is measured
+_LONG_SCHEDULE = 1000  # rounds; no schedule prunes within the first twentieth
+_MOST_ROUNDS = _LONG_SCHEDULE // 20
 
 BareLoop = Callable[[list[Tensor], list[Tensor], Sequence[int]], list[Tensor]]
 
@@ -57,32 +53,10 @@ class Settings:
     rounds: int
 
 
-def parse_settings(
-    *,
-    clients: str,
-    methods: str,
-    paths: str,
-    codecs: str,
-    model: str,
-    lora_rank: int,
-    rounds: int,
-) -> Settings:
-    """The options as settings. Raises InputError with the option, its value and what is allowed."""
-    if not 1 <= rounds <= _LONG_SCHEDULE // 20:
-        raise InputError(f"--rounds {rounds}: allowed: 1 to {_LONG_SCHEDULE // 20}")
-    return Settings(
-        clients=tuple(int(number) for number in numbers("--clients", clients, 1, 1e6)),
-        methods=names("--methods", methods, tuple(method_names())),
-        paths=names("--paths", paths, tuple(path for path in PATHS if path != "dense")),
-        codecs=names("--codecs", codecs, CODECS),
-        model=model,
-        lora_rank=lora_rank,
-        rounds=rounds,
-    )
-
-
 def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
+    if not 1 <= settings.rounds <= _MOST_ROUNDS:
+        raise InputError(f"--rounds {settings.rounds}: allowed: 1 to {_MOST_ROUNDS}")
     set_threads(1, communicator)
     keep_freed_memory()
     rows = _rows(settings, communicator)
@@ -91,34 +65,27 @@ def run_roundtrip(settings: Settings, results: Path, communicator: Communicator)
 
 def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
     """One object per combination, the same on every process."""
-    for method in settings.methods:
-        for num_clients in settings.clients:
-            for path in settings.paths:
-                if load_method(method).combine == "gather" and path != "allgather":
-                    continue  # no sum will do
-                for codec in settings.codecs:
-                    gc.collect()  # or the last combination would count in this one's peak
-                    job = _make_job(method, num_clients, path, codec, settings)
-                    measured = _measure(job, settings.rounds, communicator)
-                    del job
-                    axes = {"method": method, "num_clients": num_clients}
-                    axes |= {"path": path, "codec": codec}
-                    yield {**axes, **measured}
+    axes = (settings.methods, settings.clients, settings.paths, settings.codecs)
+    for method, num_clients, path, codec in itertools.product(*axes):
+        if load_method(method).combine == "gather" and path != "allgather":
+            continue  # no sum will do
+        gc.collect()  # or the last combination would count in this one's peak
+        job = _make_job(method, num_clients, path, codec, settings)
+        measured = _measure(job, settings.rounds, communicator)
+        del job
+        found = {"method": method, "num_clients": num_clients, "path": path, "codec": codec}
+        yield {**found, **measured}
 
 
 def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Settings) -> Job:
     """A job whose clients have examples by number only, and take no step."""
+    everyone = {"num_clients": num_clients, "cohort": num_clients}
     config = parse_run(
         {
             "method": {"name": method},
             "model": {"name": settings.model},
             "adapter": {"lora_rank": settings.lora_rank, "lora_alpha": float(settings.lora_rank)},
-            "federation": {
-                "num_clients": num_clients,
-                "cohort": num_clients,
-                "num_rounds": _LONG_SCHEDULE,
-                "merge_path": path,
-            },
+            "federation": {**everyone, "num_rounds": _LONG_SCHEDULE, "merge_path": path},
             "codec": {"up": codec},
             "train": {"local_steps": 1},
         }
@@ -127,78 +94,39 @@ def _make_job(method: str, num_clients: int, path: str, codec: str, settings: Se
 
 
 def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any]:
-    """Rounds turn about with the bare loop, more of them with the loop with messages, allgathers.
+    """The record's keys, the same on every process.
 
-    The record's memory and phases are those of the first rounds, before there are buffers for an
+    Rounds turn about with the bare loop, then as many with the loop with messages; allgathers
+    follow. Memory and phases are those of the first rounds, before there are buffers for an
     allgather.
     """
-    meter = Meter(job.device)
-    parameters = _parameters(job)
+    num_clients = len(job.shards)
+    job.method.download(job.model, job.state, None)
+    trained = [p for p in job.model.module.parameters() if p.requires_grad]
+    parameters = [parameter.detach().clone() for parameter in trained]
     own: dict[str, list[float]] = {}
     own[""], own["bare_loop_"], measured, row = _turn_about(
-        average, parameters, job, rounds, meter, communicator
+        average, parameters, job, rounds, communicator
     )
     own[_BESIDE], own["bare_messages_"], _, _ = _turn_about(
-        average_messages, parameters, job, rounds, meter, communicator
+        partial(average, messages=True), parameters, job, rounds, communicator
     )
-    packed = torch.zeros(_packed_bytes(job, row, communicator), dtype=torch.uint8)
-    bare_call = bare_allgather(packed, communicator)
+    # As many bytes as the process with most clients sends, by a round's mean message.
+    most_clients = max(map(len, place(job, range(num_clients), communicator.world_size)))
+    num_bytes = int(row["uplink_bytes"] / num_clients * most_clients)
+    bare_call = bare_allgather(torch.zeros(num_bytes, dtype=torch.uint8), communicator)
     if bare_call is not None:
-        _timed(bare_call, communicator)
-        own["bare_allgather_"] = [_timed(bare_call, communicator) for _ in range(rounds)]
-    return _described(job, row, own, measured, communicator)
-
-
-def _turn_about(
-    loop: BareLoop,
-    parameters: list[Tensor],
-    job: Job,
-    rounds: int,
-    meter: Meter,
-    communicator: Communicator,
-) -> tuple[list[float], list[float], list[Measured], dict[str, Any]]:
-    """Time rounds, and the bare loop after each of them.
-
-    Returns seconds of the rounds, seconds of the loop, the rounds' measurements, and the last
-    round's record.
-    """
-    seconds, bare_seconds, measured = [], [], []
-    state, row = job.state, dict[str, Any]()
-    for _ in range(_WARM_UP + rounds):
-        communicator.barrier()
-        meter.take()
-        start = time.perf_counter()
-        state, row = advance(job, state, communicator, meter)
-        seconds.append(time.perf_counter() - start)
-        measured.append(meter.take())
-        bare_seconds.append(_timed_first(loop, parameters, job, communicator))
-    kept = slice(_WARM_UP, None)  # first rounds fault their pages in
-    return seconds[kept], bare_seconds[kept], measured[kept], row
-
-
-def _described(
-    job: Job,
-    row: dict[str, Any],
-    own: dict[str, list[float]],
-    measured: Sequence[Measured],
-    communicator: Communicator,
-) -> dict[str, Any]:
-    """The record's keys, the same on every process."""
-    num_clients = len(job.shards)
-    longest = {prefix: slowest(s, communicator) for prefix, s in own.items()}
-    result = quantiles(longest[""])
-    for prefix in _BARE:
-        if prefix in longest:
-            result[f"{prefix}median_seconds"] = float(np.median(longest[prefix]))
-    medians = {
-        phase: slowest(
-            [statistics.median(m.seconds.get(phase, 0.0) for m in measured)], communicator
-        )[0]
-        for phase in PHASES
-    }
-    median = result["median_seconds"]
+        calls = [timed(bare_call, communicator)[0] for _ in range(1 + rounds)]
+        own["bare_allgather_"] = calls[1:]
+    longest = {prefix: slowest(seconds, communicator) for prefix, seconds in own.items()}
+    median = float(np.median(longest[""]))
     return {
-        **result,
+        **quantiles(longest[""]),
+        **{
+            f"{prefix}median_seconds": float(np.median(seconds))
+            for prefix, seconds in longest.items()
+            if prefix.startswith("bare_")
+        },
         "ratio_to_bare_loop": float(np.median(longest[""] / longest["bare_loop_"])),
         "ratio_to_bare_messages": float(np.median(longest[_BESIDE] / longest["bare_messages_"])),
         "rounds_per_second": 1 / median,
@@ -208,8 +136,33 @@ def _described(
         "downlink_bytes_per_client": _total(row["downlink_bytes"], communicator) / num_clients,
         "wire_bytes_sent": _total(row["wire_bytes_sent"], communicator),
         **_peak_memory(measured[-1], communicator),
-        "phase_seconds": {phase: round(s, 6) for phase, s in medians.items() if s},
+        "phase_seconds": phase_seconds(measured, communicator),
     }
+
+
+def _turn_about(
+    loop: BareLoop,
+    parameters: list[Tensor],
+    job: Job,
+    rounds: int,
+    communicator: Communicator,
+) -> tuple[list[float], list[float], list[Measured], dict[str, Any]]:
+    """`time_rounds`, with the seconds of the bare loop after each round: those of world_rank 0,
+    while the others wait, and next to nothing elsewhere."""
+    bare_seconds = []
+    weights = [len(shard) for shard in job.shards]
+
+    def run_loop() -> None:
+        communicator.barrier()
+        mean = [parameter.clone() for parameter in parameters]
+        start = time.perf_counter()
+        if communicator.world_rank == 0:
+            loop(parameters, mean, weights)
+        bare_seconds.append(time.perf_counter() - start)
+
+    # First rounds fault their pages in.
+    seconds, measured, row = time_rounds(job, communicator, rounds, _WARM_UP, run_loop)
+    return seconds, bare_seconds[_WARM_UP:], measured, row
 
 
 def _total(number: int, communicator: Communicator) -> int:
@@ -224,50 +177,12 @@ def _peak_memory(measured: Measured, communicator: Communicator) -> dict[str, in
     return {"peak_memory_bytes": max(peaks)} if peaks else {}
 
 
-def _timed(call: Any, communicator: Communicator) -> float:
-    communicator.barrier()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _packed_bytes(job: Job, row: Mapping[str, Any], communicator: Communicator) -> int:
-    """Bytes of the messages of the process with most clients, by a round's mean message."""
-    placed = place(job, range(len(job.shards)), communicator.world_size)
-    return int(row["uplink_bytes"] / len(job.shards) * max(map(len, placed)))
-
-
-def _parameters(job: Job) -> list[Tensor]:
-    """Tensors of the shapes that a client trains."""
-    job.method.download(job.model, job.state, None)
-    return [p.detach().clone() for p in job.model.module.parameters() if p.requires_grad]
-
-
-def _timed_first(
-    loop: BareLoop,
-    parameters: list[Tensor],
-    job: Job,
-    communicator: Communicator,
-) -> float:
-    """Seconds of world_rank 0, while the others wait; 0 elsewhere."""
-    communicator.barrier()
-    if communicator.world_rank != 0:
-        return 0.0
-    mean = [parameter.clone() for parameter in parameters]
-    weights = [len(shard) for shard in job.shards]
-    start = time.perf_counter()
-    loop(parameters, mean, weights)
-    return time.perf_counter() - start
-
-
 def _describe(row: dict[str, Any]) -> str:
     """One line of progress."""
-    bare = row.get("bare_allgather_median_seconds")
-    beside = "" if bare is None else f", bare allgather {1e3 * bare:.2f} ms"
     return (
         f"{row['method']}, {row['num_clients']} clients, {row['path']}, {row['codec']}: "
         f"{1e3 * row['median_seconds']:.2f} ms a round, "
         f"{row['messages_per_second']:.0f} messages/s, bare loop "
         f"{1e3 * row['bare_loop_median_seconds']:.2f} ms, with messages "
-        f"{1e3 * row['bare_messages_median_seconds']:.2f} ms{beside}"
+        f"{1e3 * row['bare_messages_median_seconds']:.2f} ms"
     )

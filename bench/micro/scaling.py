@@ -5,25 +5,20 @@ time. Weak scaling: the same number of clients on each process; ideally the time
 measures its own number of processes; launches of several numbers make the figure.
 """
 
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.metering.meter import Measured, Meter
-from bench.micro.record import quantiles, record_rows, slowest
+from bench.micro.record import record_rows
+from bench.micro.timing import phase_seconds, quantiles, slowest, time_rounds
 from bench.run.job import prepare
-from bench.run.rounds import advance
 from bench.run.runner import set_threads
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
-from fedara_core.schema import PHASES
 
 BENCHMARK = "micro-scaling"
 _WARM_UP = 1
@@ -43,32 +38,19 @@ class Settings:
     rounds: int
 
 
-def check(settings: Settings) -> Settings:
-    """The settings as they are. Raises InputError with the option, its value and the rule."""
-    least = {"local_steps": 1, "rounds": 1, "cohort": 0, "clients_per_process": 0}
-    for name, low in least.items():
-        if getattr(settings, name) < low:
-            option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
-            raise InputError(f"{option}: allowed: {low} or more")
-    if not settings.cohort and not settings.clients_per_process:
-        raise InputError("--cohort 0 --clients-per-process 0: allowed: one of them above 0")
-    return settings
-
-
 def run_scaling(settings: Settings, results: Path, communicator: Communicator) -> Path:
     """Measure both kinds and record them; returns the record's folder (of world_rank 0)."""
+    if not settings.cohort and not settings.clients_per_process:
+        raise InputError("--cohort 0 --clients-per-process 0: allowed: one of them above 0")
     set_threads(1, communicator)
     rows = _rows(settings, communicator)
-    describe = partial(_describe, world_size=communicator.world_size)
-    return record_rows(BENCHMARK, settings, results, communicator, rows, describe)
+    return record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
 
 
-def _describe(row: dict[str, Any], *, world_size: int) -> str:
+def _describe(row: dict[str, Any]) -> str:
     """One line of progress."""
-    return (
-        f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients on "
-        f"{world_size} processes: {row['median_seconds']:.3f} s a round"
-    )
+    what = f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients"
+    return f"{what}: {row['median_seconds']:.3f} s a round"
 
 
 def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
@@ -84,40 +66,23 @@ def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, 
 def _measure(config: RunConfig, settings: Settings, communicator: Communicator) -> dict[str, Any]:
     """Seconds of a round without evaluation, the maximum over processes; phases likewise."""
     job = together(communicator, lambda: prepare(config, communicator))
-    meter, state = Meter(job.device), job.state
-    seconds: list[float] = []
-    measured: list[Measured] = []
-    for _ in range(_WARM_UP + settings.rounds):
-        communicator.barrier()
-        meter.take()
-        start = time.perf_counter()
-        state, _row = advance(job, state, communicator, meter)
-        seconds.append(time.perf_counter() - start)
-        measured.append(meter.take())
-    medians = {
-        phase: statistics.median(m.seconds.get(phase, 0.0) for m in measured[_WARM_UP:])
-        for phase in PHASES
-    }
-    longest = {phase: float(slowest([s], communicator)[0]) for phase, s in medians.items()}
+    seconds, measured, _ = time_rounds(job, communicator, settings.rounds, _WARM_UP)
     return {
-        **quantiles(slowest(seconds[_WARM_UP:], communicator)),
-        "phase_seconds": {phase: round(s, 6) for phase, s in longest.items() if s},
+        **quantiles(slowest(seconds, communicator)),
+        "phase_seconds": phase_seconds(measured, communicator),
     }
 
 
 def _config(settings: Settings, method: str, cohort: int) -> RunConfig:
     """All clients of a round have as much to do, so that the shares can be equal."""
+    num_rounds = 20 * (_WARM_UP + settings.rounds)  # no schedule prunes that early
     return parse_run(
         {
             "method": {"name": method},
             "model": {"name": settings.model, "max_length": settings.max_length},
             "dataset": {"name": "toy" if settings.model == "tiny" else "docstrings"},
             "partition": {"scheme": "iid"},
-            "federation": {
-                "num_clients": cohort,
-                "cohort": cohort,
-                "num_rounds": 20 * (_WARM_UP + settings.rounds),  # no schedule prunes that early
-            },
+            "federation": {"num_clients": cohort, "cohort": cohort, "num_rounds": num_rounds},
             "train": {"local_steps": settings.local_steps, "lr": 1e-3},
             "system": {"device": "cpu", "threads": 1},
         }

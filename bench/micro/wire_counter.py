@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -43,7 +44,7 @@ class WireCounter:
         if self.source is None:
             action()
             return None
-        return self._moved(action, communicator) - self._moved(_nothing, communicator)
+        return self._moved(action, communicator) - self._moved(lambda: None, communicator)
 
     def _moved(self, action: Callable[[], object], communicator: Communicator) -> int:
         start = self.sent()
@@ -56,10 +57,15 @@ class TcpCounter(WireCounter):
     """The kernel's counters of all TCP sockets that this process has open (Linux 4.19 and later).
 
     They count each byte of the stream once, bytes that wait in the kernel included. Headers of TCP
-    and below, and bytes that were sent again, do not count.
+    and below, and bytes that were sent again, do not count. Raises OSError where there are none.
     """
 
     source = "tcp_info"
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not (hasattr(socket, "TCP_INFO") and os.path.isdir("/proc/self/fd")):
+            raise OSError("no counters of sockets here")
 
     def sent(self) -> int:
         return sum(map(_written, os.listdir("/proc/self/fd")))
@@ -127,39 +133,24 @@ class PmlMonitoringCounter(WireCounter):
 
 def open_counter(communicator: Communicator) -> WireCounter:
     """The first counter that sees all bytes of a probe, the same on every process."""
-    if communicator.world_size == 1:
+    world_size, seen = communicator.world_size, []
+    if world_size == 1:
         return WireCounter("one process moves no bytes")
-    seen = []
-    for kind in (PmlMonitoringCounter, TcpCounter):
-        counter = _try(kind, communicator)
+    kinds: list[Callable[[], WireCounter]] = [TcpCounter]
+    if communicator.kind == "mpi":
+        kinds.insert(0, PmlMonitoringCounter)
+    for kind in kinds:
+        try:
+            counter = kind()
+        except (OSError, AttributeError):  # no such counter; an MPI library without MPI_T
+            counter = WireCounter()
         if not all(communicator.gather_bytes(b"x" if counter.source else b"")):
             continue  # absent on some process
-        sent = _probe(counter, communicator)
-        needed = communicator.world_size * (communicator.world_size - 1) * _PROBE_BYTES
+        probe = partial(communicator.allgather, torch.zeros(_PROBE_BYTES, dtype=torch.uint8))
+        own = str(counter.count(probe, communicator)).encode()
+        sent = sum(int(part) for part in communicator.gather_bytes(own))
+        needed = world_size * (world_size - 1) * _PROBE_BYTES
         if sent >= needed:
             return counter
         seen.append(f"{counter.source} saw {sent} of {needed} bytes")
     return WireCounter("; ".join([*(seen or ["no counter here"]), _HINT]))
-
-
-def _try(kind: Callable[[], WireCounter], communicator: Communicator) -> WireCounter:
-    """A counter of this kind, or the null counter where there is none."""
-    if kind is PmlMonitoringCounter and communicator.kind != "mpi":
-        return WireCounter()
-    if kind is TcpCounter and not (hasattr(socket, "TCP_INFO") and os.path.isdir("/proc/self/fd")):
-        return WireCounter()
-    try:
-        return kind()
-    except (OSError, AttributeError):  # no such variable; an MPI library without MPI_T
-        return WireCounter()
-
-
-def _probe(counter: WireCounter, communicator: Communicator) -> int:
-    """Bytes seen of an allgather, over all processes."""
-    probe = torch.zeros(_PROBE_BYTES, dtype=torch.uint8)
-    sent = counter.count(lambda: communicator.allgather(probe), communicator)
-    return sum(int(part) for part in communicator.gather_bytes(str(sent).encode()))
-
-
-def _nothing() -> None:
-    """Do nothing: what moves then is the barrier's own."""

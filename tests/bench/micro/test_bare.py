@@ -1,21 +1,17 @@
 """The bare loops do the work that they stand for: averages by hand."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.micro.bare import BareLora, add_lora, average, average_messages, train_round
+from bench.micro.bare import BareLora, add_lora, average, train_round
 
 
-@pytest.mark.parametrize("loop", [average, average_messages])
-def test_clients_that_train_nothing_average_to_what_they_got(
-    loop: Callable[[list[Tensor], list[Tensor], list[int]], list[Tensor]],
-) -> None:
+@pytest.mark.parametrize("messages", [False, True])
+def test_clients_that_train_nothing_average_to_what_they_got(messages: bool) -> None:
     mean = [torch.tensor([1.0, -2.0]), torch.tensor([[4.0]])]
     parameters = [torch.full((2,), 9.0), torch.full((1, 1), 9.0)]
-    found = loop(parameters, mean, [1, 3, 4])
+    found = average(parameters, mean, [1, 3, 4], messages=messages)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, mean, strict=True))
     assert all(torch.equal(copied, m) for copied, m in zip(parameters, mean, strict=True))
     assert torch.equal(mean[0], torch.tensor([1.0, -2.0]))

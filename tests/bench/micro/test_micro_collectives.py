@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ import torch
 from torch import Tensor
 
 from bench.micro import collectives as micro_collectives
-from bench.micro.collectives import MIN_ITERATIONS, measure, parse_settings
-from bench.micro.masks import WrongResult, check_buffers, check_sum, make_layout
+from bench.micro.collectives import MIN_ITERATIONS, Settings, measure
+from bench.micro.masks import WrongResult, check_buffers, check_sum, make_layout, run_layout
 from bench.micro.wire_counter import WireCounter, open_counter
+from bench.run.clients import draw_cohort
+from bench.run.record import Recorder
+from bench.run.rounds import run
 from fedara_core.codec import CODECS, row_bytes
 from fedara_core.comm.base import Communicator
 from fedara_core.merge.cost import PATHS
-from fedara_core.merge.masked import MaskedSum, masked_sum
-from support.documented import check_documented
+from fedara_core.merge.masked import MaskedAveraging, MaskedSum, masked_sum
+from fedara_core.values import put_rows
+from support.documented import check_documented, documented
 from support.launch import fedara_here, launch
+from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
@@ -75,9 +81,9 @@ def test_every_codec_passes_its_check_and_costs_what_it_says(tmp_path: Path) -> 
     assert len(set(reduced.values())) == 1  # sums travel as float32
 
 
-# Keys of run.json, and of a library whose bytes can be counted or not.
+# Keys of run.json, of rows of runs, and of a library whose bytes can be counted or not.
 NOT_EVERYWHERE = [
-    *(["benchmark"], ["config"], ["transport_environment"]),
+    *(["benchmark"], ["config"], ["transport_environment"], ["method"], ["model"]),
     *(["measured_bytes"], ["measured_bytes_source"], ["measured_bytes_missing"]),
 ]
 
@@ -182,11 +188,11 @@ def test_masks_overlap_as_asked(density: float, overlap: float, union_rows: int)
     layout = make_layout(
         payload_bytes=20 * 769 * 4, density=density, overlap=overlap, num_clients=4, seed=0
     )
-    assert (layout.live_rows, layout.width) == (20, 769)
-    assert layout.num_rows == round(20 / density)
-    masks = torch.stack([layout.upload(client_id).bits for client_id in range(4)])
+    assert layout.widths.tolist() == [769] * round(20 / density)
+    assert layout.part_values == 20 * 769
+    masks = torch.stack([header.bits for header in layout.headers])
     assert masks.sum(dim=1).tolist() == [20] * 4
-    assert int(masks.any(dim=0).sum()) == union_rows == layout.union_rows
+    assert int(masks.any(dim=0).sum()) == union_rows == layout.union_values // 769
     assert int(masks.all(dim=0).sum()) >= round(20 * overlap)
 
 
@@ -196,18 +202,111 @@ def make_small() -> Any:
 
 def test_the_expected_sum_is_right_row_by_row() -> None:
     layout = make_small()
-    uploads = [layout.upload(client_id) for client_id in range(5)]
-    assert torch.equal(uploads[2].values, layout.upload(2).values)
+    uploads = [layout.upload(header) for header in layout.headers]
+    assert torch.equal(uploads[2].values, layout.upload(layout.headers[2]).values)
     assert not torch.equal(uploads[2].values, uploads[3].values)
-    dense = torch.zeros(layout.num_rows, layout.width, dtype=torch.float64)
+    width = int(layout.widths[0])
+    dense = torch.zeros(len(layout.widths), width, dtype=torch.float64)
     for upload in uploads:
-        rows = upload.values.double().view(-1, layout.width)
+        rows = upload.values.double().view(-1, width)
         dense[upload.bits] += upload.num_examples * rows
     found = layout.expected()
     assert torch.equal(found.values, dense[found.union].float().flatten())
     for path in PATHS:
         ours = masked_sum(uploads, layout.widths, Communicator(), path)
         check_sum(ours, expected=found, path=path, codec="fp32")
+
+
+RANKS = "adapter.client_lora_ranks=[{lora_rank=4, share=0.5}, {lora_rank=2, share=0.5}]"
+TINY_RUNS = {"adalora": (), "lora_a2": (RANKS,), "hetlora": (RANKS,), "lora": ()}
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Method -> the folder of a finished run of two rounds."""
+    folders = {}
+    for name in TINY_RUNS:
+        job = make_tiny_job(*tiny_words(name))
+        recorder = Recorder(tmp_path_factory.mktemp("runs"), job.config)
+        run(job, Communicator(), recorder)
+        folders[name] = recorder.run_dir
+    return folders
+
+
+def tiny_words(name: str) -> list[str]:
+    return [f"method.name={name}", "federation.num_rounds=2", *TINY_RUNS[name]]
+
+
+@pytest.mark.parametrize("name", ["adalora", "lora_a2", "hetlora"])
+def test_masks_and_sizes_of_a_run_are_those_of_real_uploads(
+    name: str, tiny_runs: dict[str, Path]
+) -> None:
+    job = make_tiny_job(*tiny_words(name))
+    state = play_rounds(job)[-1].after
+    real = [train_one_client(job, state, client_id) for client_id in draw_cohort(job, 2)]
+    layout = run_layout(tiny_runs[name], Communicator(), seed=0)
+    assert torch.equal(layout.widths, state.index.row_widths)
+    assert len(set(layout.widths.tolist())) > 2  # of A, B and the whole parameters
+    assert not layout.held.all()
+    for header, held, upload in zip(layout.headers, layout.held, real, strict=True):
+        assert header.client_id == upload.client_id
+        assert header.num_values == upload.header.num_values == int(layout.widths[held].sum())
+        assert torch.equal(header.bits, upload.bits)
+        assert header.num_examples == upload.num_examples
+        assert header.row_weight == job.method.row_weight(state, upload)
+    # By every path the sum is the expected one, and that is what a round's exchange would give.
+    uploads = [layout.upload(header) for header in layout.headers]
+    found = layout.expected()
+    for path in PATHS:
+        ours = masked_sum(
+            uploads,
+            layout.widths,
+            Communicator(),
+            path,
+            held_rows=layout.held_rows,
+            first_whole=layout.first_whole,
+            average=True,
+        )
+        check_sum(ours, expected=found, path=path, codec="fp32")
+    weights = {header.client_id: header.row_weight for header in layout.headers}
+    exchange = MaskedAveraging(
+        *(Communicator(), "allgather", state.index, partial(job.method.sent_bits, state)),
+        row_weight=lambda upload: weights[upload.client_id],
+    )
+    for upload in uploads:
+        exchange.add(upload)
+    exchange.exchange()
+    result = exchange.result()
+    assert result is not None
+    assert torch.equal(result.mean, put_rows(found.values, found.union, layout.widths))
+
+
+def test_a_run_s_masks_are_timed_by_every_path(tiny_runs: dict[str, Path], tmp_path: Path) -> None:
+    folders = f"{tiny_runs['adalora']},{tiny_runs['hetlora']}"
+    words = ("-m", "bench", "micro", "collectives", "--runs", folders, *options(iterations=1))
+    job = launch("mpi", 2, *words, "--results", tmp_path)
+    assert job.code == 0, job.err
+    _, rows = read_record(tmp_path)
+    assert [(row["method"], row["path"]) for row in rows] == [
+        (name, path) for name in ("adalora", "hetlora") for path in PATHS
+    ]
+    for row in rows:
+        assert (row["call"], row["model"], row["num_clients"]) == ("masked_sum", "toy", 5)
+        assert row["density"] == pytest.approx(row["part_bytes"] / row["union_bytes"])
+        assert 0.3 < row["density"] < 1
+        assert row["payload_bytes"] == row["part_bytes"] < row["layout_bytes"]
+        assert 0 < row["counted_bytes_received"] < 1.1 * row["model_bytes"] + 1000
+    assert {"method", "model", *rows[0]} <= documented("## Micro-benchmarks of the collectives")
+
+
+def test_a_run_without_masks_is_refused(tiny_runs: dict[str, Path], tmp_path: Path) -> None:
+    for folder, said in ((tiny_runs["lora"], "clients of lora send no"), (tmp_path, "run.json")):
+        words = ("--runs", folder, "--results", tmp_path / "results")
+        job = fedara_here("micro", "collectives", *words)
+        assert job.code == 2
+        (line,) = job.refusals
+        assert said in line
+    assert not (tmp_path / "results").exists()
 
 
 def off_by_a_bit(found: MaskedSum) -> MaskedSum:
@@ -280,18 +379,17 @@ def test_only_the_last_of_many_calls_may_be_wrong_and_is_found() -> None:
         if found == 12:
             raise WrongResult("the twelfth")
 
-    settings = parse_settings(**SMALL | {"iterations": 4})
+    settings = Settings(**SMALL | {"runs": (), "iterations": 4})
     calls = {"": lambda: call("ours"), "bare_": lambda: call("bare")}
     with pytest.raises(WrongResult, match="the twelfth"):
-        measure(calls, dict.fromkeys(calls, check), settings, Communicator(), WireCounter())
+        measure(calls, check, settings, Communicator(), WireCounter())
     warm = ["ours", "ours", "bare", "bare"]
     assert order == [*warm, *["bare", "ours", "ours", "bare"] * 2]
 
 
 def test_long_calls_are_timed_less_often() -> None:
-    settings = parse_settings(**SMALL | {"iterations": 50, "limit_seconds": 1e-9})
-    calls, checks = {"": lambda: None}, {"": lambda found: None}
-    row = measure(calls, checks, settings, Communicator(), WireCounter())
+    settings = Settings(**SMALL | {"runs": (), "iterations": 50, "limit_seconds": 1e-9})
+    row = measure({"": int}, lambda found: None, settings, Communicator(), WireCounter())
     assert len(row["iteration_seconds"]) == MIN_ITERATIONS
 
 
@@ -315,8 +413,8 @@ def test_what_does_not_fit_is_named_and_left_out(tmp_path: Path) -> None:
         ("iterations", 0, "1 or more"),
         ("warm_up", 1, "2 or more"),
         ("clients_per_process", -1, "1 or more"),
-        ("limit_seconds", "nan", "numbers above 0"),
-        ("max_layout_bytes", 0, "numbers above 0"),
+        ("limit_seconds", "nan", "0.001 or more"),
+        ("max_layout_bytes", 0, "1 or more"),
     ],
 )
 def test_wrong_options_cost_one_line(

@@ -85,7 +85,7 @@ def test_a_signal_to_one_process_ends_the_job_after_its_round(
     job = job_with_fault(launcher, world_size, signal_name, world_rank, tmp_path)
     assert job.code == (1 if launcher == "torch" else 75)  # torchrun's own
     (line,) = job.refusals
-    assert f"interrupted after round 2 of 3 by {signal_name}; start again to go on" in line
+    assert f"interrupted after round 2 of 3 by {signal_name}; start again to resume" in line
     assert f"world_rank {world_rank} failed" not in job.err
     check_rerun(tmp_path, digests, num_rounds=2)
 

@@ -96,7 +96,7 @@ class Arrivals:
     """Who of one round's cohort vanishes, arrives and is late; the same on every process.
 
     dropped: those that vanish; sending: the others; arrived: of these the ones that come in time,
-    as far as `agree` has been told. All in client_id order.
+    as far as `agree` knows. All in client_id order.
     """
 
     def __init__(self, fleet: Fleet, cohort: Sequence[int], round_index: int) -> None:

@@ -136,8 +136,8 @@ def _load(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     whole = checksum == _checksum(facts, tensors)
     if (whole and found != FORMAT) or (checksum is None and found is None):
         raise InputError(
-            f"{FILE} has format {found}; allowed: {FORMAT} (delete it to start over, or go on with "
-            "the version that wrote it)"
+            f"{FILE} has format {found}; allowed: {FORMAT} (delete it to start over, or resume "
+            "with the version that wrote it)"
         )
     if not whole:
         raise Damaged("its checksum is not that of its contents")

@@ -82,7 +82,7 @@ def train_chunk(
 ) -> list[ClientCost]:
     """Train this process's clients of the chunk and hand over what arrives; what they cost.
 
-    Where modelled time decides who arrives, uploads wait until all processes have told theirs.
+    Where modelled time decides who arrives, uploads wait until all processes have exchanged theirs.
     """
     mine = place(job, chunk, communicator.world_size)[communicator.world_rank]
     if not job.config.clients.timed:

@@ -38,7 +38,7 @@ def resume_or_start(
     energy: HostEnergy,
     notice: Notice,
 ) -> tuple[ServerState, ClientState]:
-    """The state to go on from and what clients keep, and the run's files on disk.
+    """The state to resume from and what clients keep, and the run's files on disk.
 
     world_rank 0 reads for all, and what it can not read ends them all. Raises JobError where the
     disk takes no more.
@@ -59,7 +59,7 @@ def resume_or_start(
         if found is None:
             return checkpoint.dump(job.state, {}, belongs_to)
         if found.notice:
-            notice(f"{found.notice}; going on from the one before, after round {found.round_index}")
+            notice(f"{found.notice}; resuming from the one before, after round {found.round_index}")
         return found.data
 
     data = communicator.broadcast(together(communicator, read))
@@ -116,5 +116,5 @@ def storing(recorder: Recorder, num_rounds: int) -> Iterator[None]:
     except OSError as error:
         raise JobError(
             f"{recorder.run_dir}: {error.strerror}; rounds 1 to {num_rounds} are on disk; make "
-            "room there and start again to go on"
+            "room there and start again to resume"
         ) from error

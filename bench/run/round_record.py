@@ -9,6 +9,8 @@ from bench.metering.meter import Measured
 from bench.metering.reduce import reduce_energy, reduce_memory, reduce_seconds
 from bench.run.job import Job
 from fedara_core.comm.base import Communicator, Traffic
+from fedara_core.merge.received import Received
+from fedara_core.state import ServerState
 
 Row = dict[str, Any]
 
@@ -24,6 +26,26 @@ _SUMMED = ("downlink_bytes", "late_uplink_bytes", *_TRAFFIC)
 def traffic_since(before: Traffic, now: Traffic) -> dict[str, int]:
     """The record's keys of what this process moved since."""
     return {key: getattr(now, name) - getattr(before, name) for key, name in _TRAFFIC.items()}
+
+
+def upload_facts(received: Received | None) -> dict[str, Any]:
+    """The record's keys of the uploads."""
+    if received is None:
+        return {"uplink_bytes": 0}
+    losses = zip(received.shares, received.headers, strict=True)
+    return {
+        "train_loss": sum(share * header.train_loss for share, header in losses),
+        "uplink_bytes": sum(header.num_bytes for header in received.headers),
+    }
+
+
+def live_facts(state: ServerState) -> dict[str, Any]:
+    """The record's keys of what lives."""
+    return {
+        "live_triplets": state.num_live,
+        "live_adapters": sum(count > 0 for count in state.live_triplets.values()),
+        "live_triplets_by_adapter": state.live_triplets,
+    }
 
 
 def reduce_row(job: Job, row: Row, measured: Measured, communicator: Communicator) -> Row:

@@ -20,7 +20,7 @@ from bench.run.exchange import merge_path, open_exchange
 from bench.run.job import ClientState, Job
 from bench.run.record import Recorder
 from bench.run.resume import Notice, gather_client_state, identity, resume_or_start, storing
-from bench.run.round_record import Row, reduce_row, traffic_since
+from bench.run.round_record import Row, live_facts, reduce_row, traffic_since, upload_facts
 from bench.run.stop import Asked
 from fedara_core.comm.base import Communicator
 from fedara_core.errors import Diverged, Interrupted
@@ -62,12 +62,10 @@ def advance(
             "round_index": state.round_index,
             "cohort": cohort,
             "merge_path": merge_path(job, communicator),
-            **_upload_facts(received),
+            **upload_facts(received),
             "downlink_bytes": sum(cost.downlink_bytes for cost in costs),
             **traffic_since(before, communicator.traffic),
-            "live_triplets": next_state.num_live,
-            "live_adapters": sum(count > 0 for count in next_state.live_triplets.values()),
-            "live_triplets_by_adapter": next_state.live_triplets,
+            **live_facts(next_state),
             **arrivals.record(costs),
             "clients": costs,
         }
@@ -169,7 +167,7 @@ def _rounds(
         if signal_name and not last:
             raise Interrupted(
                 f"interrupted after round {state.round_index} of {state.num_rounds} by "
-                f"{signal_name}; start again to go on"
+                f"{signal_name}; start again to resume"
             )
     return state
 
@@ -197,17 +195,6 @@ def _diverged(where: str, what: str) -> Diverged:
         f"{where}: training diverged ({what}); the run stays incomplete; allowed: finite losses "
         "(try a smaller train.lr)"
     )
-
-
-def _upload_facts(received: Received | None) -> dict[str, Any]:
-    """The record's keys of the uploads."""
-    if received is None:
-        return {"uplink_bytes": 0}
-    losses = zip(received.shares, received.headers, strict=True)
-    return {
-        "train_loss": sum(share * header.train_loss for share, header in losses),
-        "uplink_bytes": sum(header.num_bytes for header in received.headers),
-    }
 
 
 def _ending(

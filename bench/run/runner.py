@@ -55,7 +55,7 @@ def run_all(
                 console.print(f"{title}: finished earlier, skipped")
                 continue
             if signal_name := asked.agree(communicator):
-                raise Interrupted(f"interrupted by {signal_name}; start again to continue")
+                raise Interrupted(f"interrupted by {signal_name}; start again to resume")
             recorder = Recorder(results, config)
             try:
                 with _locked(recorder, communicator, console) as done:

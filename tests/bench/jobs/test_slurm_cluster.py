@@ -270,7 +270,7 @@ def test_a_signal_requeues_the_job(
     assert 2 <= story.before[name].count("\n") <= rounds_done < NUM_ROUNDS
     interrupted = f"interrupted after round {rounds_done} of {NUM_ROUNDS} by {signal_name}"
     lines = story.logs[name].read_text().splitlines()
-    assert lines.count(f"fedara: {interrupted}; start again to go on") == 1
+    assert lines.count(f"fedara: {interrupted}; start again to resume") == 1
     assert lines.count(f"fedara: job {story.jobs[name]} is requeued") == 1
 
 

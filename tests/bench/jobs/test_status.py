@@ -90,7 +90,7 @@ def test_a_failure_says_why(tmp_path: Path, log: str, reason: str) -> None:
 REQUEUED = """\
 slurmstepd-n1: error: *** STEP 10.0 ON n1 CANCELLED AT 2026-11-23T14:28:06 ***
 round 3/30
-fedara: interrupted after round 3 of 30 by SIGTERM; start again to go on
+fedara: interrupted after round 3 of 30 by SIGTERM; start again to resume
 fedara: job 10_2 is requeued
 slurmstepd-n1: error: *** JOB 10 ON n1 CANCELLED AT 2026-11-23T14:28:07 DUE TO JOB REQUEUE ***
 srun: got SIGCONT

@@ -217,7 +217,7 @@ def test_a_run_goes_on_from_the_previous_checkpoint_and_says_so(
     again = run_here(tmp_path)
     assert again.code == 0
     assert f"{FILE} is damaged (its checksum is not that of its contents)" in again.out
-    assert "going on from the one before, after round 3" in again.out
+    assert "resuming from the one before, after round 3" in again.out
     assert digests_in(tmp_path) == digests_in(whole)
 
 

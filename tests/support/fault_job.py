@@ -51,7 +51,8 @@ def with_values(upload: Upload, values: torch.Tensor) -> Upload:
 def damage(fault: Fault) -> None:
     """Put the fault's ways into the program."""
     one_round, start_client = rounds.one_round, clients.start_client
-    open_exchange, pack, pack_header = rounds.open_exchange, gathered.pack, mean.pack_header
+    open_exchange, pack_header = rounds.open_exchange, mean.pack_header
+    exchange_packed = gathered.Gathering.exchange
 
     def noting(job: Any, state: Any, communicator: Any, meter: Any) -> Any:
         fault.here = state.round_index, communicator.world_rank
@@ -79,9 +80,10 @@ def damage(fault: Fault) -> None:
         exchange.add = adding
         return exchange
 
-    def packing(uploads: Any) -> Any:
-        packed = pack(uploads)
-        return packed[:-5] if fault.due("cut") else packed
+    def exchanging(exchange: Any) -> None:
+        if fault.due("cut"):
+            exchange._own[-1] = exchange._own[-1][:-5]
+        exchange_packed(exchange)
 
     def packing_header(header: Any) -> bytes:
         packed = pack_header(header)
@@ -89,7 +91,8 @@ def damage(fault: Fault) -> None:
 
     rounds.one_round, rounds.open_exchange = noting, opening
     clients.start_client = starting
-    gathered.pack, mean.pack_header = packing, packing_header
+    gathered.Gathering.exchange = exchanging  # type: ignore[method-assign]
+    mean.pack_header = packing_header
     uploading = Method.upload
 
     def silent(method: Any, client: Any, state: Any) -> Any:

@@ -136,7 +136,7 @@ def train_client(
 
 def drop_client(job: Job, state: ServerState, client_id: int) -> ClientCost:
     """What a client costs that vanishes after its download."""
-    size = job.method.download(job.model, state, make_client(job, client_id))
+    size = load_client(job, state, client_id)
     return _cost(job, client_id, size, uplink_bytes=0, flops=0)
 
 
@@ -150,9 +150,9 @@ def make_client(job: Job, client_id: int) -> Client:
     )
 
 
-def load_client(job: Job, state: ServerState, client_id: int) -> None:
-    """Make the model what this client would use."""
-    job.method.download(job.model, state, make_client(job, client_id))
+def load_client(job: Job, state: ServerState, client_id: int) -> Size:
+    """Make the model what this client would use; what a server would send for it."""
+    return job.method.download(job.model, state, make_client(job, client_id))
 
 
 def without_residual(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

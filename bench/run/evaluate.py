@@ -100,7 +100,7 @@ class Evaluator:
         return self._sum_up(losses, confusion, len(index))
 
     def client_models(
-        self, index: Tensor, mine: Sequence[int], load_client: Callable[[int], None], *, seed: int
+        self, index: Tensor, mine: Sequence[int], load_client: Callable[[int], object], *, seed: int
     ) -> dict[str, float]:
         """The record's keys where each client has a model of its own.
 

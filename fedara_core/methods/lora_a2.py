@@ -80,18 +80,18 @@ class LoraA2(Method):
         super().download(model, state, client)
         if client is not None:
             client.notes["start"] = client.vector.clone()
-            client.notes["chosen"] = torch.ones(state.num_live, dtype=torch.bool)
+            note_chosen(client, torch.ones(state.num_live, dtype=torch.bool))
             client.notes["num_chosen"] = self.num_chosen(state.adapter, client.client_id)
         return alternating_size(state, self.form(state), client)
 
     def local_step(self, client: Client, batch: Batch) -> None:
         client.backward(batch)
-        client.gradient[left_out(client)] = 0  # before it is clipped
+        client.gradient[client.notes["left_out"]] = 0  # before it is clipped
         client.step()
         if len(client.losses) == self.probe_steps:
             choose(client)
-        put_back = left_out(client)
-        client.vector[put_back] = client.notes["start"][put_back]
+        left_out = client.notes["left_out"]
+        client.vector[left_out] = client.notes["start"][left_out]
 
     def upload(self, client: Client, state: ServerState) -> Upload:
         if len(client.losses) < self.probe_steps:  # a round as short as this is all probe
@@ -106,10 +106,10 @@ class LoraA2(Method):
         return super().aggregate(state, Received(received.headers, mean=mean))
 
 
-def left_out(client: Client) -> Tensor:
-    """Which values of the vector belong to triplets that were not chosen: (num_trained,) bool."""
-    index = client.model.index
-    return ~index.value_mask(client.notes["chosen"]).to(client.vector.device)
+def note_chosen(client: Client, chosen: Tensor) -> None:
+    """Note the chosen triplets (live triplets,) bool, and which values (num_trained,) are not."""
+    left_out = ~client.model.index.value_mask(chosen)
+    client.notes["chosen"], client.notes["left_out"] = chosen, left_out.to(client.vector.device)
 
 
 def choose(client: Client) -> None:
@@ -119,4 +119,4 @@ def choose(client: Client) -> None:
     changes = index.parts(model.vector - start)  # of the half that rests: itself
     norms = [torch.cat([rows.norm(dim=1) for rows in half.values()]) for half in changes.values()]
     scores = torch.stack(norms).prod(dim=0)  # (live triplets,)
-    client.notes["chosen"] = top_k(scores.cpu(), client.notes["num_chosen"])
+    note_chosen(client, top_k(scores.cpu(), client.notes["num_chosen"]))

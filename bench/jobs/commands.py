@@ -55,7 +55,9 @@ def sweep(
             for line in describe(plan):
                 typer.echo(line)
             return
-        succeeded = run_sweep(plan, processes, jobs, Console(highlight=False, markup=False))
+        succeeded = run_sweep(
+            plan, processes, jobs, Console(highlight=False, markup=False, emoji=False)
+        )
     except InputError as error:
         refuse(error)
     if not succeeded:
@@ -97,12 +99,15 @@ def status(
 ) -> None:
     """Show the state of each run of a sweep.
 
-    For each run: waiting, running, done or failed and why, rounds and accuracy so far. It reads
-    files only, and never disturbs a run.
+    For each run: waiting, running, done, failed and why, or died (its process or Slurm job is gone
+    without a word), rounds and accuracy so far. It never disturbs a run.
     """
+    from bench.jobs.slurm_job import Queue
     from bench.jobs.status import read_status, show
 
+    queue = Queue()
     try:
-        show(read_status(results), Console(highlight=False))
+        runs = read_status(results, queue)
+        show(runs, Console(highlight=False, markup=False, emoji=False), queue.problem)
     except InputError as error:
         refuse(error)

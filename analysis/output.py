@@ -14,8 +14,9 @@ def together(out_dir: Path) -> Iterator[Path]:
 
     Where one cannot be written, none is moved. Raises InputError.
     """
-    is_new = not out_dir.exists()
+    is_new = False
     try:
+        is_new = not out_dir.exists()
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".report-", dir=out_dir) as folder:
             yield Path(folder)

@@ -1,5 +1,6 @@
 """One look for all figures: one colour, marker and line per method, reproducible files."""
 
+import io
 import re
 import warnings
 import zlib
@@ -161,8 +162,10 @@ def save(fig: Figure, path: Path) -> list[Path]:
     with matplotlib.rc_context({"figure.constrained_layout.use": False}):
         fig.set_layout_engine(None)
         dates = {"CreationDate": None, "Producer": None, "Creator": None}
-        fig.savefig(files[0], bbox_inches=box, metadata=dates)
-        fig.savefig(files[1], bbox_inches=box, metadata={"Software": None})
+        for file, metadata in zip(files, (dates, {"Software": None}), strict=True):
+            content = io.BytesIO()  # on a full disk matplotlib's own writer fails with a riddle
+            fig.savefig(content, format=file.suffix[1:], bbox_inches=box, metadata=metadata)
+            file.write_bytes(content.getbuffer())
     return files
 
 

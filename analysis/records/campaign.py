@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.records import reader
+from analysis.records.names import shown
 from analysis.records.settings import differing_keys, setting_texts
 from analysis.records.shapes import REQUIRED_IN_ROUND
 from fedara_core.errors import InputError
@@ -40,6 +41,7 @@ _SUMMED = [
     *("uplink_bytes", "downlink_bytes", "total_seconds", "total_joules"),
     *("local_train_seconds", "local_train_joules", "flops"),
 ]
+_LABEL_LETTERS = 60  # over a panel, or beside it
 _MOST_INTEGER = 9e18
 _MODELLED = ("modelled_seconds.", "modelled_joules.")
 
@@ -84,10 +86,8 @@ class Campaign:
 def load_campaign(path: Path) -> Campaign:
     """Read all runs at any depth below `path`.
 
-    Raises InputError when there is none, or when a run id comes twice.
+    Raises InputError when there is no folder or no run, or when a run id comes twice.
     """
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder")
     folders = reader.run_folders(path)
     if not folders:
         raise InputError(f"{path}: no records here (looked for */{RUN_FILE} at any depth)")
@@ -108,7 +108,12 @@ def load_campaign(path: Path) -> Campaign:
             for name, live in row.get("live_triplets_by_adapter", {}).items()
         ]
         clients += [
-            {**own, "client_id": client["client_id"], "label": label, "num_examples": number}
+            {
+                **own,
+                "client_id": client["client_id"],
+                "label": shown(label, _LABEL_LETTERS),
+                "num_examples": number,
+            }
             for client in record.partition
             for label, number in client.get("label_counts", {}).items()
         ]
@@ -161,7 +166,7 @@ def _run_columns(record: dict[str, Any]) -> dict[str, Any]:
     run["run_id"] = record["run_id"]
     run["method"] = run["method.name"]
     name = run["dataset.name"].removeprefix("file:")
-    run["dataset"] = name.rstrip("/").split("/")[-1] or name
+    run["dataset"] = shown(name.rstrip("/").split("/")[-1] or name, _LABEL_LETTERS)
     run["partition"] = _partition_label(run)
     sizes = dict.fromkeys(part.get("world_size") for part in (record, *record.get("parts", [])))
     if len(sizes) > 1:

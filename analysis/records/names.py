@@ -13,13 +13,13 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(map(_letter, text))
 
 
-def shown(text: str) -> str:
+def shown(text: str, most_letters: int = _MOST_LETTERS) -> str:
     """`printable`, and of bounded length: the end of a longer text becomes a checksum of it, so
     that two long names which differ at the end are still two."""
     text = printable(text)
-    if len(text) <= _MOST_LETTERS:
+    if len(text) <= most_letters:
         return text
-    return f"{text[: _MOST_LETTERS - 11]}...{zlib.crc32(text.encode()):08x}"
+    return f"{text[: most_letters - 11]}...{zlib.crc32(text.encode()):08x}"
 
 
 def _letter(letter: str) -> str:

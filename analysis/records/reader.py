@@ -148,6 +148,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _record_folders(path: Path) -> list[Path]:
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{path}: {error.strerror}; allowed: a folder with records") from None
+    if not is_folder:
+        raise InputError(f"{path}: no such folder; allowed: a folder with records")
     return sorted({file.parent for name in _FILES for file in path.rglob(name)})
 
 

@@ -284,6 +284,7 @@ def test_launches_with_another_transport_are_not_mixed(records: Path) -> None:
 
 
 def test_bad_records_are_refused(records: Path, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
     assert load_collectives(tmp_path / "none") is None
     write_launch(records / "copy", 2, 0)
     with pytest.raises(InputError, match="micro-collectives-mpi-p2-0 comes twice"):

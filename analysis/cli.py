@@ -1,5 +1,6 @@
 """`fedara report` and `python -m analysis`: one command, which needs no torch."""
 
+import errno
 import io
 import os
 import sys
@@ -73,12 +74,18 @@ def main(
     one line says which. A damaged record among others is named and left out.
     """
     try:
-        lines = _report(directory, pair, out, costs)
+        for line in _report(directory, pair, out, costs):
+            typer.echo(printable(line))
+        sys.stdout.flush()
     except InputError as error:
         typer.echo(f"error: {printable(str(error))}", err=True)
         raise typer.Exit(2) from None
-    for line in lines:
-        typer.echo(printable(line))
+    except OSError as error:  # of stdout; those of files are InputErrors
+        if error.errno == errno.EPIPE:  # `| head`, of which typer knows
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else its end fails, too
+        typer.echo(f"error: standard output: {error.strerror}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _report(

@@ -1,6 +1,8 @@
 """A folder that cannot be written, and a disk that is full: one line, and nothing half-written."""
 
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typer.testing import CliRunner, Result
 from analysis.cli import app
 from analysis.output import together
 from fedara_core.errors import InputError
+from support.launch import ROOT
 from support.records import write_record
 
 
@@ -88,6 +91,17 @@ def test_a_folder_in_the_way_of_a_file_leaves_the_others(records: Path, tmp_path
     result = report(records, "--out", tmp_path / "out")
     check_refused(result, "summary.md: a folder is in the way")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["summary.md"]
+
+
+def test_a_full_disk_below_stdout_is_named(records: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "analysis", records, "--out", tmp_path / "out"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert result.returncode == 1
+    assert result.stderr == "error: standard output: No space left on device\n"
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_an_error_in_the_block_is_raised_as_it_is(tmp_path: Path) -> None:

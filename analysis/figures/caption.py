@@ -9,6 +9,7 @@ import pandas as pd
 from analysis import stats
 from analysis.records import caveats
 from analysis.records.campaign import SERIES, Campaign, by_series, is_panel, panels, series_name
+from analysis.records.launches import Launches
 from analysis.records.settings import USUAL_SETTINGS
 
 # Label, and the columns of Campaign.runs behind it. Columns that no run has are left out, and so
@@ -61,19 +62,23 @@ def write_text(out: Path, paragraphs: list[str]) -> Path:
 
 @lru_cache(maxsize=1)  # each figure of a report writes the same ones
 def conditions(campaign: Campaign) -> list[str]:
-    """One line per panel, with every value that occurs in it, and one about incomplete runs."""
+    """One line per panel, with every value that occurs in it, and what was left out."""
     lines = []
     for panel in panels(campaign):
         runs = campaign.runs[is_panel(campaign.runs, panel)]
         values = [f"{label} {text}" for label in _CONDITIONS if (text := _values(runs, label))]
         lines.append(f"{', '.join(panel)}: {'; '.join([*values, _seeds(runs)])}.")
-    return [*lines, *left_out(campaign.incomplete)]
+    return [*lines, *left_out(campaign)]
 
 
-def left_out(incomplete: list[str]) -> list[str]:
-    """One line about incomplete records, if there are any."""
-    names = ", ".join(incomplete)
-    return [f"Left out as incomplete ({len(incomplete)}): {names}."] if incomplete else []
+def left_out(records: Campaign | Launches) -> list[str]:
+    """One line about incomplete records, and one about damaged ones, if there are any."""
+    kinds = {"incomplete": (", ", records.incomplete), "damaged": ("; ", records.damaged)}
+    return [
+        f"Left out as {kind} ({len(names)}): {separator.join(names)}."
+        for kind, (separator, names) in kinds.items()
+        if names
+    ]
 
 
 def _values(runs: pd.DataFrame, label: str) -> str:

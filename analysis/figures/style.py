@@ -1,13 +1,19 @@
 """One look for all figures: one colour, marker and line per method, reproducible files."""
 
+import io
+import re
+import warnings
 import zlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import matplotlib.style
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
 
 # Okabe and Ito's colours, safe for colour-blind readers; their yellow is too pale for thin lines.
 BLACK, GREY = "#000000", "#777777"
@@ -71,6 +77,8 @@ PATH_LOOKS = {
     "dense": Look(BLACK, "D", _SOLID),
 }
 _PAD_INCHES = 0.04
+_MISSING = r"Glyph (\d+) .*missing from"  # matplotlib's warning
+_MOST_INCHES = 300.0  # a PNG has less than 2^16 pixels each way
 MODELLED = _DASHED  # the line of everything that is computed and not measured
 
 _RC = {
@@ -123,10 +131,30 @@ def plain_number(value: float, _: object = None) -> str:
     return f"{value:,.12g}"
 
 
+@contextmanager
+def missing_letters() -> Iterator[list[str]]:
+    """The letters, after the block, that its figures show as boxes, as their font lacks them."""
+    letters: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _MISSING)
+        yield letters
+    for warning in caught:
+        if found := re.match(_MISSING, str(warning.message)):
+            letters.append(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    letters[:] = sorted(set(letters))
+
+
 def save(fig: Figure, path: Path) -> list[Path]:
     """Write `path`.pdf and `path`.png; the same figure gives the same bytes on any day."""
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("pdf", "png")]
     path.parent.mkdir(parents=True, exist_ok=True)
+    _take_names_literally(fig)
+    fig.set_figwidth(min(fig.get_figwidth(), _MOST_INCHES))
+    fig.set_figheight(min(fig.get_figheight(), _MOST_INCHES))
     # Lay the figure out once: savefig would do it for each file, and draw each one twice. Saving
     # restores the layout engine of the settings, so the setting is off until both files are there.
     fig.draw_without_rendering()
@@ -134,6 +162,24 @@ def save(fig: Figure, path: Path) -> list[Path]:
     with matplotlib.rc_context({"figure.constrained_layout.use": False}):
         fig.set_layout_engine(None)
         dates = {"CreationDate": None, "Producer": None, "Creator": None}
-        fig.savefig(files[0], bbox_inches=box, metadata=dates)
-        fig.savefig(files[1], bbox_inches=box, metadata={"Software": None})
+        for file, metadata in zip(files, (dates, {"Software": None}), strict=True):
+            content = io.BytesIO()  # on a full disk matplotlib's own writer fails with a riddle
+            fig.savefig(content, format=file.suffix[1:], bbox_inches=box, metadata=metadata)
+            file.write_bytes(content.getbuffer())
     return files
+
+
+def _take_names_literally(fig: Figure) -> None:
+    """No formulas between dollar signs but in the numbers of logarithmic axes."""
+    for text in fig.findobj(Text):
+        text.set_parse_math(False)
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatter):
+            _parse_math(axis.get_majorticklabels())
+        if isinstance(axis.get_minor_formatter(), LogFormatter):
+            _parse_math(axis.get_minorticklabels())
+
+
+def _parse_math(labels: list[Text]) -> None:
+    for label in labels:
+        label.set_parse_math(True)

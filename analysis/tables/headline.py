@@ -8,6 +8,7 @@ from analysis.records import caveats
 from analysis.records.campaign import PANEL, Campaign, NotDrawn, is_panel, modelled_devices, panels
 from analysis.records.energy import energy_kind, known_energy
 from analysis.records.per_run import LATE, mean_of_all, per_run
+from analysis.records.provenance import joined
 from analysis.records.target import costs_to_target
 from analysis.tables.render import Table
 
@@ -165,5 +166,5 @@ def _against_lora(
 def _row(paper: str, reading: str, text: str, *behind: pd.DataFrame) -> dict[str, Any]:
     """A row from the runs behind it; of none where the text is the reason why."""
     run_ids = sorted(run_id for runs in behind for run_id in runs["run_id"])
-    numbers = {"num_runs": len(run_ids), "run_ids": " ".join(run_ids)}
+    numbers = {"num_runs": len(run_ids), "run_ids": joined(run_ids)}
     return {"paper": paper, "reading": reading, "ours": text, **numbers}

@@ -7,9 +7,10 @@ run, so that `--help` needs no torch.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fedara_core.errors import InputError, Interrupted, JobError
 
@@ -30,11 +31,15 @@ Comm = Annotated[
 Results = Annotated[Path, typer.Option(help="Folder for the records; each run gets its own.")]
 
 
-def refuse(error: InputError, *, quiet: bool = False) -> NoReturn:
-    """Print the error in one line and exit with code 2."""
-    if not quiet:
-        sys.stderr.write(f"fedara: {error}\n")
-    raise typer.Exit(2)
+class Commands(TyperGroup):
+    """Commands whose invalid input ends in one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            sys.stderr.write(f"fedara: {error}\n")
+            raise typer.Exit(2) from None
 
 
 def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
@@ -42,15 +47,14 @@ def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
     any other error of one process ends the job."""
     from fedara_core.comm.launch import abort_on_error, open_communicator
 
-    try:
-        communicator = open_communicator(comm)
-    except InputError as error:
-        refuse(error)
+    communicator = open_communicator(comm)
     try:
         action(communicator)
-    except InputError as error:  # raised on every process alike
+    except InputError:  # raised on every process alike
         communicator.close()
-        refuse(error, quiet=communicator.world_rank != 0)
+        if communicator.world_rank == 0:
+            raise
+        raise typer.Exit(2) from None
     except Interrupted as error:  # likewise
         from bench.jobs.slurm_job import requeue
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from bench.commands import Comm, Overrides, Results, as_job, refuse
+from bench.commands import Comm, Overrides, Results, as_job
 from fedara_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def list_(
     from bench.tools.catalog import CATALOGS, describe_methods
 
     if what not in CATALOGS:
-        refuse(InputError(f"list {what!r}: allowed: {', '.join(CATALOGS)}"))
+        raise InputError(f"list {what!r}: allowed: {', '.join(CATALOGS)}")
     if verbose and what == "methods":
         typer.echo("\n".join(describe_methods()))
         return
@@ -76,10 +76,7 @@ def export(
     """
     from bench.tools.export import export as write
 
-    try:
-        typer.echo(f"{out}: {write(run_dir, out, client)}")
-    except InputError as error:
-        refuse(error)
+    typer.echo(f"{out}: {write(run_dir, out, client)}")
 
 
 def doctor() -> None:

@@ -14,6 +14,7 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Micro-benchmarks of the suite itself."
 )
 RESULTS = Path("results/micro")
+Methods = Annotated[str, typer.Option(help="Methods; see `fedara list methods`.")]
 
 
 @app.command()
@@ -105,10 +106,8 @@ def collectives(
 
 @app.command()
 def roundtrip(
-    clients: Annotated[str, typer.Option(help="Clients per round.")] = ("10,128,1000"),
-    methods: Annotated[
-        str, typer.Option(help="Methods; see `fedara list methods`.")
-    ] = "lora,fedara",
+    clients: Annotated[str, typer.Option(help="Clients per round.")] = "10,128,1000",
+    methods: Methods = "lora,fedara",
     paths: Annotated[str, typer.Option(help="Merge paths.")] = "allgather,split,allreduce",
     codecs: Annotated[str, typer.Option(help="Codecs of the uploads.")] = "fp32",
     model: Annotated[str, typer.Option(help="The model that carries the adapters.")] = "minilm",
@@ -155,9 +154,7 @@ def scaling(
     clients_per_process: Annotated[
         int, typer.Option(help="Clients per process for weak scaling; 0: skip it.")
     ] = 4,
-    methods: Annotated[
-        str, typer.Option(help="Methods; see `fedara list methods`.")
-    ] = "lora,fedara",
+    methods: Methods = "lora,fedara",
     model: Annotated[str, typer.Option(help="The model to adapt.")] = "minilm",
     max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 64,
     local_steps: Annotated[

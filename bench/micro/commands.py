@@ -1,14 +1,11 @@
 """`fedara micro`: micro-benchmarks of the suite itself."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from bench.commands import Comm, Results, as_job
-
-if TYPE_CHECKING:
-    from fedara_core.comm.base import Communicator
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Micro-benchmarks of the suite itself."
@@ -84,8 +81,8 @@ def collectives(
     from fedara_core.codec import CODECS
     from fedara_core.merge.cost import PATHS
 
-    def job(communicator: "Communicator") -> None:
-        settings = Settings(
+    def settings() -> Settings:  # in the job, whose processes refuse together
+        return Settings(
             runs=tuple(folder for folder in runs.split(",") if folder),
             payload_bytes=numbers("--payload-bytes", payload_bytes, 64, 1e12),
             densities=numbers("--densities", densities, 1e-6, 1),
@@ -99,9 +96,8 @@ def collectives(
             max_layout_bytes=least("--max-layout-bytes", max_layout_bytes, 1),
             seed=seed,
         )
-        run_collectives(settings, results, communicator)
 
-    as_job(comm, job)
+    as_job(comm, lambda communicator: run_collectives(settings(), results, communicator))
 
 
 @app.command()
@@ -131,8 +127,8 @@ def roundtrip(
     from fedara_core.merge.cost import PATHS
     from fedara_core.method import method_names
 
-    def job(communicator: "Communicator") -> None:
-        settings = Settings(
+    def settings() -> Settings:  # in the job, whose processes refuse together
+        return Settings(
             clients=tuple(map(int, numbers("--clients", clients, 1, 1e6))),
             methods=names("--methods", methods, tuple(method_names())),
             paths=names("--paths", paths, tuple(path for path in PATHS if path != "dense")),
@@ -141,9 +137,8 @@ def roundtrip(
             lora_rank=lora_rank,
             rounds=rounds,
         )
-        run_roundtrip(settings, results, communicator)
 
-    as_job(comm, job)
+    as_job(comm, lambda communicator: run_roundtrip(settings(), results, communicator))
 
 
 @app.command()
@@ -177,8 +172,8 @@ def scaling(
     from bench.micro.scaling import Settings, run_scaling
     from fedara_core.method import method_names
 
-    def job(communicator: "Communicator") -> None:
-        settings = Settings(
+    def settings() -> Settings:  # in the job, whose processes refuse together
+        return Settings(
             cohort=least("--cohort", cohort, 0),
             clients_per_process=least("--clients-per-process", clients_per_process, 0),
             methods=names("--methods", methods, tuple(method_names())),
@@ -187,6 +182,5 @@ def scaling(
             local_steps=least("--local-steps", local_steps, 1),
             rounds=least("--rounds", rounds, 1),
         )
-        run_scaling(settings, results, communicator)
 
-    as_job(comm, job)
+    as_job(comm, lambda communicator: run_scaling(settings(), results, communicator))

@@ -7,7 +7,7 @@ run, so that `--help` needs no torch.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,7 @@ from fedara_core.errors import InputError, Interrupted, JobError
 if TYPE_CHECKING:
     from fedara_core.comm.base import Communicator
 
+T = TypeVar("T")
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=3e-3."),
@@ -42,14 +43,14 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from None
 
 
-def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
-    """Run `action` on every process of the job. Invalid input ends all processes with exit code 2;
-    any other error of one process ends the job."""
+def as_job(comm: str, action: Callable[["Communicator"], T]) -> T:
+    """Run `action` on every process of the job; returns its result. Invalid input ends all
+    processes with exit code 2; any other error of one process ends the job."""
     from fedara_core.comm.launch import abort_on_error, open_communicator
 
     communicator = open_communicator(comm)
     try:
-        action(communicator)
+        result = action(communicator)
     except InputError:  # raised on every process alike
         communicator.close()
         if communicator.world_rank == 0:
@@ -69,11 +70,9 @@ def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
             raise typer.Exit(1) from None
         sys.stderr.flush()
         communicator.abort()
-    except typer.Exit:  # raised on every process alike
-        communicator.close()
-        raise
     except BaseException as error:
         if communicator.world_size == 1:
             raise
         abort_on_error(communicator, error)
     communicator.close()
+    return result

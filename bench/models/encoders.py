@@ -200,16 +200,12 @@ def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]
     """Token ids of each text, and the padding id."""
     if config.name in ("tiny", "toy"):
         return [_hash_tokens(text)[: config.max_length] for text in texts], 0
-    encoded = _tokenizer(config)(list(texts), truncation=True, max_length=config.max_length)
+    encoded = load_tokenizer(config)(list(texts), truncation=True, max_length=config.max_length)
     return encoded["input_ids"], _load_config(config).pad_token_id
 
 
-def save_tokenizer(config: ModelConfig, folder: Path) -> None:
-    """Write the tokeniser's files. tiny and toy have none."""
-    _tokenizer(config).save_pretrained(folder)
-
-
-def _tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig) -> Any:
+    """tiny and toy have none."""
     import transformers
 
     with _loading(config.name) as source:

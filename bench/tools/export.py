@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.models.encoders import MeanPooled, save_tokenizer
+from bench.models.encoders import MeanPooled, load_tokenizer
 from bench.run import checkpoint
 from bench.run.clients import without_residual
 from bench.run.job import build
@@ -82,7 +82,7 @@ def export(run_dir: Path, out: Path, client_id: int | None) -> str:
         # No transformers model has this head.
         save_file(trained.model.classifier.state_dict(), out / "head.safetensors")
     if trained.config.model.name != "tiny":
-        save_tokenizer(trained.config.model, out)
+        load_tokenizer(trained.config.model).save_pretrained(out)
     rounds = f"round {trained.state.round_index} of {trained.state.num_rounds}"
     (out / "README.md").write_text(_readme(trained, kind, rounds), encoding="utf-8")
     return f"{kind}, {trained.config.method.name} after {rounds}"

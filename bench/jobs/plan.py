@@ -99,16 +99,16 @@ def describe(plan: Plan) -> Iterator[str]:
     total, known = [0, 0], True
     for index, run in enumerate(plan.runs):
         num_rounds, sent = run.federation.num_rounds, round_bytes(run)
-        text = f"{index:>4}  {run.run_id:<44} {num_rounds} rounds x {run.num_drawn} "
-        if sent is not None:
-            up, down = (num_rounds * num_bytes for num_bytes in sent)
-            text += f"clients, up {_size(up)}, down {_size(down)}"
+        text = f"{index:>4}  {run.run_id:<44} {num_rounds} rounds x {run.num_drawn} clients, "
+        if sent is None:
+            known = False
+            text += "bytes unknown"
         else:
-            text += "clients, bytes unknown"
+            up, down = (num_rounds * num_bytes for num_bytes in sent)
+            text += f"up {_size(up)}, down {_size(down)}"
+            if index in left:
+                total = [total[0] + up, total[1] + down]
         yield text + ("" if index in left else ", done")
-        if index in left and sent is not None:
-            total = [total[0] + up, total[1] + down]
-        known &= sent is not None
     runs = [plan.runs[index] for index in sorted(left)]
     yield (
         f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them done; left: "
@@ -122,7 +122,6 @@ def describe(plan: Plan) -> Iterator[str]:
 
 
 def _size(num_bytes: int) -> str:
-    """In a readable unit."""
     for unit, length in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= length:
             return f"{num_bytes / length:.3g} {unit}"

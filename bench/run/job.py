@@ -24,7 +24,7 @@ from fedara_core.comm.base import Communicator
 from fedara_core.compression import Compression
 from fedara_core.errors import InputError
 from fedara_core.method import Method
-from fedara_core.state import ServerState
+from fedara_core.state import ServerState, Start
 from fedara_core.train import Encoded, LocalTraining
 
 ClientState = dict[int, dict[str, Tensor]]  # client_id -> name -> tensor
@@ -156,9 +156,9 @@ def adapt(
         ),
         shapes=model.shapes,
     )
-    method = make_method(config.method)
-    num_rounds = config.federation.num_rounds
-    return model, method, method.init(model, adapter, seed=config.seed, num_rounds=num_rounds)
+    method, num_rounds = make_method(config.method), config.federation.num_rounds
+    start = Start(model=model, adapter=adapter, seed=config.seed, num_rounds=num_rounds)
+    return model, method, method.init(start)
 
 
 def choose_device(wanted: str, communicator: Communicator) -> torch.device:

@@ -41,16 +41,15 @@ _CONDITIONS = {
 _WIDTH = 100
 
 
-def write(campaign: Campaign, out: Path, *, title: str) -> Path:
-    """Write the caption `out`.txt beside a figure; returns its path."""
+def paragraphs(campaign: Campaign, title: str) -> list[str]:
+    """The caption of a campaign's figure."""
     seeds = f"Mean over seeds. {stats.SENTENCE}"
     if campaign.runs.groupby(SERIES).size().max() == 1:
         seeds = "One seed each: differences between methods carry no measure of spread."
-    paragraphs = [f"{title} {seeds}", *caveats.warnings(campaign), *conditions(campaign)]
-    return write_text(out, paragraphs)
+    return [f"{title} {seeds}", *caveats.warnings(campaign), *conditions(campaign)]
 
 
-def write_text(out: Path, paragraphs: list[str]) -> Path:
+def write(out: Path, paragraphs: list[str]) -> Path:
     """Write `out`.txt, wrapped; returns its path."""
     file = out.with_name(f"{out.name}.txt")
     # Run ids hold hyphens, and must stay whole to be searched for.

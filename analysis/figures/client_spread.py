@@ -34,26 +34,24 @@ def data(campaign: Campaign) -> pd.DataFrame:
     return frame.assign(**{name: 100 * frame[name] for name in columns})
 
 
+@style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write client_spread.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     shown = panels_in(campaign, frame)
     heights = [0.8 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
-    with style.context():
-        fig = Figure(figsize=(_SPANS_INCHES + label_inches(_names(frame)), sum(heights) + 0.3))
-        axes = fig.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-        for ax, panel in zip(axes, shown, strict=True):
-            rows = frame[is_panel(frame, panel)].sort_values("mean_percent", ascending=False)
-            _draw_spans(ax, rows)
-            ax.set_title(", ".join(panel), loc="left")
-        axes[-1].set_xlabel("Accuracy on the clients' own label mixes (%)")
-        files = style.save(fig, out_dir / NAME)
+    fig = Figure(figsize=(_SPANS_INCHES + label_inches(_names(frame)), sum(heights) + 0.3))
+    axes = fig.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for ax, panel in zip(axes, shown, strict=True):
+        rows = frame[is_panel(frame, panel)].sort_values("mean_percent", ascending=False)
+        _draw_spans(ax, rows)
+        ax.set_title(", ".join(panel), loc="left")
+    axes[-1].set_xlabel("Accuracy on the clients' own label mixes (%)")
     title = (
         "Accuracy on each client's own label mix at the last evaluation: the mean over clients "
         "(marker) and the 10th percentile (far end of the line), mean over runs. A long "
         "line means that some clients are served much worse than others."
     )
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+    return style.save(fig, out_dir / NAME, caption.paragraphs(campaign, title))
 
 
 def _draw_spans(ax: Any, rows: pd.DataFrame) -> None:

@@ -38,34 +38,32 @@ def data(campaign: Campaign) -> pd.DataFrame:
     return long.melt(id_vars=SERIES, var_name="phase", value_name="seconds")
 
 
+@style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write phases.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     shown = panels_in(campaign, frame)
     series = frame[SERIES].drop_duplicates()
     heights = [0.9 + 0.2 * is_panel(series, panel).sum() for panel in shown]
     width = _BARS_INCHES + label_inches(_names(frame))
-    with style.context():
-        fig = Figure(figsize=(width, sum(heights) + 0.4))
-        axes = fig.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for ax, panel in zip(axes, shown, strict=True):
-            _draw_bars(ax, frame[is_panel(frame, panel)])
-            ax.set_title(caveats.heading(campaign, panel), loc="left")
-        axes[-1].set_xlabel("Seconds of a round (mean over rounds and runs)")
-        handles = {
-            label: handle
-            for ax in axes
-            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-        }
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=5)
-        files = style.save(fig, out_dir / NAME)
+    fig = Figure(figsize=(width, sum(heights) + 0.4))
+    axes = fig.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, panel in zip(axes, shown, strict=True):
+        _draw_bars(ax, frame[is_panel(frame, panel)])
+        ax.set_title(caveats.heading(campaign, panel), loc="left")
+    axes[-1].set_xlabel("Seconds of a round (mean over rounds and runs)")
+    handles = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=5)
     title = (
         "Seconds of a round by phase, mean over all rounds and runs; the evaluation's seconds are "
         "spread over the rounds without one. Each phase is the maximum over processes, so a bar "
         "may be longer than its round. Seconds compare methods only where the runs had the same "
         "machine to themselves."
     )
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+    return style.save(fig, out_dir / NAME, caption.paragraphs(campaign, title))
 
 
 def _names(rows: pd.DataFrame) -> list[str]:

@@ -1,13 +1,16 @@
 """One look for all figures: one colour, marker and line per method, reproducible files."""
 
 import zlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.style
 from matplotlib.figure import Figure
+
+from analysis.figures import caption
 
 # Okabe and Ito's colours, safe for colour-blind readers; their yellow is too pale for thin lines.
 BLACK, GREY = "#000000", "#777777"
@@ -17,12 +20,8 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _COLORS = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*"]
 
-LineStyle = str | tuple[int, tuple[float, ...]]
-
-_SOLID: LineStyle = "-"
-_DASHED: LineStyle = (0, (5, 2))
-_DOTTED: LineStyle = (0, (1, 1.5))
-_DASHDOT: LineStyle = (0, (6, 2, 1, 2))
+LineStyle = Any  # "-" or (offset, dashes), which matplotlib's own type does not have
+_SOLID, _DASHED, _DOTTED, _DASHDOT = "-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))
 _LINES: list[LineStyle] = [_SOLID, _DASHED, _DOTTED, _DASHDOT]
 
 
@@ -71,7 +70,7 @@ PATH_LOOKS = {
     "dense": Look(BLACK, "D", _SOLID),
 }
 _PAD_INCHES = 0.04
-MODELLED = _DASHED  # the line of everything that is computed and not measured
+MODELLED: LineStyle = _DASHED  # the line of everything that is computed and not measured
 
 _RC = {
     "figure.constrained_layout.use": True,
@@ -113,9 +112,11 @@ def setting_look(method: str, place: int) -> tuple[Look, str]:
     return Look(own.color, own.marker, lines[place % len(lines)]), fill
 
 
-def context() -> AbstractContextManager[None]:
+@contextmanager
+def context() -> Iterator[None]:
     """The style on top of matplotlib's defaults; the user's matplotlibrc has no effect."""
-    return matplotlib.style.context(["default", _RC])
+    with matplotlib.style.context(["default", _RC]):
+        yield
 
 
 def plain_number(value: float, _: object = None) -> str:
@@ -123,8 +124,11 @@ def plain_number(value: float, _: object = None) -> str:
     return f"{value:,.12g}"
 
 
-def save(fig: Figure, path: Path) -> list[Path]:
-    """Write `path`.pdf and `path`.png; the same figure gives the same bytes on any day."""
+def save(fig: Figure, path: Path, paragraphs: list[str]) -> list[Path]:
+    """Write `path`.pdf, .png and .txt (the caption); returns the files.
+
+    The same figure gives the same bytes on any day.
+    """
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("pdf", "png")]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Lay the figure out once: savefig would do it for each file, and draw each one twice. Saving
@@ -136,4 +140,4 @@ def save(fig: Figure, path: Path) -> list[Path]:
         dates = {"CreationDate": None, "Producer": None, "Creator": None}
         fig.savefig(files[0], bbox_inches=box, metadata=dates)
         fig.savefig(files[1], bbox_inches=box, metadata={"Software": None})
-    return files
+    return [*files, caption.write(path, paragraphs)]

@@ -72,7 +72,6 @@ def ratios(campaign: Campaign, costs: list[str]) -> pd.DataFrame:
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write target.pdf, .png and .txt (the caption); raises NotDrawn where LoRA is missing."""
     frame = data(campaign)
     # Bytes and seconds always, so that a gap shows.
     labels = {
@@ -80,19 +79,20 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         for cost, text in _LABELS.items()
         if cost != "joules" or frame["joules_ratio"].notna().any()
     }
-    files = draw_ratios(campaign, frame, labels, out_dir / NAME)
-    return [*files, caption.write(campaign, out_dir / NAME, title=sentence("Cost"))]
+    return draw_ratios(campaign, frame, labels, out_dir / NAME, title=sentence("Cost"))
 
 
+@style.context()
 def draw_ratios(
     campaign: Campaign,
     frame: pd.DataFrame,
     labels: dict[str, str],
     out: Path,
     *,
+    title: str,
     modelled: bool = False,
 ) -> list[Path]:
-    """Draw `ratios` of the costs that have labels, a row of axes per panel; writes .pdf and .png.
+    """Draw `ratios` of the costs that have labels, a row of axes per panel.
 
     Modelled costs have hollow markers. Raises NotDrawn where no run reached its target.
     """
@@ -102,22 +102,21 @@ def draw_ratios(
     shown = panels_in(campaign, frame)
     heights = [1 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
     names = _names(frame)
-    with style.context():
-        width = _COST_INCHES * len(labels) + label_inches(names)
-        fig = Figure(figsize=(width, sum(heights)))
-        axes = fig.subplots(len(shown), len(labels), squeeze=False, height_ratios=heights)
-        for row, panel in zip(axes, shown, strict=True):
-            rows = frame[is_panel(frame, panel)].sort_values(["method", "setting"])
-            for ax, (cost, label) in zip(row, labels.items(), strict=True):
-                of_a_machine = cost in _OF_A_MACHINE and panel in mixed
-                gap = caveats.MARK if of_a_machine else "not measured"
-                _draw_cost(ax, rows, cost, gap=gap, modelled=modelled)
-                ax.set_xlabel(f"{label} / lora's")
-                ax.set_yticklabels(_names(rows) if ax is row[0] else [])
-            target = rows.loc[rows["method"] == "lora", "target_accuracy_percent"].mean()
-            title = f"{', '.join(panel)}; cost to {target:.1f} % accuracy, mean over seeds"
-            row[0].set_title(title, loc="left")
-        return style.save(fig, out)
+    width = _COST_INCHES * len(labels) + label_inches(names)
+    fig = Figure(figsize=(width, sum(heights)))
+    axes = fig.subplots(len(shown), len(labels), squeeze=False, height_ratios=heights)
+    for row, panel in zip(axes, shown, strict=True):
+        rows = frame[is_panel(frame, panel)].sort_values(["method", "setting"])
+        for ax, (cost, label) in zip(row, labels.items(), strict=True):
+            of_a_machine = cost in _OF_A_MACHINE and panel in mixed
+            gap = caveats.MARK if of_a_machine else "not measured"
+            _draw_cost(ax, rows, cost, gap=gap, modelled=modelled)
+            ax.set_xlabel(f"{label} / lora's")
+            ax.set_yticklabels(_names(rows) if ax is row[0] else [])
+        target = rows.loc[rows["method"] == "lora", "target_accuracy_percent"].mean()
+        heading = f"{', '.join(panel)}; cost to {target:.1f} % accuracy, mean over seeds"
+        row[0].set_title(heading, loc="left")
+    return style.save(fig, out, caption.paragraphs(campaign, title))
 
 
 def sentence(cost: str) -> str:

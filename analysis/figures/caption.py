@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.records import caveats
-from analysis.records.campaign import SERIES, Campaign, by_series, is_panel, panels, series_name
+from analysis.records.campaign import SERIES, Campaign, by_panel, by_series, series_name
 from analysis.records.settings import USUAL_SETTINGS
 
 # Label, and the columns of Campaign.runs behind it. Columns that no run has are left out, and so
@@ -62,8 +62,7 @@ def write(out: Path, paragraphs: list[str]) -> Path:
 def conditions(campaign: Campaign) -> list[str]:
     """One line per panel, with every value that occurs in it, and one about incomplete runs."""
     lines = []
-    for panel in panels(campaign):
-        runs = campaign.runs[is_panel(campaign.runs, panel)]
+    for panel, runs in by_panel(campaign, campaign.runs):
         values = [f"{label} {text}" for label in _CONDITIONS if (text := _values(runs, label))]
         lines.append(f"{', '.join(panel)}: {'; '.join([*values, _seeds(runs)])}.")
     return [*lines, *left_out(campaign.incomplete)]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import caption, style
 from analysis.figures.panels import label_inches
-from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel, panels_in, series_name
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_panel, series_names
 from analysis.records.per_run import per_run
 
 NAME = "client_spread"
@@ -37,13 +37,12 @@ def data(campaign: Campaign) -> pd.DataFrame:
 @style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     frame = data(campaign)
-    shown = panels_in(campaign, frame)
-    heights = [0.8 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
+    blocks = by_panel(campaign, frame)
+    heights = [0.8 + 0.19 * len(rows) for _, rows in blocks]
     fig = Figure(figsize=(_SPANS_INCHES + label_inches(_names(frame)), sum(heights) + 0.3))
-    axes = fig.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    for ax, panel in zip(axes, shown, strict=True):
-        rows = frame[is_panel(frame, panel)].sort_values("mean_percent", ascending=False)
-        _draw_spans(ax, rows)
+    axes = fig.subplots(len(blocks), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for ax, (panel, rows) in zip(axes, blocks, strict=True):
+        _draw_spans(ax, rows.sort_values("mean_percent", ascending=False))
         ax.set_title(", ".join(panel), loc="left")
     axes[-1].set_xlabel("Accuracy on the clients' own label mixes (%)")
     title = (
@@ -66,5 +65,6 @@ def _draw_spans(ax: Any, rows: pd.DataFrame) -> None:
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    series = zip(rows["method"], rows["setting"], rows["num_runs"], strict=True)
-    return [f"{series_name(method, setting)} (n = {n})" for method, setting, n in series]
+    return [
+        f"{name} (n = {n})" for name, n in zip(series_names(rows), rows["num_runs"], strict=True)
+    ]

@@ -7,15 +7,7 @@ import pandas as pd
 
 from analysis.figures import caption, style
 from analysis.figures.panels import filled_rows, heat_map
-from analysis.records.campaign import (
-    SERIES,
-    Campaign,
-    NotDrawn,
-    by_series,
-    is_panel,
-    panels,
-    series_name,
-)
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_panel, by_series, series_name
 
 NAME = "live_triplets"
 _MAX_LABELS = 48
@@ -44,8 +36,8 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     frame = data(campaign)
     blocks = [
         (panel, series_name(method, setting), rows)
-        for panel in panels(campaign)
-        for method, setting, rows in by_series(frame[is_panel(frame, panel)])
+        for panel, own in by_panel(campaign, frame)
+        for method, setting, rows in by_series(own)
     ]
     num_adapters = max(rows["adapter"].nunique() for _, _, rows in blocks)
     height = 1.05 + 0.11 * min(num_adapters, _MAX_LABELS)

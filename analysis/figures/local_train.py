@@ -11,7 +11,7 @@ from analysis import stats
 from analysis.figures import caption, style
 from analysis.figures.panels import add_legend, draw_lines, filled_rows
 from analysis.records import caveats
-from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels_in
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, by_panel, is_panel
 from analysis.records.energy import known_energy
 
 NAME = "local_train"
@@ -60,12 +60,12 @@ def data(campaign: Campaign) -> pd.DataFrame:
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     frame = data(campaign)
     frame["rounds_completed"] = frame["round_index"] + 1
-    shown = panels_in(campaign, frame)
+    blocks = by_panel(campaign, frame)
     costs = [cost for cost in _COSTS if frame[f"{cost}_mean"].notna().any()]
-    places = [(panel, cost) for panel in shown for cost in costs]
-    fig, axes = filled_rows(len(places), _num_columns(len(shown), len(costs)), (2.7, 2.2))
-    for (panel, cost), ax in zip(places, axes, strict=False):
-        _draw_cost(ax, frame[is_panel(frame, panel)], cost)
+    places = [(panel, rows, cost) for panel, rows in blocks for cost in costs]
+    fig, axes = filled_rows(len(places), _num_columns(len(blocks), len(costs)), (2.7, 2.2))
+    for (panel, rows, cost), ax in zip(places, axes, strict=False):
+        _draw_cost(ax, rows, cost)
         if cost == costs[0]:
             ax.set_title(caveats.heading(campaign, panel, before_mark="\n"), loc="left")
     add_legend(fig, list(axes), frame["num_seeds"])

@@ -12,7 +12,7 @@ from pandas.api.types import is_integer_dtype
 
 from analysis import stats
 from analysis.figures import caption, style
-from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_series, is_panel, panels_in
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_panel, by_series
 
 _MAX_COLUMNS = 3
 _PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
@@ -51,14 +51,15 @@ def draw_panels(
 
     The x axis is logarithmic when the lines end more than a factor of ten apart.
     """
-    shown = panels_in(campaign, frame)
+    blocks = by_panel(campaign, frame)
+    shown = [panel for panel, _ in blocks]
     last = frame.groupby(SERIES)[x].max()
     log_x = frame[x].min() > 0 and last.max() > 10 * last.min()
     fig, axes = grid(shown, x_label)
     for ax in axes[: -_columns_of(shown)]:  # a label below each column is enough
         ax.set_xlabel("")
-    for panel, ax in zip(shown, axes, strict=True):
-        draw_lines(ax, frame[is_panel(frame, panel)], x, "accuracy_percent")
+    for (_, rows), ax in zip(blocks, axes, strict=True):
+        draw_lines(ax, rows, x, "accuracy_percent")
         if log_x:
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter(style.plain_number)

@@ -8,7 +8,7 @@ import pandas as pd
 from analysis import stats
 from analysis.figures import caption, style
 from analysis.figures.panels import add_legend, grid, series_label
-from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels_in
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, by_panel
 from analysis.records.per_run import per_run
 
 NAME = "pareto"
@@ -37,10 +37,10 @@ def data(campaign: Campaign) -> pd.DataFrame:
 @style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     frame = data(campaign)
-    shown = panels_in(campaign, frame)
-    fig, axes = grid(shown, "Uplink of the whole run (MB)")
-    for panel, ax in zip(shown, axes, strict=True):
-        _draw_points(ax, frame[is_panel(frame, panel)])
+    blocks = by_panel(campaign, frame)
+    fig, axes = grid([panel for panel, _ in blocks], "Uplink of the whole run (MB)")
+    for (_, rows), ax in zip(blocks, axes, strict=True):
+        _draw_points(ax, rows)
     add_legend(fig, axes, frame["num_seeds"])
     title = (
         "Accuracy of the last evaluated round against the uplink of the whole run: payload of all "

@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.figures import caption, style
 from analysis.figures.panels import filled_rows, heat_map
-from analysis.records.campaign import PANEL, Campaign, NotDrawn, is_panel, panels_in
+from analysis.records.campaign import PANEL, Campaign, NotDrawn, by_panel
 
 NAME = "partition"
 _COLUMNS = 2
@@ -31,12 +31,11 @@ def data(campaign: Campaign) -> pd.DataFrame:
 @style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
     frame = data(campaign)
-    shown = panels_in(campaign, frame)
+    blocks = by_panel(campaign, frame)
     most_labels = frame.groupby("dataset")["label"].nunique().max()
     size = (4.2, 1.3 + 0.13 * most_labels)
-    fig, axes = filled_rows(len(shown), min(_COLUMNS, len(shown)), size, margin=0.6)
-    for ax, panel in zip(axes, shown, strict=False):
-        rows = frame[is_panel(frame, panel)]
+    fig, axes = filled_rows(len(blocks), min(_COLUMNS, len(blocks)), size, margin=0.6)
+    for ax, (panel, rows) in zip(axes, blocks, strict=False):
         wide = rows.pivot(index="label", columns="client_id", values="share").fillna(0)
         image = heat_map(ax, wide, cmap="Greys", top=1, num_ticks=6)
         ax.set_yticks(np.arange(len(wide)), wide.index, fontsize=6)

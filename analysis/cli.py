@@ -1,10 +1,15 @@
 """`fedara report` and `python -m analysis`: one command, which needs no torch."""
 
+import errno
+import io
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from analysis.records.names import printable
 from fedara_core.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -65,28 +70,53 @@ def main(
     Examples:  fedara report results/published/trec6 --out /tmp/figures
                fedara report --compare results/before results/after
 
-    Exit code 2: records are missing, damaged, or come twice; one line says which.
+    Exit code 2: no record is finished and whole, one comes twice, or the files cannot be written;
+    one line says which. A damaged record among others is named and left out.
     """
     try:
-        typer.echo("\n".join(_report(directory, pair, out, costs)))
+        for line in _report(directory, pair, out, costs):
+            typer.echo(printable(line))
+        sys.stdout.flush()
     except InputError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         raise typer.Exit(2) from None
+    except OSError as error:  # of stdout; those of files are InputErrors
+        if error.errno == errno.EPIPE:  # `| head`, of which typer knows
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else its end fails, too
+        typer.echo(f"error: standard output: {error.strerror}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _report(
     directory: Path | None, pair: tuple[Path, Path] | None, out: Path | None, costs: Path | None
 ) -> list[str]:
     """Write the files; returns what to print."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold any letter
+    report = _import_report()
+    lines: list[str]
+    if directory is not None and pair is None:
+        lines = report.report_all(directory, out or directory / "figures", costs)
+    elif pair is not None and directory is None:
+        lines = report.report_changes(*pair, out or pair[1] / "figures")
+    else:
+        raise InputError("report takes either a folder DIR or --compare A B")
+    return lines
+
+
+def _import_report() -> Any:
+    """The module that draws. Raises InputError where matplotlib is missing or cannot start."""
+    # A notebook names a back end that is no part of matplotlib, or that needs a screen.
+    os.environ["MPLBACKEND"] = "agg"
     try:
-        from analysis import report  # imports matplotlib, which not everybody has
+        from analysis import report
     except ModuleNotFoundError as error:
         if error.name not in _LIBRARIES:
             raise
         raise InputError(f"report needs {error.name}: pip install 'fedara[analysis]'") from None
-
-    if directory is not None and pair is None:
-        return report.report_all(directory, out or directory / "figures", costs)
-    if pair is not None and directory is None:
-        return report.report_changes(*pair, out or pair[1] / "figures")
-    raise InputError("report takes either a folder DIR or --compare A B")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"matplotlib does not start: {error}; allowed: a whole matplotlibrc, or none"
+        ) from None
+    return report

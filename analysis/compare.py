@@ -74,7 +74,7 @@ def summary(a: Campaign, b: Campaign, frame: pd.DataFrame, names: tuple[str, str
     """Sentences: what A and B are, what both have, and what changed over all of it."""
     lines = [
         f"{letter}: {name}: {len(campaign.runs)} runs"
-        + (f" ({len(campaign.incomplete)} incomplete, left out)" if campaign.incomplete else "")
+        + _left_out(campaign)
         + f", commit {_commits(campaign)}."
         for letter, name, campaign in zip("AB", names, (a, b), strict=True)
     ]
@@ -103,6 +103,12 @@ def summary(a: Campaign, b: Campaign, frame: pd.DataFrame, names: tuple[str, str
         lines.append(f"Other bits: {'; '.join(_place(row) for _, row in other.iterrows())}.")
     lines += [f"Changed in {n} of {num_groups} groups: {text}." for text, n in changed.items()]
     return [*lines, *filter(None, (_over_groups(frame, name) for name in (ACCURACY, SECONDS)))]
+
+
+def _left_out(campaign: Campaign) -> str:
+    counts = {"incomplete": len(campaign.incomplete), "damaged": len(campaign.damaged)}
+    texts = [f"{count} {kind}" for kind, count in counts.items() if count]
+    return f" ({', '.join(texts)}, left out)" if texts else ""
 
 
 def changes(a: Campaign, b: Campaign) -> list[str]:

@@ -126,7 +126,7 @@ def read_costs(file: Path) -> dict[str, Cost]:
     """
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as TOML: {error}") from None
     unknown = set(tables) - {"all", *PATHS}
     if unknown or not tables:

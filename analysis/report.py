@@ -22,9 +22,11 @@ from analysis.figures import (
     partition,
     phases,
     scaling,
+    style,
     target,
     target_modelled,
 )
+from analysis.output import together
 from analysis.page import page
 from analysis.records import caveats, reader
 from analysis.records.campaign import Campaign, NotDrawn, load_campaign
@@ -51,6 +53,7 @@ _FIGURES = (
     *(live_triplets, local_train, phases, client_spread, partition),
 )
 _TABLES = (headline, accuracy, cost, modelled)
+_MOST_NAMED = 5  # in a refusal, which is one line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +73,34 @@ class Records:
         return [kind for kind in kinds if kind is not None]
 
     @property
+    def drawn(self) -> Campaign | None:
+        """The campaign, if one of its runs is finished."""
+        return None if self.campaign is None or self.campaign.runs.empty else self.campaign
+
+    @property
     def incomplete(self) -> list[str]:
         """Names of the runs and launches without DONE."""
-        runs = self.campaign.incomplete if self.campaign is not None else []
-        return [*runs, *(run_id for kind in self.micro for run_id in kind.incomplete)]
+        return [name for kind in self._kinds for name in kind.incomplete]
+
+    @property
+    def damaged(self) -> list[str]:
+        """Names of the runs and launches that are finished by DONE alone, each with the reason."""
+        return [name for kind in self._kinds for name in kind.damaged]
+
+    @property
+    def num_finished(self) -> int:
+        """Of runs and launches."""
+        runs = 0 if self.campaign is None else len(self.campaign.runs)
+        return runs + sum(len(kind.launches) for kind in self.micro)
+
+    @property
+    def _kinds(self) -> list[Campaign | Launches]:
+        return [*([] if self.campaign is None else [self.campaign]), *self.micro]
 
     @property
     def launches(self) -> pd.DataFrame:
         """The finished launches of micro-benchmarks, one row each, with the columns LAUNCH."""
-        kinds = [kind.launches for kind in self.micro]
+        kinds = [kind.launches for kind in self.micro if not kind.launches.empty]
         found = pd.concat(kinds or [pd.DataFrame(columns=LAUNCH)])
         return found[LAUNCH].sort_values("run_id", ignore_index=True)
 
@@ -91,51 +113,61 @@ def report(
     costs: of the scaling model; if None they are fitted. Returns the files written, and for each
     figure and table that the records do not allow the reason.
     """
-    files: list[Path] = []
     tables: list[Table] = []
     gaps: list[str] = []
-    for name, make in _makers(records, out_dir, costs):
-        try:
-            made = make()
-        except NotDrawn as reason:
-            gaps.append(f"{name}: {reason}")
-            continue
-        if isinstance(made, Table):
-            tables.append(made)
-            made = write(made, out_dir)
-        files += made
-    page_file = page.write(
-        records.campaign,
-        records.launches,
-        out_dir,
-        files=files,
-        tables=tables,
-        gaps=[*gaps, *(f"incomplete, left out: {run_id}" for run_id in records.incomplete)],
-    )
-    return [*files, page_file], gaps
+    with together(out_dir) as folder:
+        files: list[Path] = []
+        for name, make in _makers(records, folder, costs):
+            try:
+                made = make()
+            except NotDrawn as reason:
+                gaps.append(f"{name}: {reason}")
+                continue
+            if isinstance(made, Table):
+                tables.append(made)
+                made = write(made, folder)
+            files += made
+        page_file = page.write(
+            records.drawn,
+            records.launches,
+            folder,
+            files=files,
+            tables=tables,
+            gaps=gaps,
+            left_out=[
+                *(f"{name}: incomplete, no DONE" for name in records.incomplete),
+                *(f"damaged: {name}" for name in records.damaged),
+            ],
+        )
+    return [out_dir / file.name for file in (*files, page_file)], gaps
 
 
 def _makers(
     records: Records, out_dir: Path, costs: Mapping[str, Cost] | None
 ) -> Iterator[tuple[str, Callable[[], list[Path] | Table]]]:
     """What writes each figure or makes each table, with its name."""
-    if campaign := records.campaign:
+    if campaign := records.drawn:
         for figure in _FIGURES:
             yield figure.NAME, partial(figure.draw, campaign, out_dir)
         for table in _TABLES:
             yield table.NAME, partial(_warned, table.table, campaign)
         yield summary.NAME, partial(summary.write, campaign, out_dir)
-    if launches := records.collectives:
+    if launches := _any(records.collectives):
         yield collectives_density.NAME, partial(collectives_density.draw, launches, out_dir)
         yield collectives_scaling.NAME, partial(collectives_scaling.draw, launches, out_dir, costs)
         yield allgather.NAME, partial(allgather.table, launches)
-    if launches := records.scaling:
+    if launches := _any(records.scaling):
         yield scaling.NAME, partial(scaling.draw, launches, out_dir)
         yield efficiency.NAME, partial(efficiency.table, launches)
-    if launches := records.roundtrip:
+    if launches := _any(records.roundtrip):
         yield roundtrip.NAME, partial(roundtrip.table, launches)
-    if launches := records.overhead:
+    if launches := _any(records.overhead):
         yield overhead.NAME, partial(overhead.table, launches)
+
+
+def _any(launches: Launches | None) -> Launches | None:
+    """The launches, if one of them is finished."""
+    return None if launches is None or launches.launches.empty else launches
 
 
 def _warned(make: Callable[[Campaign], Table], campaign: Campaign) -> Table:
@@ -146,26 +178,34 @@ def _warned(make: Callable[[Campaign], Table], campaign: Campaign) -> Table:
 
 def report_all(directory: Path, out_dir: Path, costs: Path | None) -> list[str]:
     """Report every kind of record below a folder; returns what to print. Raises InputError."""
+    records = _load(directory)
+    with style.missing_letters() as boxes:
+        files, gaps = report(records, out_dir, None if costs is None else read_costs(costs))
+    lines: list[str] = []
+    if boxes:
+        lines.append(f"warning: the figures' font lacks these letters: {''.join(boxes)}")
+    if campaign := records.drawn:
+        lines += [f"warning: {text}" for text in caveats.sentences(campaign)]
+        summary.show(campaign)
+    lines += [f"left out, no DONE: {name}" for name in records.incomplete]
+    lines += [f"left out, damaged: {name}" for name in records.damaged]
+    lines += [f"not drawn, {gap}" for gap in gaps]
+    return [*lines, *(f"wrote {file}" for file in files)]
+
+
+def _load(directory: Path) -> Records:
+    """All records below a folder. Raises InputError where none is finished."""
     records = Records(
         collectives=load_collectives(directory),
         scaling=load_scaling(directory),
         roundtrip=load_launches(directory, roundtrip.BENCHMARK, roundtrip.REQUIRED),
         overhead=load_launches(directory, overhead.BENCHMARK, overhead.REQUIRED),
     )
-    for launches in records.micro:
-        _require_finished(directory, launches.launches, launches.incomplete)
     # Without any record this says so.
-    rounds = not records.micro or reader.run_folders(directory)
-    campaign = _load_finished(directory) if rounds else None
-    records = replace(records, campaign=campaign)
-    files, gaps = report(records, out_dir, None if costs is None else read_costs(costs))
-    lines: list[str] = []
-    if campaign is not None:
-        lines += [f"warning: {text}" for text in caveats.sentences(campaign)]
-        summary.show(campaign)
-    lines += [f"left out, no DONE: {run_id}" for run_id in records.incomplete]
-    lines += [f"not drawn, {gap}" for gap in gaps]
-    return [*lines, *(f"wrote {file}" for file in files)]
+    if not records.micro or reader.run_folders(directory):
+        records = replace(records, campaign=load_campaign(directory))
+    _require_finished(directory, records)
+    return records
 
 
 def report_changes(a_dir: Path, b_dir: Path, out_dir: Path) -> list[str]:
@@ -178,17 +218,26 @@ def report_changes(a_dir: Path, b_dir: Path, out_dir: Path) -> list[str]:
     lines = compare.summary(a, b, changes, (str(a_dir), str(b_dir)))
     if changes.empty:
         return lines
-    files = write(compare.table(changes, lines), out_dir)
+    with together(out_dir) as folder:
+        files = write(compare.table(changes, lines), folder)
     found = compare.differing(changes) or ["Nothing differs by more than noise."]
-    return [*lines, *found, *(f"wrote {file}" for file in files)]
+    return [*lines, *found, *(f"wrote {out_dir / file.name}" for file in files)]
 
 
 def _load_finished(directory: Path) -> Campaign:
     campaign = load_campaign(directory)
-    _require_finished(directory, campaign.runs, campaign.incomplete)
+    _require_finished(directory, Records(campaign=campaign))
     return campaign
 
 
-def _require_finished(directory: Path, finished: pd.DataFrame, incomplete: list[str]) -> None:
-    if finished.empty:
-        raise InputError(f"{directory}: no finished run; incomplete: {', '.join(incomplete)}")
+def _require_finished(directory: Path, records: Records) -> None:
+    if records.num_finished > 0:
+        return
+    reasons = {"incomplete": records.incomplete, "damaged": records.damaged}
+    texts = [f"{kind}: {_listed(names)}" for kind, names in reasons.items() if names]
+    raise InputError(f"{directory}: no finished run; {'; '.join(texts)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -7,12 +7,14 @@ from typing import Any
 import typer
 
 from analysis.cli import main as report
+from bench.commands import Commands
 from bench.jobs import commands as jobs
 from bench.micro import commands as micro
 from bench.run import commands as runs
 from bench.tools import commands as tools
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -7,15 +7,17 @@ run, so that `--help` needs no torch.
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from fedara_core.errors import InputError, Interrupted, JobError
 
 if TYPE_CHECKING:
     from fedara_core.comm.base import Communicator
 
+T = TypeVar("T")
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=3e-3."),
@@ -31,27 +33,30 @@ Comm = Annotated[
 Results = Annotated[Path, typer.Option(help="Folder for the records; each run gets its own.")]
 
 
-def refuse(error: InputError, *, quiet: bool = False) -> NoReturn:
-    """Print the error in one line and exit with code 2."""
-    if not quiet:
-        sys.stderr.write(f"fedara: {error}\n")
-    raise typer.Exit(2)
+class Commands(TyperGroup):
+    """Commands whose invalid input ends in one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            sys.stderr.write(f"fedara: {error}\n")
+            raise typer.Exit(2) from None
 
 
-def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
-    """Run `action` on every process of the job. Invalid input ends all processes with exit code 2;
-    any other error of one process ends the job."""
+def as_job(comm: str, action: Callable[["Communicator"], T]) -> T:
+    """Run `action` on every process of the job; returns its result. Invalid input ends all
+    processes with exit code 2; any other error of one process ends the job."""
     from fedara_core.comm.launch import abort_on_error, open_communicator
 
+    communicator = open_communicator(comm)
     try:
-        communicator = open_communicator(comm)
-    except InputError as error:
-        refuse(error)
-    try:
-        action(communicator)
-    except InputError as error:  # raised on every process alike
+        result = action(communicator)
+    except InputError:  # raised on every process alike
         communicator.close()
-        refuse(error, quiet=communicator.world_rank != 0)
+        if communicator.world_rank == 0:
+            raise
+        raise typer.Exit(2) from None
     except Interrupted as error:  # likewise
         from bench.jobs.slurm_job import requeue
 
@@ -66,11 +71,9 @@ def as_job(comm: str, action: Callable[["Communicator"], object]) -> None:
             raise typer.Exit(1) from None
         sys.stderr.flush()
         communicator.abort()
-    except typer.Exit:  # raised on every process alike
-        communicator.close()
-        raise
     except BaseException as error:
         if communicator.world_size == 1:
             raise
         abort_on_error(communicator, error)
     communicator.close()
+    return result

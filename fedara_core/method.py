@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedara_core import methods
-from fedara_core.adapters import AdaptedModel, AdapterForm, AdapterSpec, LowRank
+from fedara_core.adapters import AdaptedModel, AdapterForm, LowRank
 from fedara_core.codec import payload_bytes
 from fedara_core.errors import InputError
 from fedara_core.factors import lora_parts
 from fedara_core.merge.received import Received
-from fedara_core.state import ServerState, relaid, start_state
+from fedara_core.state import ServerState, Start, relaid, truncated
 from fedara_core.wire import Header, Upload, make_upload, message_bytes
 
 _NORM_VALUES = 1 << 16  # of a chunk of the gradient's norm
@@ -133,20 +133,19 @@ class Method:
     stateful: clients keep tensors between rounds (`Client.kept`), and each is evaluated with its
     own. uses_client_lora_ranks: clients may have unequal lora_rank. coded: what a lossy codec may
     touch besides uploads: "down", the server's message; "feedback", the next message, by what was
-    left out of this one (a place in one message must be the same place in the next).
+    left out of this one (a place in one message must be the same place in the next). version: grows
+    when the method's results change beyond rounding.
     """
 
     combine: ClassVar[Literal["mean", "masked", "gather"]] = "mean"
     stateful: ClassVar[bool] = False
     uses_client_lora_ranks: ClassVar[bool] = False
     coded: ClassVar[tuple[Literal["down", "feedback"], ...]] = ()
+    version: ClassVar[int] = 1
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
+    def init(self, start: Start) -> ServerState:
         """The state before round 0. May mark more of the model's parameters as trained whole."""
-        parts = lora_parts(adapter, seed)
-        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
+        return start.state(self, lora_parts(start.adapter, start.seed))
 
     def form(self, state: ServerState) -> AdapterForm:
         """How the state's rows act on a layer. May go by round_index and last_round."""
@@ -196,11 +195,32 @@ class Method:
         own = self.form(after)
         return after if own == form else relaid(after, own)
 
+    def own_state(self, state: ServerState, client_id: int) -> ServerState:
+        """What a client of its lora_rank gets of the state."""
+        return truncated(state, self.form(state), state.adapter.client_lora_ranks[client_id])
+
     @property
     def own_rows(self) -> bool:
         """Whether clients upload rows of their own choice or capacity, so that server and client
         have no common reference for a codec's difference."""
         return self.combine == "masked" or self.uses_client_lora_ranks
+
+
+class Alternating(Method):
+    """LoRA whose halves train in turn: B in even rounds (from 0), A in odd ones."""
+
+    def form(self, state: ServerState) -> LowRank:
+        resting = "B" if state.round_index % 2 else "A"
+        return LowRank(scale=state.adapter.scale, frozen=(resting,))
+
+    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
+        """The half that rests in this round, which the last one trained, travels; both to a client
+        that missed that, and in round 0."""
+        super().download(model, state, client)
+        if client is None or state.round_index == 0 or state.rounds_behind(client.client_id) > 1:
+            return Size(num_values=state.index.size)
+        rested = sum(t.numel() for p in self.form(state).frozen for t in state.parts[p].values())
+        return Size(num_values=rested + state.index.num_sent - state.index.num_row_values)
 
 
 def next_state(state: ServerState, received: Received, **changes: Any) -> ServerState:
@@ -217,25 +237,15 @@ def with_mean(state: ServerState, mean: Tensor) -> Tensor:
     return torch.cat([mean[:num_sent], rest]) if len(rest) else mean[:num_sent]
 
 
-def alternating_size(state: ServerState, form: AdapterForm, client: Client | None) -> Size:
-    """What a server sends where the halves of LoRA's pairs train in turn: the half that rests in
-    this round, which the last one trained; both to a client that missed that, and in round 0."""
-    runs = state.index.runs
-    resting = sum(runs[part].stop - runs[part].start for part in form.frozen)
-    whole = state.index.num_sent - state.index.num_row_values
-    fresh = client is None or state.round_index == 0 or state.rounds_behind(client.client_id) > 1
-    return Size(num_values=state.index.size if fresh else resting + whole)
-
-
-def missed_values(state: ServerState, client_id: int, stacked_rows: Tensor) -> int:
+def missed_values(state: ServerState, client_id: int) -> int:
     """Floats that bring a client's copy of a change of W0 up to date, over all adapters.
 
-    stacked_rows (num_rounds,): rows of the factors whose product was added to each adapter in each
-    round. The client gets the factors of the rounds since it last took part, or the dense change of
-    an adapter (d_out d_in) where that is less.
+    extra["stacked_rows"] (num_rounds,): rows of the factors whose product was added to each adapter
+    in each round. The client gets the factors of the rounds since it last took part, or the dense
+    change of an adapter (d_out d_in) where that is less.
     """
     first = max(0, state.round_index - state.rounds_behind(client_id))
-    num_rows = int(stacked_rows[first : state.round_index].sum())
+    num_rows = int(state.extra["stacked_rows"][first : state.round_index].sum())
     shapes = state.adapter.shapes.values()
     return sum(min(num_rows * (d_in + d_out), d_in * d_out) for d_out, d_in in shapes)
 

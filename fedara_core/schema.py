@@ -1,5 +1,7 @@
 """Names that the writer and the reader of records share. Imports no torch."""
 
+from collections.abc import Sequence
+
 from fedara_core.merge.cost import PATHS
 
 __all__ = [
@@ -8,13 +10,18 @@ __all__ = [
     "PARTITION_FILE",
     "PATHS",
     "PHASES",
+    "RESULTS_VERSION",
     "ROUNDS_FILE",
     "ROWS_FILE",
     "RUN_FILE",
     "SCHEMA_VERSION",
+    "rounds_fault",
 ]
 
 SCHEMA_VERSION = 1
+# Of what a run computes. It grows with every change of results beyond rounding that is not one
+# method's own (`Method.version`); runs of unlike versions are never taken for each other.
+RESULTS_VERSION = 1
 
 # A run's folder holds the first three; a micro-benchmark's holds RUN_FILE and ROWS_FILE. DONE_FILE
 # is empty and is written last: a record without it is incomplete.
@@ -32,3 +39,12 @@ PHASES = (
 
 # A message's header holds the codec as its place here.
 CODECS = ("fp32", "bf16", "fp16", "int8", "int4")
+
+
+def rounds_fault(round_indices: Sequence[int], num_rounds: int) -> str:
+    """What is wrong with the rounds of a record that should have so many; "" if nothing is."""
+    if list(round_indices) == list(range(num_rounds)):
+        return ""
+    if len(round_indices) != num_rounds:
+        return f"{ROUNDS_FILE} holds {len(round_indices)} of {num_rounds} rounds"
+    return f"the rounds in {ROUNDS_FILE} are not 0 to {num_rounds - 1}, each once"

@@ -1,7 +1,7 @@
 """The server's state between rounds: what all processes agree on, and what a checkpoint holds."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fedara_core.adapters import NOTHING_FIXED, AdaptedModel, AdapterForm, AdapterSpec, Fixed
-from fedara_core.factors import lora_parts
 from fedara_core.values import (
     EMPTY,
     Index,
@@ -127,35 +126,33 @@ class ServerState:
         return sha.hexdigest()
 
 
-def start_state(
-    method: "Method",
-    model: AdaptedModel,
-    adapter: AdapterSpec,
-    parts: Parts,
-    *,
-    seed: int,
-    num_rounds: int,
-    fixed: Fixed = NOTHING_FIXED,
-    extra: Mapping[str, Tensor] | None = None,
-) -> ServerState:
-    """A state before round 0: every row live, the whole parameters as they are in the model.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What the state before round 0 is made from."""
 
-    parts: the first rows, part -> adapter name -> (r, width); none where no adapter has a row.
-    """
-    rows = next(iter(parts.values()), {})
-    state = ServerState(
-        adapter=adapter,
-        seed=seed,
-        num_rounds=num_rounds,
-        vector=torch.zeros(0),
-        index=EMPTY,
-        rank_masks={name: torch.ones(len(rows[name]), dtype=torch.bool) for name in sorted(rows)},
-        fixed=fixed,
-        extra=extra or {},
-        last_round=torch.full((len(adapter.client_lora_ranks),), -1),
-    )
-    whole = {name: p.detach().cpu() for name, p in model.whole_parameters.items()}
-    return with_parts(state, method.form(state), parts, whole)
+    model: AdaptedModel
+    adapter: AdapterSpec
+    seed: int
+    num_rounds: int
+
+    def state(self, method: "Method", parts: Parts) -> ServerState:
+        """A state before round 0: every row live, the whole parameters as they are in the model.
+
+        parts: the first rows, part -> adapter name -> (r, width); none where no adapter has a row.
+        """
+        rows = next(iter(parts.values()), {})
+        masks = {name: torch.ones(len(rows[name]), dtype=torch.bool) for name in sorted(rows)}
+        state = ServerState(
+            adapter=self.adapter,
+            seed=self.seed,
+            num_rounds=self.num_rounds,
+            vector=torch.zeros(0),
+            index=EMPTY,
+            rank_masks=masks,
+            last_round=torch.full((len(self.adapter.client_lora_ranks),), -1),
+        )
+        whole = {name: p.detach().cpu() for name, p in self.model.whole_parameters.items()}
+        return with_parts(state, method.form(state), parts, whole)
 
 
 def with_parts(
@@ -186,20 +183,30 @@ def truncated(state: ServerState, form: AdapterForm, lora_rank: int) -> ServerSt
     return relaid(state, form, first_rows(state.rank_masks, lora_rank))
 
 
-def start_with_delta(
-    method: "Method", model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-) -> ServerState:
-    """LoRA's start, with a change of W0 that is zero so far (fixed["delta"]) and the history that
+def with_zero_delta(state: ServerState) -> ServerState:
+    """The state with a change of W0 that is zero so far (fixed["delta"]) and the history that
     `missed_values` needs of what was added to it (extra["stacked_rows"], (num_rounds,) int64)."""
-    return start_state(
-        method,
-        model,
-        adapter,
-        lora_parts(adapter, seed),
-        seed=seed,
-        num_rounds=num_rounds,
-        fixed={"delta": {name: torch.zeros(shape) for name, shape in adapter.shapes.items()}},
-        extra={"stacked_rows": torch.zeros(num_rounds, dtype=torch.int64)},
+    delta = {name: torch.zeros(shape) for name, shape in state.adapter.shapes.items()}
+    stacked_rows = torch.zeros(state.num_rounds, dtype=torch.int64)
+    return replace(state, fixed={"delta": delta}, extra={"stacked_rows": stacked_rows})
+
+
+def with_added_delta(
+    after: ServerState, terms: Iterable[tuple[Parts, float]], num_rows: int
+) -> ServerState:
+    """The next state with factor scale B A added to the change of W0 for each (A and B^T, factor);
+    num_rows: rows of the factors that a client needs for it."""
+    delta = {name: change.double() for name, change in after.fixed["delta"].items()}
+    for parts, factor in terms:
+        for name in delta:
+            a, b = parts["A"][name].double(), parts["B"][name].double().T
+            delta[name] += factor * after.adapter.scale * (b @ a)  # (d_out, d_in)
+    stacked_rows = after.extra["stacked_rows"].clone()
+    stacked_rows[after.round_index - 1] = num_rows
+    return replace(
+        after,
+        fixed={"delta": {name: change.float() for name, change in delta.items()}},
+        extra={"stacked_rows": stacked_rows},
     )
 
 

@@ -140,10 +140,6 @@ class Index:
         """The same for each value of what travels (num_sent,)."""
         return self.per_row(per_triplet, whole).repeat_interleave(self.row_widths)
 
-    def value_mask(self, bits: Tensor, whole: bool = True) -> Tensor:
-        """Which values of what travels belong to the triplets of these bits (num_sent,) bool."""
-        return self.per_value(bits, whole)
-
     @property
     def _sent(self) -> Iterator[Piece]:
         return (piece for piece in self.pieces if piece.start < self.num_sent)

@@ -1,13 +1,21 @@
 """One look for all figures: one colour, marker and line per method, reproducible files."""
 
+import io
+import re
+import warnings
 import zlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.style
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
+
+from analysis.figures import caption
 
 # Okabe and Ito's colours, safe for colour-blind readers; their yellow is too pale for thin lines.
 BLACK, GREY = "#000000", "#777777"
@@ -17,12 +25,8 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _COLORS = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*"]
 
-LineStyle = str | tuple[int, tuple[float, ...]]
-
-_SOLID: LineStyle = "-"
-_DASHED: LineStyle = (0, (5, 2))
-_DOTTED: LineStyle = (0, (1, 1.5))
-_DASHDOT: LineStyle = (0, (6, 2, 1, 2))
+LineStyle = Any  # "-" or (offset, dashes), which matplotlib's own type does not have
+_SOLID, _DASHED, _DOTTED, _DASHDOT = "-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))
 _LINES: list[LineStyle] = [_SOLID, _DASHED, _DOTTED, _DASHDOT]
 
 
@@ -71,7 +75,9 @@ PATH_LOOKS = {
     "dense": Look(BLACK, "D", _SOLID),
 }
 _PAD_INCHES = 0.04
-MODELLED = _DASHED  # the line of everything that is computed and not measured
+_MISSING = r"Glyph (\d+) .*missing from"  # matplotlib's warning
+_MOST_INCHES = 300.0  # a PNG has less than 2^16 pixels each way
+MODELLED: LineStyle = _DASHED  # the line of everything that is computed and not measured
 
 _RC = {
     "figure.constrained_layout.use": True,
@@ -113,9 +119,11 @@ def setting_look(method: str, place: int) -> tuple[Look, str]:
     return Look(own.color, own.marker, lines[place % len(lines)]), fill
 
 
-def context() -> AbstractContextManager[None]:
+@contextmanager
+def context() -> Iterator[None]:
     """The style on top of matplotlib's defaults; the user's matplotlibrc has no effect."""
-    return matplotlib.style.context(["default", _RC])
+    with matplotlib.style.context(["default", _RC]):
+        yield
 
 
 def plain_number(value: float, _: object = None) -> str:
@@ -123,10 +131,33 @@ def plain_number(value: float, _: object = None) -> str:
     return f"{value:,.12g}"
 
 
-def save(fig: Figure, path: Path) -> list[Path]:
-    """Write `path`.pdf and `path`.png; the same figure gives the same bytes on any day."""
+@contextmanager
+def missing_letters() -> Iterator[list[str]]:
+    """The letters, after the block, that its figures show as boxes, as their font lacks them."""
+    letters: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _MISSING)
+        yield letters
+    for warning in caught:
+        if found := re.match(_MISSING, str(warning.message)):
+            letters.append(chr(int(found[1])))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    letters[:] = sorted(set(letters))
+
+
+def save(fig: Figure, path: Path, paragraphs: list[str]) -> list[Path]:
+    """Write `path`.pdf, .png and .txt (the caption); returns the files.
+
+    The same figure gives the same bytes on any day.
+    """
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("pdf", "png")]
     path.parent.mkdir(parents=True, exist_ok=True)
+    _take_names_literally(fig)
+    fig.set_figwidth(min(fig.get_figwidth(), _MOST_INCHES))
+    fig.set_figheight(min(fig.get_figheight(), _MOST_INCHES))
     # Lay the figure out once: savefig would do it for each file, and draw each one twice. Saving
     # restores the layout engine of the settings, so the setting is off until both files are there.
     fig.draw_without_rendering()
@@ -134,6 +165,24 @@ def save(fig: Figure, path: Path) -> list[Path]:
     with matplotlib.rc_context({"figure.constrained_layout.use": False}):
         fig.set_layout_engine(None)
         dates = {"CreationDate": None, "Producer": None, "Creator": None}
-        fig.savefig(files[0], bbox_inches=box, metadata=dates)
-        fig.savefig(files[1], bbox_inches=box, metadata={"Software": None})
-    return files
+        for file, metadata in zip(files, (dates, {"Software": None}), strict=True):
+            content = io.BytesIO()  # on a full disk matplotlib's own writer fails with a riddle
+            fig.savefig(content, format=file.suffix[1:], bbox_inches=box, metadata=metadata)
+            file.write_bytes(content.getbuffer())
+    return [*files, caption.write(path, paragraphs)]
+
+
+def _take_names_literally(fig: Figure) -> None:
+    """No formulas between dollar signs but in the numbers of logarithmic axes."""
+    for text in fig.findobj(Text):
+        text.set_parse_math(False)
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatter):
+            _parse_math(axis.get_majorticklabels())
+        if isinstance(axis.get_minor_formatter(), LogFormatter):
+            _parse_math(axis.get_minorticklabels())
+
+
+def _parse_math(labels: list[Text]) -> None:
+    for label in labels:
+        label.set_parse_math(True)

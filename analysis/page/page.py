@@ -13,7 +13,7 @@ from analysis.records import caveats
 from analysis.records.campaign import Campaign
 from analysis.records.launches import LAUNCH
 from analysis.records.per_run import per_run
-from analysis.records.provenance import commit, machine
+from analysis.records.provenance import commit, machine, split
 from analysis.tables.render import Table, rounded
 
 NAME = "report.html"
@@ -31,10 +31,12 @@ def write(
     files: list[Path],
     tables: list[Table],
     gaps: list[str],
+    left_out: list[str],
 ) -> Path:
     """Write report.html from the figures among `files` (.png with its .txt) and the tables.
 
     launches: of micro-benchmarks, columns LAUNCH. gaps: what is not drawn, and why.
+    left_out: records that are not finished, and why.
     """
     places = {
         launch["run_id"]: f"commit {launch['commit']}, {launch['cpu']}, {launch['world_size']} "
@@ -57,6 +59,7 @@ def write(
         tables=[_table(table, places) for table in tables],
         figures=[_figure(file) for file in files if file.suffix == ".png"],
         gaps=gaps,
+        left_out=left_out,
         runs=_runs(campaign) if campaign else None,
         launches=None if launches.empty else _listing(launches[LAUNCH].astype(str)),
     )
@@ -83,7 +86,7 @@ def _table(table: Table, places: dict[str, str]) -> dict[str, Any]:
     for cells, sources in zip(
         table.cells.itertuples(index=False), behind.to_dict("records"), strict=True
     ):
-        run_ids = sorted({run_id for text in sources.values() for run_id in text.split()})
+        run_ids = sorted({run_id for text in sources.values() for run_id in split(text)})
         by_place: dict[str, list[str]] = {}
         for run_id in run_ids:
             by_place.setdefault(places[run_id], []).append(run_id)

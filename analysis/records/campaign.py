@@ -9,18 +9,15 @@ from typing import Any
 import pandas as pd
 
 from analysis.records import reader
+from analysis.records.names import shown
 from analysis.records.settings import differing_keys, setting_texts
+from analysis.records.shapes import REQUIRED_IN_ROUND
 from fedara_core.errors import InputError
-from fedara_core.schema import PARTITION_FILE, ROUNDS_FILE, RUN_FILE
+from fedara_core.schema import RUN_FILE
 
 # What one panel of a figure, or one block of a table, shares; and what one line or row shares.
 PANEL = ["dataset", "partition"]
 SERIES = [*PANEL, "method", "setting"]
-
-_REQUIRED_IN_RUN = [
-    *("seed", "method.name", "dataset.name", "partition.scheme", "federation.num_rounds"),
-]
-_REQUIRED_IN_ROUND = ["round_index", "uplink_bytes", "downlink_bytes"]
 
 # Columns that figures and tables name. One that no run measured is there, and empty.
 _RUN_COLUMNS = ["total_seconds", "partition.alpha", "energy_source", "energy_joules"]
@@ -44,6 +41,8 @@ _SUMMED = [
     *("uplink_bytes", "downlink_bytes", "total_seconds", "total_joules"),
     *("local_train_seconds", "local_train_joules", "flops"),
 ]
+_LABEL_LETTERS = 60  # over a panel, or beside it
+_MOST_INTEGER = 9e18
 _MODELLED = ("modelled_seconds.", "modelled_joules.")
 
 
@@ -73,6 +72,7 @@ class Campaign:
     adapters: live_triplets by run_id, round_index and adapter; empty if no run recorded it.
     clients: num_examples by run_id, client_id and label, of partition.json; empty without one.
     incomplete: folder names of the runs without DONE; they never enter a figure.
+    damaged: likewise the runs with DONE whose files are damaged or have lost rounds, with reasons.
     """
 
     runs: pd.DataFrame
@@ -80,48 +80,51 @@ class Campaign:
     adapters: pd.DataFrame
     clients: pd.DataFrame
     incomplete: list[str]
+    damaged: list[str]
 
 
 def load_campaign(path: Path) -> Campaign:
     """Read all runs at any depth below `path`.
 
-    Raises InputError when there is none, when a run id comes twice, or when the record of a
-    finished run is damaged or has lost rounds.
+    Raises InputError when there is no folder or no run, or when a run id comes twice.
     """
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder")
     folders = reader.run_folders(path)
     if not folders:
         raise InputError(f"{path}: no records here (looked for */{RUN_FILE} at any depth)")
-    records, incomplete = reader.read_finished(folders)
+    found = reader.read_finished(folders, reader.read_record, lambda record: record.run["run_id"])
     runs: list[dict[str, Any]] = []
     rounds: list[pd.DataFrame] = []
     adapters: list[dict[str, Any]] = []
     clients: list[dict[str, Any]] = []
-    for folder, record in records.items():
-        run = _run_columns(record, folder / RUN_FILE)
-        rows = _read_rounds(folder / ROUNDS_FILE, run["federation.num_rounds"])
+    for record in found.records:
+        run = _run_columns(record.run)
         own = {"run_id": run["run_id"]}
-        frame = _with_sums(pd.DataFrame([own | _round_columns(row) for row in rows]))
+        frame = _with_sums(pd.DataFrame([own | _round_columns(row) | own for row in record.rounds]))
         runs.append(run | _energy(run, frame))
         rounds.append(frame)
         adapters += [
             {**own, "round_index": row["round_index"], "adapter": name, "live_triplets": live}
-            for row in rows
+            for row in record.rounds
             for name, live in row.get("live_triplets_by_adapter", {}).items()
         ]
         clients += [
-            {**own, "client_id": client["client_id"], "label": label, "num_examples": number}
-            for client in reader.read_list(folder / PARTITION_FILE)
+            {
+                **own,
+                "client_id": client["client_id"],
+                "label": shown(label, _LABEL_LETTERS),
+                "num_examples": number,
+            }
+            for client in record.partition
             for label, number in client.get("label_counts", {}).items()
         ]
-    empty = pd.DataFrame(columns=["run_id", *_REQUIRED_IN_ROUND])
+    empty = pd.DataFrame(columns=["run_id", *REQUIRED_IN_ROUND])
     return Campaign(
         runs=_runs_frame(runs),
         rounds=_with_columns(pd.concat(rounds or [empty], ignore_index=True), _ROUND_COLUMNS),
         adapters=pd.DataFrame(adapters, columns=_ADAPTER_COLUMNS),
         clients=pd.DataFrame(clients, columns=_CLIENT_COLUMNS),
-        incomplete=incomplete,
+        incomplete=found.incomplete,
+        damaged=found.damaged,
     )
 
 
@@ -131,9 +134,10 @@ def panels(campaign: Campaign) -> list[tuple[str, str]]:
     return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
 
 
-def panels_in(campaign: Campaign, frame: pd.DataFrame) -> list[tuple[str, str]]:
-    """Those of `panels` that have rows in a frame."""
-    return [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+def by_panel(campaign: Campaign, frame: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """(panel, its rows) of those of `panels` that have rows in a frame."""
+    groups = [(panel, frame[is_panel(frame, panel)]) for panel in panels(campaign)]
+    return [(panel, rows) for panel, rows in groups if not rows.empty]
 
 
 def is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
@@ -152,17 +156,23 @@ def series_name(method: str, setting: str) -> str:
     return f"{method} ({setting})" if setting else method
 
 
+def series_names(frame: pd.DataFrame) -> list[str]:
+    """`series_name` of each row of a frame."""
+    return [series_name(*names) for names in zip(frame["method"], frame["setting"], strict=True)]
+
+
 def modelled_devices(campaign: Campaign) -> list[str]:
     """Names of the devices that rounds are modelled on, in the order of the records."""
     seconds = campaign.rounds.filter(regex=r"^modelled_seconds\.")
     return [str(name).removeprefix(_MODELLED[0]) for name in seconds]
 
 
-def _run_columns(record: dict[str, Any], file: Path) -> dict[str, Any]:
+def _run_columns(record: dict[str, Any]) -> dict[str, Any]:
     run = {key.removeprefix("config."): value for key, value in _flatten(record).items()}
-    reader.require_keys(run, _REQUIRED_IN_RUN, str(file))
+    run["run_id"] = record["run_id"]
     run["method"] = run["method.name"]
-    run["dataset"] = run["dataset.name"].removeprefix("file:").rstrip("/").split("/")[-1]
+    name = run["dataset.name"].removeprefix("file:")
+    run["dataset"] = shown(name.rstrip("/").split("/")[-1] or name, _LABEL_LETTERS)
     run["partition"] = _partition_label(run)
     sizes = dict.fromkeys(part.get("world_size") for part in (record, *record.get("parts", [])))
     if len(sizes) > 1:
@@ -170,16 +180,6 @@ def _run_columns(record: dict[str, Any], file: Path) -> dict[str, Any]:
     devices = {process.get("device", "").split(":")[0] for process in record.get("processes", [])}
     run["device"] = " and ".join(sorted(devices - {""})) or None
     return run
-
-
-def _read_rounds(file: Path, num_rounds: int) -> list[dict[str, Any]]:
-    rows = reader.read_rows(file, _REQUIRED_IN_ROUND)
-    # Cumulative bytes are wrong when a round is lost or written twice, so neither may pass.
-    if [row["round_index"] for row in rows] != list(range(num_rounds)):
-        raise InputError(
-            f"{file}: a finished run must hold rounds 0 to {num_rounds - 1}, each once and in order"
-        )
-    return rows
 
 
 def _round_columns(record: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _with_sums(rounds: pd.DataFrame) -> pd.DataFrame:
     modelled = [name for name in map(str, rounds) if name.startswith(_MODELLED)]
     # A sum that skipped a round without the number would look like a small one.
     sums = {
-        f"cumulative_{name.removeprefix('total_')}": rounds[name].cumsum(skipna=False)
+        f"cumulative_{name.removeprefix('total_')}": _wide(rounds[name]).cumsum(skipna=False)
         for name in [*_SUMMED, *modelled]
         if name in rounds
     }
@@ -208,12 +208,21 @@ def _with_sums(rounds: pd.DataFrame) -> pd.DataFrame:
     return rounds.assign(**sums, cumulative_total_bytes=both)
 
 
+def _wide(values: pd.Series) -> pd.Series:
+    """The values in a type that holds their sum: 64 bits hold the FLOPs of days on many GPUs."""
+    numbers = values.astype(float)
+    return numbers if numbers.abs().sum() > _MOST_INTEGER else values
+
+
 def _energy(run: dict[str, Any], rounds: pd.DataFrame) -> dict[str, Any]:
     """energy_source and energy_joules of a whole run; empty where they are not known."""
     counted = rounds.get("energy_source", pd.Series([None]))
-    if counted.notna().all():
+    if counted.notna().all() and "total_joules" in rounds:
         sources = THEN.join(counted.unique())  # several if a source was lost in between
-        return {"energy_source": sources, "energy_joules": rounds["total_joules"].sum()}
+        return {
+            "energy_source": sources,
+            "energy_joules": rounds["total_joules"].sum(skipna=False),
+        }
     joules = [value for key, value in run.items() if key.startswith("energy_joules.")]
     return {"energy_joules": sum(joules)} if joules else {}
 

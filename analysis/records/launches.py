@@ -9,11 +9,13 @@ import pandas as pd
 
 from analysis.records import reader
 from analysis.records.provenance import commit
-from fedara_core.errors import InputError
-from fedara_core.schema import ROWS_FILE, RUN_FILE
 
 # Columns that tell a reader where a launch ran.
 LAUNCH = ["run_id", "backend", "world_size", "num_cores", "num_hosts", "commit", "cpu"]
+_COLUMNS = [
+    *("run_id", "backend", "world_size", "cpu", "num_cores", "num_hosts", "commit"),
+    *("model", "measured_bytes_source"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,30 +26,40 @@ class Launches:
         measured_bytes_source. backend: the library, and how it was used.
     rows: the lines of all rows.jsonl, each with the columns of its launch.
     incomplete: folder names of the launches without DONE; they never enter a figure.
+    damaged: likewise the launches with DONE whose files are damaged, each with the reason.
     """
 
     launches: pd.DataFrame
     rows: pd.DataFrame
     incomplete: list[str]
+    damaged: list[str]
 
 
 def load_launches(path: Path, benchmark: str, required: Sequence[str]) -> Launches | None:
     """Read all launches of a benchmark below `path`; None if there is none.
 
-    required: keys that every row has. Raises InputError for a damaged record.
+    required: keys that every row has. Raises InputError when a run id comes twice.
     """
     folders = reader.launch_folders(path, benchmark)
     if not folders:
         return None
-    records, incomplete = reader.read_finished(folders)
-    launches, rows = [], []
-    for folder, run in records.items():
-        if run.get("benchmark") != benchmark:
-            raise InputError(f"{folder / RUN_FILE}: no record of {benchmark}")
-        reader.require_keys(run, ("comm", "world_size"), str(folder / RUN_FILE))
-        launches.append(launch := _launch(run))
-        rows += [launch | row for row in reader.read_rows(folder / ROWS_FILE, required)]
-    return Launches(launches=pd.DataFrame(launches), rows=pd.DataFrame(rows), incomplete=incomplete)
+    found = reader.read_finished(
+        folders,
+        lambda folder: reader.read_launch(folder, benchmark, required),
+        lambda record: record.run["run_id"],
+    )
+    launches = [_launch(record.run) for record in found.records]
+    rows = [
+        launch | row
+        for launch, record in zip(launches, found.records, strict=True)
+        for row in record.rows
+    ]
+    return Launches(
+        launches=pd.DataFrame(launches, columns=_COLUMNS),
+        rows=pd.DataFrame(rows),
+        incomplete=found.incomplete,
+        damaged=found.damaged,
+    )
 
 
 def _launch(run: dict[str, Any]) -> dict[str, Any]:

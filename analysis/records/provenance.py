@@ -1,14 +1,24 @@
 """In words: the commit of a run, and the machine that it ran on."""
 
 import json
+import shlex
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
 
-def joined(run_ids: pd.Series) -> str:
-    """The run ids behind a number, in one cell of a CSV file; for DataFrame.agg."""
-    return " ".join(sorted(set(run_ids)))
+def joined(run_ids: Iterable[str]) -> str:
+    """The run ids behind a number, in one cell of a CSV file; for DataFrame.agg.
+
+    One blank between; an id with a blank of its own stands in quotes, as in a shell.
+    """
+    return shlex.join(sorted(set(run_ids)))
+
+
+def split(run_ids: str) -> list[str]:
+    """The run ids that `joined` made one text of."""
+    return shlex.split(run_ids)
 
 
 def commit(run: pd.Series | dict[str, Any]) -> str:

@@ -1,100 +1,246 @@
-"""The one reader of records: run.json, lines of rounds.jsonl and rows.jsonl, and DONE."""
+"""The one reader of records: run.json, lines of rounds.jsonl and rows.jsonl, and DONE.
+
+It says what is wrong with a record: a file is missing or damaged, or DONE and the rounds disagree.
+"""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from analysis.records import shapes
+from analysis.records.names import printable, shown
 from fedara_core.errors import InputError
-from fedara_core.schema import DONE_FILE, ROUNDS_FILE, ROWS_FILE, RUN_FILE, SCHEMA_VERSION
+from fedara_core.schema import (
+    DONE_FILE,
+    PARTITION_FILE,
+    ROUNDS_FILE,
+    ROWS_FILE,
+    RUN_FILE,
+    SCHEMA_VERSION,
+)
+
+NO_DONE = "no DONE"
+_FILES = (RUN_FILE, ROUNDS_FILE, ROWS_FILE, DONE_FILE)
+_BENCHMARKS = ("collectives", "scaling", "roundtrip", "overhead")
+_LAUNCHES = tuple(f"micro-{name}-" for name in _BENCHMARKS)
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The files of a finished run. run: run.json. partition: empty without partition.json."""
+
+    run: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    partition: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchRecord:
+    """The files of a finished launch of a micro-benchmark."""
+
+    run: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Generic[Read]):
+    """What was read of the finished records, and what was left out.
+
+    incomplete: names of the folders without DONE. damaged: of those with DONE that are no finished
+    record all the same, each with the reason, such as "NAME/rounds.jsonl: 33 rounds; ...".
+    """
+
+    records: list[Read]
+    incomplete: list[str]
+    damaged: list[str]
 
 
 def run_folders(path: Path) -> list[Path]:
     """Folders of runs at any depth below `path`, finished or not."""
-    found = {file.parent for name in (RUN_FILE, ROUNDS_FILE) for file in path.rglob(name)}
-    # A folder with rows.jsonl is a micro-benchmark's, which has no rounds.
-    return sorted(folder for folder in found if not (folder / ROWS_FILE).exists())
+    return [folder for folder in _record_folders(path) if not _is_launch(folder)]
 
 
 def launch_folders(path: Path, benchmark: str) -> list[Path]:
     """Folders of a micro-benchmark's launches at any depth below `path`, finished or not."""
-    return sorted({file.parent for file in path.rglob(f"{benchmark}-*/{ROWS_FILE}")})
+    prefix = f"{benchmark}-"
+    found = [folder for folder in _record_folders(path) if _is_launch(folder)]
+    return [folder for folder in found if _name(folder).startswith(prefix)]
+
+
+def problem(folder: Path) -> str:
+    """Why a folder holds no finished run: "no DONE", or what is damaged; "" if it holds one."""
+    if not (folder / DONE_FILE).exists():
+        return NO_DONE
+    try:
+        read_record(folder)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a record is complete: DONE is written last."""
-    return (folder / DONE_FILE).exists()
+    """Whether a folder holds a whole run: DONE is written last, and every round must be there."""
+    return not problem(folder)
 
 
-def read_finished(folders: Iterable[Path]) -> tuple[dict[Path, dict[str, Any]], list[str]]:
-    """The run.json of each finished record, by folder, and the names of the other folders.
+def read_finished(
+    folders: Iterable[Path], read: Callable[[Path], Read], run_id: Callable[[Read], str]
+) -> Finished[Read]:
+    """Read the folders with DONE; a damaged one is named and left out.
 
-    Raises InputError for a damaged file, and for a run_id that two folders have.
+    read: raises InputError for a damaged record. Raises InputError for a run_id that two folders
+    have.
     """
-    runs: dict[Path, dict[str, Any]] = {}
+    records: list[Read] = []
+    incomplete, damaged = [], []
     found_in: dict[str, Path] = {}
-    incomplete = []
     for folder in folders:
-        if not is_finished(folder):
-            incomplete.append(folder.name)
+        if not (folder / DONE_FILE).exists():
+            incomplete.append(_name(folder))
             continue
-        run = read_run(folder)
-        if other := found_in.get(run["run_id"]):
-            raise InputError(f"{run['run_id']} comes twice: {other} and {folder}")
-        runs[folder], found_in[run["run_id"]] = run, folder
-    return runs, incomplete
+        try:
+            record = read(folder)
+        except InputError as error:
+            damaged.append(printable(str(error).removeprefix(f"{folder.parent}/")))
+            continue
+        if other := found_in.get(run_id(record)):
+            raise InputError(f"{run_id(record)} comes twice: {other} and {folder}")
+        records.append(record)
+        found_in[run_id(record)] = folder
+    return Finished(records=records, incomplete=incomplete, damaged=damaged)
+
+
+def read_record(folder: Path) -> RunRecord:
+    """A finished run. Raises InputError, which names file and line."""
+    run = read_run(folder)
+    place = str(folder / RUN_FILE)
+    shapes.require_keys(run, shapes.REQUIRED_IN_RUN, place)
+    shapes.require_shape(run, shapes.RUN, place)
+    file = folder / ROUNDS_FILE
+    rounds = _read_rows(file, shapes.ROUND, shapes.REQUIRED_IN_ROUND)
+    _require_rounds(file, rounds, run["config"]["federation"]["num_rounds"])
+    return RunRecord(run=run, rounds=rounds, partition=_read_partition(folder / PARTITION_FILE))
+
+
+def read_launch(folder: Path, benchmark: str, required: Iterable[str]) -> LaunchRecord:
+    """A finished launch; required: keys of every row. Raises InputError."""
+    run = read_run(folder)
+    place = str(folder / RUN_FILE)
+    shapes.require_keys(run, shapes.REQUIRED_IN_LAUNCH, place)
+    shapes.require_shape(run, shapes.LAUNCH, place)
+    if run["benchmark"] != benchmark:
+        raise InputError(f"{place}: benchmark = {run['benchmark']!r}; allowed: {benchmark}")
+    return LaunchRecord(run=run, rows=_read_rows(folder / ROWS_FILE, shapes.ROW, list(required)))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """A record's run.json. Raises InputError."""
+    """A record's run.json, of a run or a launch. Raises InputError."""
     file = folder / RUN_FILE
     run = _object(_text(file), file)
     version = run.get("schema_version")
     if version != SCHEMA_VERSION:
         raise InputError(f"{file}: schema_version {version}, this code reads {SCHEMA_VERSION}")
-    require_keys(run, ["run_id"], str(file))
     return run
 
 
-def read_rows(file: Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """The lines of rounds.jsonl or rows.jsonl. Raises InputError, which names the line."""
+def _record_folders(path: Path) -> list[Path]:
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{path}: {error.strerror}; allowed: a folder with records") from None
+    if not is_folder:
+        raise InputError(f"{path}: no such folder; allowed: a folder with records")
+    return sorted({file.parent for name in _FILES for file in path.rglob(name)})
+
+
+def _is_launch(folder: Path) -> bool:
+    """Whether a folder is a micro-benchmark's, which has rows and no rounds."""
+    if (folder / ROWS_FILE).exists():
+        return True
+    return _name(folder).startswith(_LAUNCHES) and not (folder / ROUNDS_FILE).exists()
+
+
+def _name(folder: Path) -> str:
+    return printable(folder.name or folder.resolve().name)
+
+
+def _read_rows(
+    file: Path, shape: dict[str, shapes.Shape], required: list[str]
+) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    lines = _text(file).split("\n")
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], start=1):
         row = _object(line, file, number)
-        require_keys(row, required, f"{file}:{number}")
+        place = f"{file}:{number}"
+        shapes.require_keys(row, required, place)
+        shapes.require_shape(row, shape, place)
         rows.append(row)
     return rows
 
 
-def read_list(file: Path) -> list[dict[str, Any]]:
-    """The JSON list in a file; empty if there is no such file. Raises InputError."""
+def _require_rounds(file: Path, rounds: list[dict[str, Any]], num_rounds: int) -> None:
+    """Cumulative bytes are wrong when a round is lost or written twice, so neither may pass."""
+    rule = f"DONE says that rounds 0 to {num_rounds - 1} are here, each once and in order"
+    for place, row in enumerate(rounds):
+        found = row["round_index"]
+        if found != place or place >= num_rounds:
+            raise InputError(f"{file}:{place + 1}: round_index = {found}; {rule}")
+    if len(rounds) < num_rounds:
+        raise InputError(f"{file}: {len(rounds)} rounds; {rule}")
+
+
+def _read_partition(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
-    entries = _json(_text(file), file)
-    if not isinstance(entries, list):
-        raise InputError(f"{file}: a JSON list was expected")
-    return entries
-
-
-def require_keys(row: dict[str, Any], keys: Iterable[str], place: str) -> None:
-    """Raises InputError unless all keys are there."""
-    if missing := [key for key in keys if key not in row]:
-        raise InputError(f"{place}: missing {', '.join(missing)}")
+    clients = _json(_text(file), file)
+    shapes.require_shape(clients, shapes.PARTITION, str(file), "content")
+    for index, client in enumerate(clients):
+        shapes.require_keys(client, ["client_id"], f"{file}: entry {index}")
+    if len({client["client_id"] for client in clients}) < len(clients):
+        raise InputError(f"{file}: a client_id comes twice; allowed: one entry a client")
+    found: list[dict[str, Any]] = clients
+    return found
 
 
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; allowed: a whole record") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
 
 
 def _json(text: str, file: Path, first_line: int = 1) -> Any:
+    """The value of a JSON text, its names fit to be shown."""
     try:
-        return json.loads(text)
+        return _shown(json.loads(text, parse_constant=_no_number))
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise InputError(f"{file}:{line}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, [[[[[[
+        raise InputError(f"{file}:{first_line}: not valid JSON: {error}") from None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name}; allowed: numbers")
+
+
+def _shown(value: Any) -> Any:
+    """The value with texts that can be shown, and numbers that can be added up."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, dict):
+        return {shown(key): _shown(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_shown(part) for part in value]
+    if isinstance(value, int | float) and abs(value) > shapes.LARGEST:
+        raise ValueError(f"a number beyond {float(shapes.LARGEST):g}; allowed: smaller ones")
+    return value
 
 
 def _object(text: str, file: Path, first_line: int = 1) -> dict[str, Any]:

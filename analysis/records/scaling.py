@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.records.campaign import NotDrawn
 from analysis.records.launches import Launches, load_launches
 from analysis.records.provenance import joined
 
@@ -21,9 +22,12 @@ def scaling_points(scaling: Launches) -> pd.DataFrame:
 
     per_round: clients of a round (strong) or of each process (weak). seconds: of a round, of the
     slowest process, median over launches; {min,max}_seconds: their range. ideal_seconds: from the
-    fewest processes. efficiency: ideal to measured seconds. Also num_launches, run_ids.
+    fewest processes. efficiency: ideal to measured seconds. Also num_launches, run_ids. Raises
+    NotDrawn.
     """
     rows = scaling.rows
+    if rows.empty:
+        raise NotDrawn("no launch of fedara micro scaling finished a round")
     of_process = rows["cohort"] // rows["world_size"]
     rows = rows.assign(per_round=rows["cohort"].where(rows["scaling"] == "strong", of_process))
     frame = rows.groupby([*GROUP, "world_size"], as_index=False).agg(

@@ -4,6 +4,8 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.records.names import shown
+
 # The values at which records ran that are older than these keys. Most runs have them.
 USUAL_SETTINGS = {
     "clients.dropout": 0.0,
@@ -36,7 +38,7 @@ def differing_keys(runs: pd.DataFrame) -> list[str]:
 def setting_texts(runs: pd.DataFrame, keys: list[str]) -> pd.Series:
     """What tells each of these runs apart, such as "lr=0.01"; else they would count as seeds."""
     texts = [
-        ", ".join(f"{key.split('.')[-1]}={setting_text(row.get(key), key)}" for key in keys)
+        shown(", ".join(f"{key.split('.')[-1]}={setting_text(row.get(key), key)}" for key in keys))
         for _, row in runs.iterrows()
     ]
     return pd.Series(texts, index=runs.index, dtype=object)

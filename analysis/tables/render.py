@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-_LATEX = {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"}
+_LATEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "_%&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+# What would end a cell, or be read as HTML, code or a link.
+_MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\|<`"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,13 @@ def _markdown(table: Table) -> str:
 
 
 def markdown_row(cells: Iterable[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    """One row of a table in Markdown."""
+    return f"| {' | '.join(markdown_text(str(cell)) for cell in cells)} |"
+
+
+def markdown_text(text: str) -> str:
+    """A text from records as Markdown that shows it."""
+    return text.translate(_MARKDOWN).replace("](", "]\\(")
 
 
 def _latex(table: Table) -> str:
@@ -81,4 +92,4 @@ def _latex(table: Table) -> str:
 
 
 def _escape(text: object) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in str(text))
+    return str(text).translate(_LATEX)

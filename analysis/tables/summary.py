@@ -12,7 +12,7 @@ from analysis.records.campaign import PANEL, SERIES, Campaign, series_name
 from analysis.records.energy import known_energy
 from analysis.records.per_run import in_panels, per_run
 from analysis.records.provenance import joined
-from analysis.tables.render import markdown_row, number
+from analysis.tables.render import markdown_row, markdown_text, number
 
 NAME = "summary"
 _SHOW_COLUMNS = 100
@@ -85,7 +85,7 @@ def write(campaign: Campaign, out_dir: Path) -> list[Path]:
 
 def show(campaign: Campaign) -> None:
     """Print the table, one block per data set and partition, at most 100 columns wide."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are no markup
     console.width = min(console.width, _SHOW_COLUMNS) if console.is_terminal else _SHOW_COLUMNS
     for panel, rows in _blocks(data(campaign)):
         title = caveats.heading(campaign, panel)
@@ -147,7 +147,7 @@ def _megabytes(num_bytes: float) -> str:
 def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
     lines = ["# Summary", ""]
     for panel, rows in _blocks(frame):
-        lines += [f"## {caveats.heading(campaign, panel)}", ""]
+        lines += [f"## {markdown_text(caveats.heading(campaign, panel))}", ""]
         headings = [heading.replace("\n", " ") for heading in _HEADINGS[: len(rows[0])]]
         rule = ["---", *["--:"] * (len(headings) - 1)]
         lines += [*map(markdown_row, [headings, rule, *rows]), ""]
@@ -159,5 +159,6 @@ def _markdown(campaign: Campaign, frame: pd.DataFrame) -> str:
         *filter(None, [energy_note(campaign)]),
         "",
     ]
-    lines += [f"- {line}" for line in caveats.warnings(campaign) + caption.conditions(campaign)]
+    items = caveats.warnings(campaign) + caption.conditions(campaign)
+    lines += [f"- {markdown_text(item)}" for item in items]
     return "\n".join(lines) + "\n"

@@ -44,7 +44,17 @@ def partition(
     assert labels.ndim == 1
     assert num_clients >= 1
     assert np.isin(labels, np.arange(num_classes)).all()
-    _require_possible(len(labels), config, num_clients, num_classes)
+    if len(labels) < num_clients * config.min_examples:
+        raise InputError(
+            f"partition: {len(labels)} examples are too few for {num_clients} clients with "
+            f"min_examples = {config.min_examples}; "
+            f"allowed: at least {num_clients * config.min_examples} examples"
+        )
+    if config.scheme == "shards" and config.labels_per_client > num_classes:
+        raise InputError(
+            f"partition.labels_per_client = {config.labels_per_client} is more than the "
+            f"{num_classes} labels of the data set; allowed: 1 to {num_classes}"
+        )
     generator = np.random.default_rng(np.random.SeedSequence([seed, PARTITION_TAG]))
     if config.scheme == "iid":
         shards = np.array_split(generator.permutation(len(labels)), num_clients)
@@ -109,22 +119,6 @@ def summary(
         }
         for client_id, row in enumerate(counts)
     ]
-
-
-def _require_possible(
-    num_examples: int, config: PartitionConfig, num_clients: int, num_classes: int
-) -> None:
-    if num_examples < num_clients * config.min_examples:
-        raise InputError(
-            f"partition: {num_examples} examples are too few for {num_clients} clients with "
-            f"min_examples = {config.min_examples}; "
-            f"allowed: at least {num_clients * config.min_examples} examples"
-        )
-    if config.scheme == "shards" and config.labels_per_client > num_classes:
-        raise InputError(
-            f"partition.labels_per_client = {config.labels_per_client} is more than the "
-            f"{num_classes} labels of the data set; allowed: 1 to {num_classes}"
-        )
 
 
 def _by_label_shards(

@@ -122,10 +122,7 @@ def _split_of(frame: "pd.DataFrame", source: str, config: DatasetConfig) -> _Spl
             )
         nulls = np.flatnonzero(frame[column].isna())
         if len(nulls):
-            raise InputError(
-                f"dataset split {source}: row {nulls[0]}: {column} is null; "
-                f"allowed: a {key} in every row (rows count from 0)"
-            )
+            raise _wrong_row(source, nulls[0], f"{column} is null", f"a {key} in every row")
     texts = frame[config.text_column].tolist()
     values = frame[config.label_column].tolist()
     _require_type(texts, str, "a string", source, config.text_column)
@@ -138,10 +135,14 @@ def _split_of(frame: "pd.DataFrame", source: str, config: DatasetConfig) -> _Spl
 def _require_type(values: list[Any], types: Any, allowed: str, source: str, column: str) -> None:
     for row, value in enumerate(values):
         if not isinstance(value, types):
-            raise InputError(
-                f"dataset split {source}: row {row}: {column} = {value!r:.80}; "
-                f"allowed: {allowed} in every row (rows count from 0)"
-            )
+            problem = f"{column} = {value!r:.80}"
+            raise _wrong_row(source, row, problem, f"{allowed} in every row")
+
+
+def _wrong_row(source: str, row: int, problem: str, allowed: str) -> InputError:
+    return InputError(
+        f"dataset split {source}: row {row}: {problem}; allowed: {allowed} (rows count from 0)"
+    )
 
 
 def _names_in(path: Path) -> list[str] | None:
@@ -187,11 +188,8 @@ def _label_ids(split: _Split, ids: dict[int | str, int], names: list[str]) -> np
     for row, value in enumerate(split.values):
         if value not in ids:
             listed = ", ".join(names[:50]) + (", ..." if len(names) > 50 else "")
-            raise InputError(
-                f"dataset split {split.source}: row {row}: label {value!r:.80} is not known; "
-                f"allowed: {listed}; or, in a file with labels.json, 0 to {len(names) - 1} "
-                "(rows count from 0)"
-            )
+            allowed = f"{listed}; or, in a file with labels.json, 0 to {len(names) - 1}"
+            raise _wrong_row(split.source, row, f"label {value!r:.80} is not known", allowed)
     return np.array([ids[value] for value in split.values], dtype=np.int64)
 
 

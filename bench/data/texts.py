@@ -3,7 +3,7 @@
 import hashlib
 import sysconfig
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,12 @@ def load_dataset(config: DatasetConfig) -> TextDataset:
     if config.name.startswith("file:"):
         return tables.load_folder(config)
     return tables.load_from_hub(config)
+
+
+@lru_cache(maxsize=1)
+def load_texts(config: DatasetConfig) -> TextDataset:
+    """As `load_dataset`; the last set is kept, since the points of a sweep mostly share it."""
+    return load_dataset(config)
 
 
 def holdout(dataset: TextDataset, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench.commands import Overrides, refuse
-from fedara_core.errors import InputError
+from bench.commands import Overrides
 
 Config = Annotated[Path, typer.Argument(help="A TOML file. Its [sweep] table makes it many runs.")]
 PlanResults = Annotated[
@@ -49,18 +48,13 @@ def sweep(
     from bench.jobs.local import run_sweep
     from bench.jobs.plan import describe, make_plan
 
-    try:
-        plan = make_plan(config, results, overrides or [])
-        if dry_run:
-            for line in describe(plan):
-                typer.echo(line)
-            return
-        succeeded = run_sweep(
-            plan, processes, jobs, Console(highlight=False, markup=False, emoji=False)
-        )
-    except InputError as error:
-        refuse(error)
-    if not succeeded:
+    plan = make_plan(config, results, overrides or [])
+    if dry_run:
+        for line in describe(plan):
+            typer.echo(line)
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not run_sweep(plan, processes, jobs, console):
         raise typer.Exit(1)
 
 
@@ -86,12 +80,9 @@ def submit(
     from bench.jobs.plan import make_plan
     from bench.jobs.slurm import read_site, submit_plan
 
-    try:
-        plan = make_plan(config, results, overrides or [])
-        for line in submit_plan(plan, read_site(site), dry_run=dry_run):
-            typer.echo(line)
-    except InputError as error:
-        refuse(error)
+    plan = make_plan(config, results, overrides or [])
+    for line in submit_plan(plan, read_site(site), dry_run=dry_run):
+        typer.echo(line)
 
 
 def status(
@@ -106,8 +97,5 @@ def status(
     from bench.jobs.status import read_status, show
 
     queue = Queue()
-    try:
-        runs = read_status(results, queue)
-        show(runs, Console(highlight=False, markup=False, emoji=False), queue.problem)
-    except InputError as error:
-        refuse(error)
+    runs = read_status(results, queue)
+    show(runs, Console(highlight=False, markup=False, emoji=False), queue.problem)

@@ -11,6 +11,7 @@ from bench.config.load import load_record, load_runs, parse_run
 from bench.config.schema import RunConfig
 from bench.jobs.status import log_file
 from bench.run.checkpoint import write_atomically
+from bench.run.finished import check_finished
 from bench.run.record import Recorder
 from fedara_core.errors import InputError
 
@@ -35,9 +36,13 @@ class Plan:
         return log_file(self.results, self.name, index)
 
     def left(self) -> list[int]:
-        """Lines whose run is not finished, counted from 0."""
-        done = [Recorder(self.results, run).done for run in self.runs]
-        return [index for index, is_done in enumerate(done) if not is_done]
+        """Lines whose run is not finished, counted from 0. Raises InputError for a finished one
+        that `check_finished` refuses."""
+        recorders = [Recorder(self.results, run) for run in self.runs]
+        for recorder, run in zip(recorders, self.runs, strict=True):
+            if recorder.done:
+                check_finished(recorder.run_dir, run)
+        return [index for index, recorder in enumerate(recorders) if not recorder.done]
 
     def write(self) -> None:
         """Write the plan file and make the folder of the logs. Raises InputError."""
@@ -93,16 +98,16 @@ def describe(plan: Plan) -> Iterator[str]:
     total, known = [0, 0], True
     for index, run in enumerate(plan.runs):
         num_rounds, sent = run.federation.num_rounds, round_bytes(run)
-        text = f"{index:>4}  {run.run_id:<44} {num_rounds} rounds x {run.num_drawn} "
-        if sent is not None:
-            up, down = (num_rounds * num_bytes for num_bytes in sent)
-            text += f"clients, up {_size(up)}, down {_size(down)}"
+        text = f"{index:>4}  {run.run_id:<44} {num_rounds} rounds x {run.num_drawn} clients, "
+        if sent is None:
+            known = False
+            text += "bytes unknown"
         else:
-            text += "clients, bytes unknown"
+            up, down = (num_rounds * num_bytes for num_bytes in sent)
+            text += f"up {_size(up)}, down {_size(down)}"
+            if index in left:
+                total = [total[0] + up, total[1] + down]
         yield text + ("" if index in left else ", done")
-        if index in left and sent is not None:
-            total = [total[0] + up, total[1] + down]
-        known &= sent is not None
     runs = [plan.runs[index] for index in sorted(left)]
     yield (
         f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them done; left: "
@@ -116,7 +121,6 @@ def describe(plan: Plan) -> Iterator[str]:
 
 
 def _size(num_bytes: int) -> str:
-    """In a readable unit."""
     for unit, length in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= length:
             return f"{num_bytes / length:.3g} {unit}"

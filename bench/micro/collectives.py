@@ -7,7 +7,6 @@ turn about.
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from bench.micro.bare import bare_allgather
 from bench.micro.masks import VALUE_BYTES, Layout, check_buffers, check_sum, make_layout, run_layout
 from bench.micro.record import progress, record_rows
-from bench.micro.timing import quantiles, slowest, timed
+from bench.micro.timing import gathered, quantiles, slowest, timed
 from bench.micro.wire_counter import WireCounter, open_counter
 from bench.run.runner import set_threads
 from fedara_core.codec import row_bytes
@@ -55,8 +54,8 @@ class Settings:
     seed: int
 
 
-def run_collectives(settings: Settings, results: Path, communicator: Communicator) -> Path:
-    """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
+def run_collectives(settings: Settings, results: Path, communicator: Communicator) -> None:
+    """Measure every combination and record them."""
     set_threads(1, communicator)
     runs = [run_layout(Path(run), communicator, settings.seed) for run in settings.runs]
     counter = open_counter(communicator)
@@ -66,7 +65,7 @@ def run_collectives(settings: Settings, results: Path, communicator: Communicato
         text = f"measured_bytes is left out: {counter.reason}"
         progress(communicator).print(text, soft_wrap=True)
     rows = _rows(settings, runs, communicator, counter)
-    return record_rows(BENCHMARK, settings, results, communicator, rows, _describe, **facts)
+    record_rows(BENCHMARK, settings, results, communicator, rows, _describe, **facts)
 
 
 def _rows(
@@ -225,7 +224,7 @@ def _bytes(
     }
     if traffic == before:  # a bare call passes the communicator by; one process moves nothing
         found = {"measured_bytes": measured}
-    everyone = [json.loads(p) for p in communicator.gather_bytes(json.dumps(found).encode())]
+    everyone = gathered(found, communicator)
     for key, value in found.items():
         if value is not None:
             yield key, sum(other[key] for other in everyone) / len(everyone)
@@ -268,7 +267,6 @@ def _label(axes: Mapping[str, Any]) -> str:
 
 
 def _describe(row: Mapping[str, Any]) -> str:
-    """One line of progress."""
     median = f"{1e3 * row['median_seconds']:.3f} ms"
     if "path" in row:
         return f"{_label(row)} {row['path']}: {median}"

@@ -1,19 +1,17 @@
 """`fedara micro`: micro-benchmarks of the suite itself."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from bench.commands import Comm, Results, as_job
 
-if TYPE_CHECKING:
-    from fedara_core.comm.base import Communicator
-
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Micro-benchmarks of the suite itself."
 )
 RESULTS = Path("results/micro")
+Methods = Annotated[str, typer.Option(help="Methods; see `fedara list methods`.")]
 
 
 @app.command()
@@ -83,8 +81,8 @@ def collectives(
     from fedara_core.codec import CODECS
     from fedara_core.merge.cost import PATHS
 
-    def job(communicator: "Communicator") -> None:
-        settings = Settings(
+    def settings() -> Settings:  # in the job, whose processes refuse together
+        return Settings(
             runs=tuple(folder for folder in runs.split(",") if folder),
             payload_bytes=numbers("--payload-bytes", payload_bytes, 64, 1e12),
             densities=numbers("--densities", densities, 1e-6, 1),
@@ -98,17 +96,14 @@ def collectives(
             max_layout_bytes=least("--max-layout-bytes", max_layout_bytes, 1),
             seed=seed,
         )
-        run_collectives(settings, results, communicator)
 
-    as_job(comm, job)
+    as_job(comm, lambda communicator: run_collectives(settings(), results, communicator))
 
 
 @app.command()
 def roundtrip(
-    clients: Annotated[str, typer.Option(help="Clients per round.")] = ("10,128,1000"),
-    methods: Annotated[
-        str, typer.Option(help="Methods; see `fedara list methods`.")
-    ] = "lora,fedara",
+    clients: Annotated[str, typer.Option(help="Clients per round.")] = "10,128,1000",
+    methods: Methods = "lora,fedara",
     paths: Annotated[str, typer.Option(help="Merge paths.")] = "allgather,split,allreduce",
     codecs: Annotated[str, typer.Option(help="Codecs of the uploads.")] = "fp32",
     model: Annotated[str, typer.Option(help="The model that carries the adapters.")] = "minilm",
@@ -132,8 +127,8 @@ def roundtrip(
     from fedara_core.merge.cost import PATHS
     from fedara_core.method import method_names
 
-    def job(communicator: "Communicator") -> None:
-        settings = Settings(
+    def settings() -> Settings:  # in the job, whose processes refuse together
+        return Settings(
             clients=tuple(map(int, numbers("--clients", clients, 1, 1e6))),
             methods=names("--methods", methods, tuple(method_names())),
             paths=names("--paths", paths, tuple(path for path in PATHS if path != "dense")),
@@ -142,9 +137,8 @@ def roundtrip(
             lora_rank=lora_rank,
             rounds=rounds,
         )
-        run_roundtrip(settings, results, communicator)
 
-    as_job(comm, job)
+    as_job(comm, lambda communicator: run_roundtrip(settings(), results, communicator))
 
 
 @app.command()
@@ -155,9 +149,7 @@ def scaling(
     clients_per_process: Annotated[
         int, typer.Option(help="Clients per process for weak scaling; 0: skip it.")
     ] = 4,
-    methods: Annotated[
-        str, typer.Option(help="Methods; see `fedara list methods`.")
-    ] = "lora,fedara",
+    methods: Methods = "lora,fedara",
     model: Annotated[str, typer.Option(help="The model to adapt.")] = "minilm",
     max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 64,
     local_steps: Annotated[
@@ -180,8 +172,8 @@ def scaling(
     from bench.micro.scaling import Settings, run_scaling
     from fedara_core.method import method_names
 
-    def job(communicator: "Communicator") -> None:
-        settings = Settings(
+    def settings() -> Settings:  # in the job, whose processes refuse together
+        return Settings(
             cohort=least("--cohort", cohort, 0),
             clients_per_process=least("--clients-per-process", clients_per_process, 0),
             methods=names("--methods", methods, tuple(method_names())),
@@ -190,6 +182,5 @@ def scaling(
             local_steps=least("--local-steps", local_steps, 1),
             rounds=least("--rounds", rounds, 1),
         )
-        run_scaling(settings, results, communicator)
 
-    as_job(comm, job)
+    as_job(comm, lambda communicator: run_scaling(settings(), results, communicator))

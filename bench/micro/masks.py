@@ -196,7 +196,6 @@ def check_sum(found: MaskedSum, *, expected: MaskedSum, path: str, codec: str) -
 
 def check_buffers(found: Sequence[Tensor], *, expected: Sequence[Tensor]) -> None:
     """Raise WrongResult unless every process's bytes came back as they are."""
-    same = (torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
-    for world_rank, right in enumerate(same):
-        if not right:
+    for world_rank, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        if not torch.equal(mine, theirs):
             raise WrongResult(f"allgather: the bytes of world_rank {world_rank} are not its own")

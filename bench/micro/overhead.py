@@ -50,16 +50,15 @@ class Pair(NamedTuple):
     meter: float
 
 
-def run_overhead(settings: Settings, results: Path, communicator: Communicator) -> Path:
-    """Measure the pairs and record them as one row; returns the record's folder."""
+def run_overhead(settings: Settings, results: Path, communicator: Communicator) -> None:
+    """Measure the pairs and record them as one row."""
     set_threads(1, communicator)
     job = prepare(_config(settings), communicator)  # first, so that wrong input leaves no record
     rows = _rows(job, settings, communicator)
-    return record_rows(BENCHMARK, settings, results, communicator, rows, describe)
+    record_rows(BENCHMARK, settings, results, communicator, rows, describe)
 
 
 def _rows(job: Job, settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
-    """The one row."""
     batches = [list(client_batches(job, 0, client_id)) for client_id in draw_cohort(job, 0)]
     _bare_round(job, batches[:1])  # warm up allocator and kernels
     pairs = []
@@ -87,7 +86,6 @@ def summarize(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The row in one line."""
     ratios = row["pair_ratios"]
     return (
         f"suite {row['median_seconds']:.3f} s (metering {100 * row['meter_share']:.2f} % of it), "

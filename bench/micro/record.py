@@ -1,6 +1,5 @@
 """The record of one launch of a micro-benchmark: run.json, rows.jsonl and, written last, DONE."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
+from bench.micro.timing import gathered
 from bench.run.checkpoint import write_atomically
 from bench.run.provenance import library_fact, process_facts, surroundings, utc_now
 from bench.run.record import append_row, write_json
@@ -36,20 +36,19 @@ def record_rows(
     rows: Iterable[dict[str, Any]],
     describe: Callable[[dict[str, Any]], str],
     **facts: Any,
-) -> Path:
+) -> None:
     """Record rows as they are measured, each with a line of progress from world_rank 0.
 
     Every process calls it. settings: a dataclass; rows: measures the next row when it is asked for,
-    the same on every process; facts: more keys of run.json. Returns the record's folder, which
-    world_rank 0 writes. Raises InputError on every process where it can not be made.
+    the same on every process; facts: more keys of run.json. Raises InputError on every process
+    where the record's folder can not be made.
     """
     console, start = progress(communicator), time.perf_counter()
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
     stamp = communicator.broadcast(stamp.encode()).decode()  # world_rank 0's clock
     name = f"{benchmark}-{communicator.kind}-p{communicator.world_size}-{stamp}"
     run_dir = results / name
-    own = json.dumps(process_facts(communicator.world_rank, torch.device("cpu")))
-    processes = [json.loads(part) for part in communicator.gather_bytes(own.encode())]
+    own = process_facts(communicator.world_rank, torch.device("cpu"))
     transport = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_TRANSPORT_KEYS)}
     run = {
         "schema_version": SCHEMA_VERSION,
@@ -61,7 +60,7 @@ def record_rows(
         **library_fact(communicator.kind, communicator.library),
         "transport_environment": transport,
         "world_size": communicator.world_size,
-        "processes": processes,
+        "processes": gathered(own, communicator),
         **facts,
     }
     writes = communicator.world_rank == 0
@@ -75,7 +74,6 @@ def record_rows(
         write_json(run_dir / "run.json", {**run, **end})
         write_atomically(run_dir / "DONE", b"")
     console.print(f"done, records in {run_dir}", soft_wrap=True)
-    return run_dir
 
 
 def progress(communicator: Communicator) -> Console:

@@ -7,9 +7,8 @@ in one process, with messages and without, and the library's bare allgather of a
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from bench.config.load import parse_run
 from bench.metering.meter import Measured
 from bench.micro.bare import average, bare_allgather
 from bench.micro.record import record_rows
-from bench.micro.timing import phase_seconds, quantiles, slowest, time_rounds, timed
+from bench.micro.timing import gathered, phase_seconds, quantiles, slowest, time_rounds, timed
 from bench.run.clients import place
 from bench.run.job import Job
 from bench.run.runner import keep_freed_memory, set_threads
@@ -37,8 +36,6 @@ _BESIDE = "beside_messages_"  # the suite's rounds that take turns with the bare
 _LONG_SCHEDULE = 1000  # rounds; no schedule prunes within the first twentieth
 _MOST_ROUNDS = _LONG_SCHEDULE // 20
 
-BareLoop = Callable[[list[Tensor], list[Tensor], Sequence[int]], list[Tensor]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -53,14 +50,14 @@ class Settings:
     rounds: int
 
 
-def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> Path:
-    """Measure every combination and record them; returns the record's folder (of world_rank 0)."""
+def run_roundtrip(settings: Settings, results: Path, communicator: Communicator) -> None:
+    """Measure every combination and record them."""
     if not 1 <= settings.rounds <= _MOST_ROUNDS:
         raise InputError(f"--rounds {settings.rounds}: allowed: 1 to {_MOST_ROUNDS}")
     set_threads(1, communicator)
     keep_freed_memory()
     rows = _rows(settings, communicator)
-    return record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
+    record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
 
 
 def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, Any]]:
@@ -105,11 +102,9 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
     trained = [p for p in job.model.module.parameters() if p.requires_grad]
     parameters = [parameter.detach().clone() for parameter in trained]
     own: dict[str, list[float]] = {}
-    own[""], own["bare_loop_"], measured, row = _turn_about(
-        average, parameters, job, rounds, communicator
-    )
+    own[""], own["bare_loop_"], measured, row = _turn_about(parameters, job, rounds, communicator)
     own[_BESIDE], own["bare_messages_"], _, _ = _turn_about(
-        partial(average, messages=True), parameters, job, rounds, communicator
+        parameters, job, rounds, communicator, messages=True
     )
     # As many bytes as the process with most clients sends, by a round's mean message.
     most_clients = max(map(len, place(job, range(num_clients), communicator.world_size)))
@@ -120,6 +115,9 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
         own["bare_allgather_"] = calls[1:]
     longest = {prefix: slowest(seconds, communicator) for prefix, seconds in own.items()}
     median = float(np.median(longest[""]))
+    downlink_bytes = sum(gathered(row["downlink_bytes"], communicator))
+    peaks = gathered(measured[-1].memory.get("peak_memory_bytes"), communicator)
+    known_peaks = [peak for peak in peaks if peak is not None]  # not every platform has a counter
     return {
         **quantiles(longest[""]),
         **{
@@ -133,19 +131,20 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
         "messages_per_second": num_clients / median,
         "seconds_per_client": median / num_clients,
         "uplink_bytes_per_client": row["uplink_bytes"] / num_clients,
-        "downlink_bytes_per_client": _total(row["downlink_bytes"], communicator) / num_clients,
-        "wire_bytes_sent": _total(row["wire_bytes_sent"], communicator),
-        **_peak_memory(measured[-1], communicator),
+        "downlink_bytes_per_client": downlink_bytes / num_clients,
+        "wire_bytes_sent": sum(gathered(row["wire_bytes_sent"], communicator)),
+        **({"peak_memory_bytes": max(known_peaks)} if known_peaks else {}),
         "phase_seconds": phase_seconds(measured, communicator),
     }
 
 
 def _turn_about(
-    loop: BareLoop,
     parameters: list[Tensor],
     job: Job,
     rounds: int,
     communicator: Communicator,
+    *,
+    messages: bool = False,
 ) -> tuple[list[float], list[float], list[Measured], dict[str, Any]]:
     """`time_rounds`, with the seconds of the bare loop after each round: those of world_rank 0,
     while the others wait, and next to nothing elsewhere."""
@@ -157,7 +156,7 @@ def _turn_about(
         mean = [parameter.clone() for parameter in parameters]
         start = time.perf_counter()
         if communicator.world_rank == 0:
-            loop(parameters, mean, weights)
+            average(parameters, mean, weights, messages=messages)
         bare_seconds.append(time.perf_counter() - start)
 
     # First rounds fault their pages in.
@@ -165,20 +164,7 @@ def _turn_about(
     return seconds, bare_seconds[_WARM_UP:], measured, row
 
 
-def _total(number: int, communicator: Communicator) -> int:
-    """Sum over processes."""
-    return sum(int(part) for part in communicator.gather_bytes(str(number).encode()))
-
-
-def _peak_memory(measured: Measured, communicator: Communicator) -> dict[str, int]:
-    """Maximum over processes; empty where the platform has no such counter."""
-    own = str(measured.memory.get("peak_memory_bytes", "")).encode()
-    peaks = [int(part) for part in communicator.gather_bytes(own) if part]
-    return {"peak_memory_bytes": max(peaks)} if peaks else {}
-
-
 def _describe(row: dict[str, Any]) -> str:
-    """One line of progress."""
     return (
         f"{row['method']}, {row['num_clients']} clients, {row['path']}, {row['codec']}: "
         f"{1e3 * row['median_seconds']:.2f} ms a round, "

@@ -38,17 +38,16 @@ class Settings:
     rounds: int
 
 
-def run_scaling(settings: Settings, results: Path, communicator: Communicator) -> Path:
-    """Measure both kinds and record them; returns the record's folder (of world_rank 0)."""
+def run_scaling(settings: Settings, results: Path, communicator: Communicator) -> None:
+    """Measure both kinds and record them."""
     if not settings.cohort and not settings.clients_per_process:
         raise InputError("--cohort 0 --clients-per-process 0: allowed: one of them above 0")
     set_threads(1, communicator)
     rows = _rows(settings, communicator)
-    return record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
+    record_rows(BENCHMARK, settings, results, communicator, rows, _describe)
 
 
 def _describe(row: dict[str, Any]) -> str:
-    """One line of progress."""
     what = f"{row['method']}, {row['scaling']} scaling, {row['cohort']} clients"
     return f"{what}: {row['median_seconds']:.3f} s a round"
 

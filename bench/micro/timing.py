@@ -1,5 +1,6 @@
 """Seconds of calls and of rounds, the same on every process: each iteration's slowest one."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -53,10 +54,15 @@ def phase_seconds(measured: Sequence[Measured], communicator: Communicator) -> d
     return {phase: round(seconds, 6) for phase, seconds in longest if seconds}
 
 
+def gathered(value: Any, communicator: Communicator) -> list[Any]:
+    """Every process's value, which JSON can hold."""
+    return [json.loads(part) for part in communicator.gather_bytes(json.dumps(value).encode())]
+
+
 def slowest(seconds: list[float], communicator: Communicator) -> np.ndarray:
     """Each iteration's maximum over processes: (iterations,) float64."""
-    gathered = communicator.gather_bytes(np.array(seconds).tobytes())
-    longest: np.ndarray = np.stack([np.frombuffer(part) for part in gathered]).max(axis=0)
+    everyone = communicator.gather_bytes(np.array(seconds).tobytes())
+    longest: np.ndarray = np.stack([np.frombuffer(part) for part in everyone]).max(axis=0)
     return longest
 
 

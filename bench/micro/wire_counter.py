@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from bench.micro.timing import gathered
 from fedara_core.comm.base import Communicator
 
 _PROBE_BYTES = 1 << 18
@@ -147,8 +148,7 @@ def open_counter(communicator: Communicator) -> WireCounter:
         if not all(communicator.gather_bytes(b"x" if counter.source else b"")):
             continue  # absent on some process
         probe = partial(communicator.allgather, torch.zeros(_PROBE_BYTES, dtype=torch.uint8))
-        own = str(counter.count(probe, communicator)).encode()
-        sent = sum(int(part) for part in communicator.gather_bytes(own))
+        sent = sum(gathered(counter.count(probe, communicator), communicator))
         needed = world_size * (world_size - 1) * _PROBE_BYTES
         if sent >= needed:
             return counter

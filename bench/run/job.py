@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,19 +12,19 @@ import torch
 from torch import Tensor
 
 from bench.config.schema import RunConfig, make_method
-from bench.config.sections import DatasetConfig
 from bench.data.partition import draw_client_lora_ranks, label_counts, partition, summary
-from bench.data.texts import TextDataset, holdout, load_dataset
-from bench.metering.client_cost import ClientCounter
+from bench.data.texts import holdout, load_texts
+from bench.metering.client_cost import ClientCounter, profiles
 from bench.metering.devices import Device, check_names, deal, load_devices
-from bench.models.encoders import build_model, encode
+from bench.models.encoders import Classifier, build_model, encode
 from bench.run.arrivals import Fleet, make_fleet
+from bench.run.identity import Digests, digests, identity, weights_digest
 from fedara_core.adapters import AdaptedModel, AdapterSpec, inject
 from fedara_core.comm.base import Communicator
 from fedara_core.compression import Compression
 from fedara_core.errors import InputError
 from fedara_core.method import Method
-from fedara_core.state import ServerState
+from fedara_core.state import ServerState, Start
 from fedara_core.train import Encoded, LocalTraining
 
 ClientState = dict[int, dict[str, Tensor]]  # client_id -> name -> tensor
@@ -46,7 +45,7 @@ class Job:
     shards: Sequence[np.ndarray]  # client_id -> indices into train
     label_counts: np.ndarray  # (num_clients, num_classes)
     partition_summary: list[dict[str, Any]]
-    dataset_digest: str
+    digests: Digests
     labels: Sequence[str]
     device: torch.device
     client_state: ClientState = field(default_factory=dict)  # what this process's clients keep
@@ -58,6 +57,11 @@ class Job:
     def compression(self) -> Compression:
         """The codecs of the run's messages."""
         return Compression(**self.config.codec.model_dump())
+
+    @property
+    def belongs_to(self) -> dict[str, Any]:
+        """What the run's checkpoints belong to."""
+        return identity(self.config, self.digests, profiles(self.devices))
 
     @property
     def keeps_client_state(self) -> bool:
@@ -93,7 +97,9 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
     if config.evaluate.split == "validation":
         evaluated_texts = [texts[i] for i in validation_index]
         evaluated_labels = labels[validation_index]
-    model, method, state = build(config, num_classes=num_classes, device=device)
+    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed)
+    weights = weights_digest(classifier)  # before adapters take their places
+    model, method, state = adapt(config, classifier, device)
     client_lora_ranks = state.adapter.client_lora_ranks
     counter = ClientCounter(model)
     if config.clients.timed and not counter.counts_flops:
@@ -115,7 +121,7 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
         shards=shards,
         label_counts=label_counts(labels[train_index], shards, num_classes),
         partition_summary=[entry | fleet.facts(entry["client_id"]) for entry in partition_summary],
-        dataset_digest=dataset.digest,
+        digests=digests(config, dataset=dataset.digest, weights=weights),
         device=device,
         counter=counter,
         devices=devices,
@@ -129,7 +135,15 @@ def build(
     config: RunConfig, *, num_classes: int, device: torch.device
 ) -> tuple[AdaptedModel, Method, ServerState]:
     """The model with its adapters, the method, and the state before round 0. Raises InputError."""
-    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed)
+    return adapt(
+        config, build_model(config.model, num_classes=num_classes, seed=config.seed), device
+    )
+
+
+def adapt(
+    config: RunConfig, classifier: Classifier, device: torch.device
+) -> tuple[AdaptedModel, Method, ServerState]:
+    """As `build`, with a model that is there already. Raises InputError."""
     classifier.model.to(device)
     model = inject(classifier.model, config.adapter.targets, classifier.head)
     adapter = AdapterSpec(
@@ -142,9 +156,9 @@ def build(
         ),
         shapes=model.shapes,
     )
-    method = make_method(config.method)
-    num_rounds = config.federation.num_rounds
-    return model, method, method.init(model, adapter, seed=config.seed, num_rounds=num_rounds)
+    method, num_rounds = make_method(config.method), config.federation.num_rounds
+    start = Start(model=model, adapter=adapter, seed=config.seed, num_rounds=num_rounds)
+    return model, method, method.init(start)
 
 
 def choose_device(wanted: str, communicator: Communicator) -> torch.device:
@@ -163,12 +177,6 @@ def _same_bits_on_cuda() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward adds in any order
-
-
-@lru_cache(maxsize=1)
-def load_texts(config: DatasetConfig) -> TextDataset:
-    """The data set; the points of a sweep mostly share it."""
-    return load_dataset(config)
 
 
 def _choose_devices(config: RunConfig) -> tuple[dict[str, Device], list[str]]:

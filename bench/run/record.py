@@ -10,6 +10,8 @@ from bench.config.schema import RunConfig
 from bench.metering.codecarbon import add_parts
 from bench.run.checkpoint import write_atomically
 from bench.run.provenance import utc_now
+from fedara_core.errors import InputError
+from fedara_core.schema import DONE_FILE, PARTITION_FILE, ROUNDS_FILE, RUN_FILE
 
 _PART_KEYS = (
     *("start_time", "git_commit", "git_dirty", "package_versions"),
@@ -25,15 +27,11 @@ class Recorder:
 
     @property
     def done(self) -> bool:
-        return (self.run_dir / "DONE").exists()
+        return (self.run_dir / DONE_FILE).exists()
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The rounds recorded so far, without a last line that was cut off."""
-        path = self.run_dir / "rounds.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # a whole line ends with a newline
+        """The rounds recorded so far, without a last line that was cut off. Raises InputError."""
+        return read_rounds(self.run_dir)
 
     def start(
         self,
@@ -49,14 +47,14 @@ class Recorder:
             part = {key: run[key] for key in _PART_KEYS if key in run}
             part["first_round_index"] = len(earlier_rounds)
             run = {**first, "parts": [*first.get("parts", []), part]}
-        write_json(self.run_dir / "run.json", run)
-        write_json(self.run_dir / "partition.json", partition)
+        write_json(self.run_dir / RUN_FILE, run)
+        write_json(self.run_dir / PARTITION_FILE, partition)
         text = "".join(_line(row) for row in earlier_rounds)
-        write_atomically(self.run_dir / "rounds.jsonl", text.encode())
+        write_atomically(self.run_dir / ROUNDS_FILE, text.encode())
 
     def add_round(self, row: Mapping[str, Any]) -> None:
         """Append one round and flush it to disk."""
-        append_row(self.run_dir / "rounds.jsonl", row)
+        append_row(self.run_dir / ROUNDS_FILE, row)
 
     def end_part(self, first_round_index: int, energy: Mapping[str, Any]) -> None:
         """Record the energy of a part of the run, if it is known."""
@@ -65,7 +63,7 @@ class Recorder:
         run = self.run()
         part = {"first_round_index": first_round_index, **energy}
         write_json(
-            self.run_dir / "run.json", {**run, "energy_parts": [*run.get("energy_parts", []), part]}
+            self.run_dir / RUN_FILE, {**run, "energy_parts": [*run.get("energy_parts", []), part]}
         )
 
     def finish(self, facts: Mapping[str, Any] | None = None) -> None:
@@ -77,13 +75,28 @@ class Recorder:
         energy = add_parts(parts) if len(parts) == 1 + len(run.get("parts", [])) else {}
         energy = energy or {"energy_missing": "not known of every part of the run"}
         end = {"end_time": utc_now(), "total_seconds": total_seconds, **energy, **(facts or {})}
-        write_json(self.run_dir / "run.json", {**run, **end})
-        write_atomically(self.run_dir / "DONE", b"")
+        write_json(self.run_dir / RUN_FILE, {**run, **end})
+        write_atomically(self.run_dir / DONE_FILE, b"")
 
     def run(self) -> dict[str, Any]:
-        """What run.json says so far."""
-        run: dict[str, Any] = json.loads((self.run_dir / "run.json").read_text(encoding="utf-8"))
-        return run
+        """What run.json says so far. Raises InputError."""
+        return read_run(self.run_dir)
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """A run's run.json. Raises InputError."""
+    path = run_dir / RUN_FILE
+    return _parsed(_read(path), str(path), "config")
+
+
+def read_rounds(run_dir: Path) -> list[dict[str, Any]]:
+    """A run's rounds so far, without a last line that was cut off. Raises InputError."""
+    path = run_dir / ROUNDS_FILE
+    if not path.exists():
+        return []
+    whole, _, _ = _read(path).rpartition("\n")  # a whole line ends with a newline
+    lines = whole.split("\n") if whole else []
+    return [_parsed(line, f"{path}:{n}", "round_index") for n, line in enumerate(lines, 1)]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -98,6 +111,31 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(_line(row))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(str(path), str(getattr(error, "strerror", None) or error)) from None
+
+
+def _parsed(text: str, place: str, key: str) -> dict[str, Any]:
+    """A JSON object with this key. Raises InputError, which names the place."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise _damaged(place, f"not valid JSON: {error}") from None
+    if not isinstance(found, dict) or key not in found:
+        raise _damaged(place, f"no object with {key}")
+    return found
+
+
+def _damaged(place: str, problem: str) -> InputError:
+    return InputError(
+        f"{place}: {problem}; allowed: the file as the run wrote it, or none (delete the folder to "
+        "start over)"
+    )
 
 
 def _line(row: Mapping[str, Any]) -> str:

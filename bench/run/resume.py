@@ -1,34 +1,25 @@
 """Where a run starts: from its last checkpoint, or anew; the same on every process."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from bench.config.schema import RunConfig
 from bench.metering.client_cost import profiles
 from bench.metering.codecarbon import HostEnergy
 from bench.run import checkpoint
 from bench.run.clients import home
+from bench.run.identity import require_same
 from bench.run.job import ClientState, Job
 from bench.run.provenance import library_fact, process_facts, provenance
 from bench.run.record import Recorder
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
-from fedara_core.errors import JobError
+from fedara_core.errors import InputError, JobError
+from fedara_core.schema import rounds_fault
 from fedara_core.state import ServerState
 
 Notice = Callable[[str], None]
-
-
-def identity(
-    config: RunConfig, dataset_digest: str, device_profiles: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a checkpoint belongs to: another one's would change the result."""
-    found = {"config": config.result_settings(), "dataset_digest": dataset_digest}
-    if config.clients.timed:
-        found |= {f"device {name}": device_profiles[name] for name in config.devices.shares}
-    return found
 
 
 def resume_or_start(
@@ -48,7 +39,8 @@ def resume_or_start(
     if energy.idle_watts:
         facts["idle_watts"] = {k: round(watts, 3) for k, watts in energy.idle_watts.items()}
     processes = [json.loads(part) for part in communicator.gather_bytes(json.dumps(facts).encode())]
-    belongs_to = identity(job.config, job.dataset_digest, profiles(job.devices))
+    belongs_to = job.belongs_to
+    require_same(belongs_to, communicator)
     # Where nothing is saved, all start from world_rank 0's state: an SVD of the same weights need
     # not give the same bits on another machine.
 
@@ -67,15 +59,15 @@ def resume_or_start(
     state, client_state = together(
         communicator, lambda: checkpoint.restore(job.state, data, belongs_to)
     )
+    rows = together(communicator, lambda: _earlier_rounds(recorder, state, communicator))
     job.client_state.clear()
     for client_id, tensors in client_state.items():
         if home(client_id, communicator.world_size) == communicator.world_rank:
             job.client_state[client_id] = tensors
     if communicator.world_rank == 0:
-        rows = [row for row in recorder.rounds() if row["round_index"] < state.round_index]
         run_facts = provenance(
             job.config,
-            dataset_digest=job.dataset_digest,
+            **job.digests,
             labels=list(job.labels),
             comm=communicator.kind,
             **library_fact(communicator.kind, communicator.library),
@@ -89,6 +81,24 @@ def resume_or_start(
         with storing(recorder, state.round_index):
             recorder.start(run_facts, job.partition_summary, rows)
     return state, client_state
+
+
+def _earlier_rounds(
+    recorder: Recorder, state: ServerState, communicator: Communicator
+) -> list[dict[str, Any]]:
+    """On world_rank 0 the records of the rounds before `state`; nothing elsewhere. Raises
+    InputError unless all of them are there."""
+    if communicator.world_rank != 0 or state.round_index == 0:
+        return []
+    recorder.run()
+    rows = [row for row in recorder.rounds() if row["round_index"] < state.round_index]
+    fault = rounds_fault([row["round_index"] for row in rows], state.round_index)
+    if fault:
+        raise InputError(
+            f"{recorder.run_dir}: the checkpoint is of round {state.round_index}, but {fault}; "
+            f"allowed: both as they were, or none (delete the folder to start over)"
+        )
+    return rows
 
 
 def _num_adapter_parameters(state: ServerState) -> int:

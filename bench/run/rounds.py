@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.metering.client_cost import profiles
 from bench.metering.codecarbon import HostEnergy, add_hosts, no_energy
 from bench.metering.memory import proportional_bytes
 from bench.metering.meter import Meter
@@ -19,7 +18,7 @@ from bench.run.evaluate import evaluate_round
 from bench.run.exchange import merge_path, open_exchange
 from bench.run.job import ClientState, Job
 from bench.run.record import Recorder
-from bench.run.resume import Notice, gather_client_state, identity, resume_or_start, storing
+from bench.run.resume import Notice, gather_client_state, resume_or_start, storing
 from bench.run.round_record import Row, live_facts, reduce_row, traffic_since, upload_facts
 from bench.run.stop import Asked
 from fedara_core.comm.base import Communicator
@@ -143,7 +142,7 @@ def _rounds(
     asked: Asked,
 ) -> ServerState:
     """The rounds from `state` on. What follows a round counts in the next round's record."""
-    belongs_to = identity(job.config, job.dataset_digest, profiles(job.devices))
+    belongs_to = job.belongs_to
     meter = Meter(job.device, counters=energy.counters, idle_watts=energy.idle_watts)
     while state.round_index < state.num_rounds:
         state, row = one_round(job, state, communicator, meter)

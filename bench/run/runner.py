@@ -18,6 +18,7 @@ from bench.config.sections import EnergyConfig
 from bench.jobs.plan import load_points
 from bench.metering.codecarbon import HostEnergy, no_energy, open_energy
 from bench.run.cost_table import show_costs
+from bench.run.finished import check_finished
 from bench.run.job import prepare
 from bench.run.lock import locked
 from bench.run.record import Recorder
@@ -51,16 +52,16 @@ def run_all(
     meters = cache(partial(_meters, communicator))  # runs with equal settings share them
     with listening() as asked:
         for title, config, done in points:
+            recorder = Recorder(results, config)
             if done:
-                console.print(f"{title}: finished earlier, skipped")
+                _skip(f"{title}: finished earlier", recorder, config, communicator, console)
                 continue
             if signal_name := asked.agree(communicator):
                 raise Interrupted(f"interrupted by {signal_name}; start again to resume")
-            recorder = Recorder(results, config)
             try:
                 with _locked(recorder, communicator, console) as done:
                     if done:  # by the job that held the lock until now
-                        console.print(f"{title}: finished meanwhile, skipped")
+                        _skip(f"{title}: finished now", recorder, config, communicator, console)
                         continue
                     _run_point(title, config, communicator, recorder, console, meters, asked)
             except Diverged as error:  # the same on every process
@@ -73,6 +74,23 @@ def run_all(
         show_costs(finished, console)
     if diverged:
         raise diverged[0]
+
+
+def _skip(
+    title: str,
+    recorder: Recorder,
+    config: RunConfig,
+    communicator: Communicator,
+    console: Console,
+) -> None:
+    """Say that a finished run is skipped. Raises InputError on every process if it is not the run
+    that `config` would give here."""
+
+    def check() -> str:
+        return check_finished(recorder.run_dir, config) if communicator.world_rank == 0 else ""
+
+    unknown = together(communicator, check)
+    console.print("; ".join(filter(None, [f"{title}, skipped", unknown])), soft_wrap=True)
 
 
 def _run_point(

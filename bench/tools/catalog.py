@@ -61,19 +61,14 @@ def describe_methods() -> Iterator[str]:
         text = sys.modules[cls.__module__].__doc__ or ""
         yield f"{name}: {_first_sentence(text)}"
         for way in ("Up", "Down"):
-            label = f"    {way.lower()}:".ljust(10)
-            paragraph = label + _paragraph(text, way)
+            # The line that starts with the word, and its indented continuation lines.
+            found = re.search(rf"^{way}:((?:.*)(?:\n    .*)*)", text, re.MULTILINE)
+            assert found, f"a method's docstring needs a line that starts with {way}:"
+            paragraph = f"    {way.lower()}:".ljust(10) + " ".join(found[1].split())
             yield from textwrap.wrap(paragraph, 100, subsequent_indent=" " * 10)
         for field in dataclasses.fields(cls):
             yield f"    {field.name} = {field.default!r}"
         yield ""
-
-
-def _paragraph(text: str, word: str) -> str:
-    """What follows `word:` in a docstring, with its indented continuation lines."""
-    found = re.search(rf"^{word}:((?:.*)(?:\n    .*)*)", text, re.MULTILINE)
-    assert found, f"a method's docstring needs a line that starts with {word}:"
-    return " ".join(found.group(1).split())
 
 
 def _first_sentence(text: str) -> str:

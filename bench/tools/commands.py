@@ -1,16 +1,13 @@
 """`fedara reproduce`, `fedara list`, `fedara export` and `fedara doctor`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from bench.commands import Comm, Overrides, Results, as_job, refuse
+from bench.commands import Comm, Overrides, Results, as_job
 from fedara_core.errors import InputError
-
-if TYPE_CHECKING:
-    from fedara_core.comm.base import Communicator
 
 
 def reproduce(
@@ -34,11 +31,9 @@ def reproduce(
     """
     from bench.tools.reproduce import reproduce as run_again
 
-    def job(communicator: "Communicator") -> None:
-        if not run_again(run_dir, results, overrides or [], within_points, communicator):
-            raise typer.Exit(1)
-
-    as_job(comm, job)
+    words = overrides or []
+    if not as_job(comm, lambda job: run_again(run_dir, results, words, within_points, job)):
+        raise typer.Exit(1)
 
 
 def list_(
@@ -51,7 +46,7 @@ def list_(
     from bench.tools.catalog import CATALOGS, describe_methods
 
     if what not in CATALOGS:
-        refuse(InputError(f"list {what!r}: allowed: {', '.join(CATALOGS)}"))
+        raise InputError(f"list {what!r}: allowed: {', '.join(CATALOGS)}")
     if verbose and what == "methods":
         typer.echo("\n".join(describe_methods()))
         return
@@ -76,10 +71,7 @@ def export(
     """
     from bench.tools.export import export as write
 
-    try:
-        typer.echo(f"{out}: {write(run_dir, out, client)}")
-    except InputError as error:
-        refuse(error)
+    typer.echo(f"{out}: {write(run_dir, out, client)}")
 
 
 def doctor() -> None:

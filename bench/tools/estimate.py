@@ -9,12 +9,12 @@ import torch
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.data.texts import BUILT_IN_SETS
+from bench.data.texts import BUILT_IN_SETS, load_texts
 from bench.metering.meter import Meter
 from bench.models.encoders import BUILT_IN
 from bench.run.arrivals import make_fleet
 from bench.run.clients import draw_cohort, train_client
-from bench.run.job import Job, build, load_texts
+from bench.run.job import Job, build
 from fedara_core.train import Encoded, LocalTraining
 
 
@@ -38,7 +38,7 @@ def null_job(config: RunConfig, *, num_classes: int) -> Job:
         shards=[np.arange(10 + client_id % 7) for client_id in range(num_clients)],
         label_counts=np.zeros((num_clients, num_classes), np.int64),
         partition_summary=[],
-        dataset_digest="",
+        digests={},
         labels=[],
         device=device,
     )

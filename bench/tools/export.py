@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.models.encoders import MeanPooled, save_tokenizer
+from bench.models.encoders import MeanPooled, build_model, load_tokenizer
 from bench.run import checkpoint
 from bench.run.clients import without_residual
-from bench.run.job import build
-from bench.run.resume import identity
+from bench.run.identity import identity, weights_digest
+from bench.run.job import adapt
+from bench.run.record import read_run
 from fedara_core.adapters import AdaptedModel, Adapter
 from fedara_core.errors import InputError
 from fedara_core.method import Client
@@ -79,9 +80,10 @@ def export(run_dir: Path, out: Path, client_id: int | None) -> str:
     out.mkdir(parents=True, exist_ok=True)
     write(trained, out)
     if isinstance(trained.model, MeanPooled):
-        _save_head(trained.model, out)
+        # No transformers model has this head.
+        save_file(trained.model.classifier.state_dict(), out / "head.safetensors")
     if trained.config.model.name != "tiny":
-        save_tokenizer(trained.config.model, out)
+        load_tokenizer(trained.config.model).save_pretrained(out)
     rounds = f"round {trained.state.round_index} of {trained.state.num_rounds}"
     (out / "README.md").write_text(_readme(trained, kind, rounds), encoding="utf-8")
     return f"{kind}, {trained.config.method.name} after {rounds}"
@@ -93,27 +95,31 @@ def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
     if not run_json.exists() or not found:
         missing = checkpoint.FILE if run_json.exists() else "run.json"
         raise InputError(f"{run_dir} has no {missing}; allowed: the folder of a run with both")
-    run = json.loads(run_json.read_text(encoding="utf-8"))
+    run = read_run(run_dir)
     config = parse_run(run["config"])
-    model, method, state = build(config, num_classes=len(run["labels"]), device=torch.device("cpu"))
+    num_classes = len(run["labels"])
+    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed)
+    found_digests = dict(run)
+    if "weights_digest" in run:  # those of the record may lie elsewhere
+        found_digests["weights_digest"] = weights_digest(classifier)
+    model, method, state = adapt(config, classifier, torch.device("cpu"))
     state, client_state = checkpoint.restore(
-        state, found.data, identity(config, run["dataset_digest"], run.get("device_profiles", {}))
+        state, found.data, identity(config, found_digests, run.get("device_profiles", {}))
     )
-    allowed = ", ".join(map(str, sorted(client_state)))
-    if method.stateful and client_id not in client_state:
-        raise InputError(
-            f"--client {client_id}: {config.method.name} has a model for each client; "
-            f"allowed: {allowed}"
-        )
-    if client_id is not None and not method.stateful:
+    client = None
+    if method.stateful:
+        if client_id not in client_state:
+            raise InputError(
+                f"--client {client_id}: {config.method.name} has a model for each client; "
+                f"allowed: {', '.join(map(str, sorted(client_state)))}"
+            )
+        own = without_residual(client_state[client_id])
+        client = Client(client_id=client_id, num_examples=0, model=model, kept=own)
+    elif client_id is not None:
         raise InputError(
             f"--client {client_id}: {config.method.name} has one model for all "
             "clients; allowed: no --client"
         )
-    client = None
-    if client_id is not None:
-        own = without_residual(client_state[client_id])
-        client = Client(client_id=client_id, num_examples=0, model=model, kept=own)
     method.download(model, state, client)
     model.module.eval()
     return Trained(config=config, adapted=model, state=state, labels=run["labels"])
@@ -200,11 +206,6 @@ def write_merged(trained: Trained, out: Path) -> None:
     trained.inner.config.id2label = dict(enumerate(trained.labels))
     trained.inner.config.label2id = {label: i for i, label in enumerate(trained.labels)}
     trained.inner.save_pretrained(out)
-
-
-def _save_head(model: MeanPooled, out: Path) -> None:
-    """The head that no transformers model has, beside it."""
-    save_file(model.classifier.state_dict(), out / "head.safetensors")
 
 
 def _readme(trained: Trained, kind: str, rounds: str) -> str:

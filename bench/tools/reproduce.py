@@ -10,7 +10,7 @@ from analysis.records import reader
 from analysis.records.campaign import SERIES, Campaign, load_campaign
 from analysis.records.per_run import per_run
 from bench.jobs.plan import load_points
-from bench.run.job import load_texts
+from bench.run.finished import check_finished
 from bench.run.record import Recorder
 from bench.run.runner import run_all
 from fedara_core.comm.base import Communicator
@@ -39,13 +39,8 @@ def reproduce(
                 f"--set {' '.join(overrides)}: another run than the record's; allowed: what "
                 "changes no result, such as dataset.name=file:DIR for where its data lie"
             )
-        wanted = reader.read_run(run_dir)["dataset_digest"]
-        found = load_texts(config.dataset).digest
-        if wanted != found:
-            raise InputError(
-                f"dataset.name = {config.dataset.name!r} has digest {found}; allowed: the record's "
-                f"data, {wanted}"
-            )
+        if unknown := check_finished(run_dir, config):
+            raise InputError(f"{run_dir}: {unknown}")
         if Recorder(results, config).run_dir.resolve() == run_dir.resolve():
             raise InputError(f"--results {results}: the record's own folder; allowed: another one")
         return load_campaign(run_dir.resolve().parent)

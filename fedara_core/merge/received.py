@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedara_core.values import Index
 from fedara_core.wire import Header, Upload
 
 _CHUNK = 1 << 18  # values summed at a time: their float64 sum stays in the cache
@@ -89,8 +90,10 @@ def weighted_mean(uploads: Sequence[Upload]) -> Tensor:
     return mean
 
 
-def mean_of_ends(uploads: Sequence[Upload], num_values: int) -> Tensor:
-    """The weighted mean of each upload's last num_values values, however many precede them."""
+def mean_of_whole(uploads: Sequence[Upload], index: Index) -> Tensor:
+    """The weighted mean of the whole parameters: each upload's last values, however many precede
+    them."""
+    num_values = index.num_sent - index.num_row_values
     ends = [
         Upload(header=u.header, values=u.values[u.values.numel() - num_values :]) for u in uploads
     ]

@@ -29,13 +29,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
+from fedara_core.adapters import AdaptedModel, LowRank
 from fedara_core.errors import require_fractions, require_not_negative, require_positive
 from fedara_core.factors import orthogonality_gaps, svd_parts
 from fedara_core.importance import ImportanceMeter, scheduled_budget, top_k
 from fedara_core.merge.received import Received
 from fedara_core.method import Batch, Client, Method, Size
-from fedara_core.state import ServerState, relaid, start_state
+from fedara_core.state import ServerState, Start, relaid
 from fedara_core.values import masks_of_bits
 from fedara_core.wire import Upload
 
@@ -61,11 +61,8 @@ class AdaLora(Method):
         require_positive(self, "init_std")
         require_not_negative(self, "orthogonality")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        parts = svd_parts(adapter, seed, self.init_std)
-        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
+    def init(self, start: Start) -> ServerState:
+        return start.state(self, svd_parts(start.adapter, start.seed, self.init_std))
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, singular=True)

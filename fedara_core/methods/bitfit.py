@@ -12,10 +12,9 @@ Shapes: b (d_out,), or (d,) in a layer norm.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec
 from fedara_core.errors import InputError
 from fedara_core.method import Method
-from fedara_core.state import ServerState, start_state
+from fedara_core.state import ServerState, Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +23,9 @@ class BitFit(Method):
 
     coded: ClassVar = ("down", "feedback")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        frozen = {name: p for name, p in model.module.named_parameters() if not p.requires_grad}
-        biases = [parameter for name, parameter in frozen.items() if name.endswith("bias")]
+    def init(self, start: Start) -> ServerState:
+        parameters = start.model.module.named_parameters()
+        biases = [p for name, p in parameters if name.endswith("bias") and not p.requires_grad]
         if not biases:
             raise InputError(
                 "method.name = 'bitfit': the model's encoder has no bias; allowed: a model with "
@@ -36,4 +33,4 @@ class BitFit(Method):
             )
         for bias in biases:
             bias.requires_grad_(True)
-        return start_state(self, model, adapter, {}, seed=seed, num_rounds=num_rounds)
+        return start.state(self, {})

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedara_core.adapters import AdaptedModel, Adapter, AdapterSpec
+from fedara_core.adapters import AdaptedModel, Adapter
 from fedara_core.factors import signed_svd
 from fedara_core.method import Client, Method, Size
-from fedara_core.state import ServerState, start_state
+from fedara_core.state import ServerState, Start
 from fedara_core.values import Shape, Tensors
 
 
@@ -33,21 +33,17 @@ class FedSb(Method):
 
     coded: ClassVar = ("down", "feedback")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        lora_rank = adapter.lora_rank
+    def init(self, start: Start) -> ServerState:
+        lora_rank = start.adapter.lora_rank
         core: Tensors = {}
         fixed: dict[str, Tensors] = {"A": {}, "B": {}}
-        for name, layer in model.adapters.items():
+        for name, layer in start.model.adapters.items():
             u, _, vt = signed_svd(layer.base.weight.detach().cpu(), lora_rank)
             core[name] = torch.zeros(lora_rank, lora_rank)
             # Contiguous, as a checkpoint gives them back: strides can change the last bits.
             fixed["A"][name] = vt.float().contiguous()  # (r, d_in)
             fixed["B"][name] = u.float().contiguous()  # (d_out, r)
-        return start_state(
-            self, model, adapter, {"R": core}, seed=seed, num_rounds=num_rounds, fixed=fixed
-        )
+        return replace(start.state(self, {"R": core}), fixed=fixed)
 
     def form(self, state: ServerState) -> "Core":
         return Core(scale=state.adapter.scale, lora_rank=state.adapter.lora_rank)

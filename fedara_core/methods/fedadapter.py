@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedara_core.adapters import AdaptedModel, Adapter, AdapterSpec
+from fedara_core.adapters import Adapter
 from fedara_core.errors import InputError, require_positive
 from fedara_core.method import Method
 from fedara_core.seeds import generator
-from fedara_core.state import ServerState, start_state
+from fedara_core.state import ServerState, Start
 from fedara_core.values import Shape, Tensors
 
 
@@ -52,19 +52,17 @@ class FedAdapter(Method):
     def __post_init__(self) -> None:
         require_positive(self, "width", "init_std")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
+    def init(self, start: Start) -> ServerState:
         parts: dict[str, Tensors] = {"down": {}, "bias": {}, "up": {}}
-        for index, name in enumerate(self.places(list(adapter.shapes))):
-            d_out, _ = adapter.shapes[name]
+        for index, name in enumerate(self.places(list(start.adapter.shapes))):
+            d_out, _ = start.adapter.shapes[name]
             drawn = torch.empty(self.width, 2 * d_out + 1)
-            cut, source = 2 * self.init_std, generator(seed, "init", index)
+            cut, source = 2 * self.init_std, generator(start.seed, "init", index)
             nn.init.trunc_normal_(drawn, 0, self.init_std, -cut, cut, generator=source)
             down, bias, up = torch.split(drawn, [d_out, 1, d_out], dim=1)
             parts["down"][name], parts["up"][name] = down, up
             parts["bias"][name] = torch.zeros_like(bias)
-        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
+        return start.state(self, parts)
 
     def places(self, names: Sequence[str]) -> list[str]:
         """Those of the layers `names` that get a bottleneck. Raises InputError."""

@@ -20,9 +20,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
+from fedara_core.adapters import AdaptedModel, LowRank
 from fedara_core.errors import InputError, require_fractions, require_not_negative, require_positive
-from fedara_core.factors import lora_parts, orthogonality_penalty, svd_parts
+from fedara_core.factors import orthogonality_penalty, svd_parts
 from fedara_core.importance import (
     Importance,
     ImportanceMeter,
@@ -32,7 +32,7 @@ from fedara_core.importance import (
 )
 from fedara_core.merge.received import Received
 from fedara_core.method import Batch, Client, Method, Size
-from fedara_core.state import ServerState, relaid, start_state
+from fedara_core.state import ServerState, Start, relaid
 from fedara_core.values import masks_of_bits
 from fedara_core.wire import Upload
 
@@ -69,13 +69,10 @@ class FedAra(Method):
         if self.importance == "magnitude" and not self.truncated_svd:
             raise InputError("method.importance = 'magnitude' needs method.truncated_svd = true")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        parts = lora_parts(adapter, seed)
+    def init(self, start: Start) -> ServerState:
         if self.truncated_svd:
-            parts = svd_parts(adapter, seed, self.init_std)
-        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
+            return start.state(self, svd_parts(start.adapter, start.seed, self.init_std))
+        return super().init(start)
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, singular=self.truncated_svd)

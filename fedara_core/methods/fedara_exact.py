@@ -24,13 +24,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
+from fedara_core.adapters import AdaptedModel, LowRank
 from fedara_core.errors import require_fractions, require_positive
 from fedara_core.factors import svd_parts, truncated_product
 from fedara_core.importance import scheduled_budget, top_k
 from fedara_core.merge.received import Received
 from fedara_core.method import Client, Method, Size, next_state
-from fedara_core.state import ServerState, start_state, with_parts
+from fedara_core.state import ServerState, Start, with_parts
 from fedara_core.values import Tensors
 
 
@@ -54,11 +54,8 @@ class FedAraExact(Method):
         require_fractions(self, "final_budget", "warmup_fraction", "final_fraction")
         require_positive(self, "init_std", "e_lr_factor")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        parts = svd_parts(adapter, seed, self.init_std)
-        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
+    def init(self, start: Start) -> ServerState:
+        return start.state(self, svd_parts(start.adapter, start.seed, self.init_std))
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, singular=True)

@@ -19,10 +19,10 @@ from typing import ClassVar
 
 import torch
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.adapters import AdaptedModel
 from fedara_core.factors import signed_svd
 from fedara_core.method import Client, Method, Size
-from fedara_core.state import ServerState, start_state
+from fedara_core.state import ServerState, Start
 from fedara_core.values import Tensors
 
 
@@ -32,20 +32,17 @@ class FeDeRA(Method):
 
     coded: ClassVar = ("down", "feedback")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
+    def init(self, start: Start) -> ServerState:
+        adapter = start.adapter
         parts: dict[str, Tensors] = {"A": {}, "B": {}}
         delta: Tensors = {}
-        for name, layer in model.adapters.items():
+        for name, layer in start.model.adapters.items():
             u, s, vt = signed_svd(layer.base.weight.detach().cpu(), adapter.lora_rank)
             root = torch.sqrt(s / adapter.scale)  # (r,)
             a, b = (root[:, None] * vt).float(), (u * root).float().T
             parts["A"][name], parts["B"][name] = a, b
             delta[name] = -(adapter.scale * b.double().T @ a.double()).float()  # (d_out, d_in)
-        return start_state(
-            self, model, adapter, parts, seed=seed, num_rounds=num_rounds, fixed={"delta": delta}
-        )
+        return replace(start.state(self, parts), fixed={"delta": delta})
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         size = super().download(model, state, client)

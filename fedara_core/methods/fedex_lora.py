@@ -17,10 +17,10 @@ Deviation: means are weighted by num_examples (the authors' code takes plain one
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.adapters import AdaptedModel
 from fedara_core.merge.received import Received
 from fedara_core.method import Client, Method, Size, missed_values
-from fedara_core.state import ServerState, start_with_delta
+from fedara_core.state import ServerState, Start, with_added_delta, with_zero_delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,33 +30,18 @@ class FedExLora(Method):
     combine: ClassVar = "gather"
     coded: ClassVar = ("down", "feedback")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        return start_with_delta(self, model, adapter, seed=seed, num_rounds=num_rounds)
+    def init(self, start: Start) -> ServerState:
+        return with_zero_delta(super().init(start))
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         size = super().download(model, state, client)
         if client is None:
             return size
-        missed = missed_values(state, client.client_id, state.extra["stacked_rows"])
-        return replace(size, num_exact=missed)
+        return replace(size, num_exact=missed_values(state, client.client_id))
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         after = super().aggregate(state, received)
-        adapter = state.adapter
-        delta = {name: change.double() for name, change in state.fixed["delta"].items()}
         clients = [state.index.parts(upload.values) for upload in received.uploads]
         # The product of the means is taken from the state as stored: what clients will compute.
         terms = [*zip(clients, received.shares, strict=True), (after.parts, -1.0)]
-        for parts, factor in terms:
-            for name in adapter.shapes:
-                a, b = parts["A"][name].double(), parts["B"][name].double().T
-                delta[name] += factor * adapter.scale * (b @ a)  # (d_out, d_in)
-        stacked_rows = state.extra["stacked_rows"].clone()
-        stacked_rows[state.round_index] = len(received.headers) * adapter.lora_rank
-        return replace(
-            after,
-            fixed={"delta": {name: change.float() for name, change in delta.items()}},
-            extra={"stacked_rows": stacked_rows},
-        )
+        return with_added_delta(after, terms, len(clients) * state.adapter.lora_rank)

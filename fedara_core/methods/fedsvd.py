@@ -18,11 +18,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
+from fedara_core.adapters import AdaptedModel, LowRank
 from fedara_core.factors import lora_parts, signed_svd, truncated_product
 from fedara_core.merge.received import Received
 from fedara_core.method import Client, Method, Size
-from fedara_core.state import ServerState, start_state
+from fedara_core.state import ServerState, Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +31,12 @@ class FedSvd(Method):
 
     coded: ClassVar = ("down",)  # the basis is another after each SVD
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        parts = lora_parts(adapter, seed)
+    def init(self, start: Start) -> ServerState:
+        parts = lora_parts(start.adapter, start.seed)
         for name, a in parts["A"].items():
             _, _, vt = signed_svd(a, len(a))
             parts["A"][name] = vt.float()
-        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
+        return start.state(self, parts)
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, frozen=("A",))

@@ -13,9 +13,9 @@ Deviation: the head trains and is averaged, so that heads are alike in all metho
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
+from fedara_core.adapters import LowRank
 from fedara_core.method import Method
-from fedara_core.state import ServerState
+from fedara_core.state import ServerState, Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,10 @@ class FfaLora(Method):
 
     freeze_head: bool = False
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
+    def init(self, start: Start) -> ServerState:
         if self.freeze_head:
-            model.freeze_head()
-        return super().init(model, adapter, seed=seed, num_rounds=num_rounds)
+            start.model.freeze_head()
+        return super().init(start)
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, frozen=("A",))

@@ -14,7 +14,6 @@ Deviation: the server keeps, and evaluates, lora_rank triplets of Delta, not Del
     lora_alpha / lora_rank at every client, whatever its r_k.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,9 +22,9 @@ from torch import Tensor
 
 from fedara_core.adapters import AdaptedModel
 from fedara_core.factors import truncated_product
-from fedara_core.merge.received import Received, mean_of_ends
+from fedara_core.merge.received import Received, mean_of_whole
 from fedara_core.method import Client, Method, Size, next_state
-from fedara_core.state import ServerState, truncated
+from fedara_core.state import ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,36 +35,25 @@ class FlexLora(Method):
     uses_client_lora_ranks: ClassVar[bool] = True
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        own = state if client is None else self._own(state, client.client_id)
+        own = state if client is None else self.own_state(state, client.client_id)
         return super().download(model, own, client)
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         left: dict[str, list[Tensor]] = {name: [] for name in state.adapter.shapes}
         right: dict[str, list[Tensor]] = {name: [] for name in state.adapter.shapes}
         for upload, share in zip(received.uploads, received.shares, strict=True):
-            parts = self._own(state, upload.client_id).index.parts(upload.values)
+            parts = self.own_state(state, upload.client_id).index.parts(upload.values)
             for name in left:
                 left[name].append(share * parts["B"][name].double())  # (r_k, d_out)
                 right[name].append(parts["A"][name].double())  # (r_k, d_in)
         vector = state.vector.clone()
         new = state.index.parts(vector)
         for name in left:
-            _truncate(left[name], right[name], new["A"][name], new["B"][name])
-        whole = state.index.runs[""]
-        vector[whole] = mean_of_ends(received.uploads, whole.stop - whole.start)
+            a, b = new["A"][name], new["B"][name]  # (r, d_in), B^T (r, d_out)
+            # Of Delta / scale: scale acts in the model.
+            u, s, vt = truncated_product(torch.cat(left[name]).T, torch.cat(right[name]), len(a))
+            a[: len(s)] = vt.float()
+            b.zero_()
+            b[: len(s)] = (u * s).T.float()
+        vector[state.index.runs[""]] = mean_of_whole(received.uploads, state.index)
         return next_state(state, received, vector=vector)
-
-    def _own(self, state: ServerState, client_id: int) -> ServerState:
-        """What the client gets of the state."""
-        return truncated(state, self.form(state), state.adapter.client_lora_ranks[client_id])
-
-
-def _truncate(left: Sequence[Tensor], right: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
-    """Write the best approximation of the stacked pairs' product into A (r, d_in), B^T (r, d_out).
-
-    It is of Delta / scale: scale acts in the model.
-    """
-    u, s, vt = truncated_product(torch.cat(list(left)).T, torch.cat(list(right)), len(a))
-    a[: len(s)] = vt.float()
-    b.zero_()
-    b[: len(s)] = (u * s).T.float()

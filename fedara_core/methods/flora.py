@@ -16,12 +16,12 @@ Deviation: what a client has to catch up on, and the dense limit, are ours. The 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.adapters import AdaptedModel
 from fedara_core.factors import lora_parts
-from fedara_core.merge.received import Received, mean_of_ends
+from fedara_core.merge.received import Received, mean_of_whole
 from fedara_core.method import Client, Method, Size, missed_values, next_state
 from fedara_core.seeds import derive
-from fedara_core.state import ServerState, start_with_delta, truncated
+from fedara_core.state import ServerState, Start, with_added_delta, with_zero_delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,41 +31,25 @@ class FLora(Method):
     combine: ClassVar = "gather"
     uses_client_lora_ranks: ClassVar[bool] = True
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        return start_with_delta(self, model, adapter, seed=seed, num_rounds=num_rounds)
+    def init(self, start: Start) -> ServerState:
+        return with_zero_delta(super().init(start))
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         if client is None:
             return super().download(model, state, client)
-        super().download(model, self._own(state, client.client_id), client)
-        missed = missed_values(state, client.client_id, state.extra["stacked_rows"])
-        return Size(num_values=state.index.num_sent - state.index.num_row_values, num_exact=missed)
+        super().download(model, self.own_state(state, client.client_id), client)
+        num_whole_values = state.index.num_sent - state.index.num_row_values
+        return Size(num_values=num_whole_values, num_exact=missed_values(state, client.client_id))
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
-        adapter = state.adapter
-        delta = {name: change.double() for name, change in state.fixed["delta"].items()}
-        stacked_rows = state.extra["stacked_rows"].clone()
-        for upload, share in zip(received.uploads, received.shares, strict=True):
-            stacked_rows[state.round_index] += adapter.client_lora_ranks[upload.client_id]
-            # Rows that the client does not have are those of the round's start, with B = 0.
-            parts = self._own(state, upload.client_id).index.parts(upload.values)
-            for name in adapter.shapes:
-                a, b = parts["A"][name].double(), parts["B"][name].double().T
-                delta[name] += share * adapter.scale * (b @ a)
-        fresh = lora_parts(adapter, derive(state.seed, "restart", state.round_index + 1))
+        # Rows that the client does not have are those of the round's start, with B = 0.
+        clients = [
+            self.own_state(state, upload.client_id).index.parts(upload.values)
+            for upload in received.uploads
+        ]
+        fresh = lora_parts(state.adapter, derive(state.seed, "restart", state.round_index + 1))
         vector = state.index.pack(fresh, state.whole)
-        whole = state.index.runs[""]
-        vector[whole] = mean_of_ends(received.uploads, whole.stop - whole.start)
-        return next_state(
-            state,
-            received,
-            vector=vector,
-            fixed={"delta": {name: change.float() for name, change in delta.items()}},
-            extra={"stacked_rows": stacked_rows},
-        )
-
-    def _own(self, state: ServerState, client_id: int) -> ServerState:
-        """What the client trains of the state."""
-        return truncated(state, self.form(state), state.adapter.client_lora_ranks[client_id])
+        vector[state.index.runs[""]] = mean_of_whole(received.uploads, state.index)
+        after = next_state(state, received, vector=vector)
+        num_rows = sum(state.adapter.client_lora_ranks[k] for k in received.client_ids)
+        return with_added_delta(after, zip(clients, received.shares, strict=True), num_rows)

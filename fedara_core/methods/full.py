@@ -12,9 +12,8 @@ Shapes: those of the model's parameters. A parameter that two layers share is on
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec
 from fedara_core.method import Method
-from fedara_core.state import ServerState, start_state
+from fedara_core.state import ServerState, Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +22,6 @@ class Full(Method):
 
     coded: ClassVar = ("down", "feedback")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        model.module.requires_grad_(True)
-        return start_state(self, model, adapter, {}, seed=seed, num_rounds=num_rounds)
+    def init(self, start: Start) -> ServerState:
+        start.model.module.requires_grad_(True)
+        return start.state(self, {})

@@ -9,9 +9,8 @@ Down: the same.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec
 from fedara_core.method import Method
-from fedara_core.state import ServerState, start_state
+from fedara_core.state import ServerState, Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +19,5 @@ class HeadOnly(Method):
 
     coded: ClassVar = ("down", "feedback")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        return start_state(self, model, adapter, {}, seed=seed, num_rounds=num_rounds)
+    def init(self, start: Start) -> ServerState:
+        return start.state(self, {})

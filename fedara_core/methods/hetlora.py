@@ -18,19 +18,18 @@ Deviation: the head is averaged by num_examples, as in all methods here. The pap
     are beyond every client's r_k. The default of `penalty` is ours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec
+from fedara_core.adapters import AdaptedModel
 from fedara_core.errors import InputError, require_not_negative
-from fedara_core.factors import lora_parts
 from fedara_core.merge.received import Received
 from fedara_core.method import Batch, Client, Method, Size, next_state, with_mean
-from fedara_core.state import ServerState, relaid, start_state, truncated
+from fedara_core.state import ServerState, Start, relaid, truncated
 from fedara_core.values import Index, bits_of_masks, first_rows
 from fedara_core.wire import Header, Upload
 
@@ -56,14 +55,9 @@ class HetLora(Method):
         if not 0 < self.gamma <= 1:
             raise InputError(f"method.gamma = {self.gamma} must be above 0 and at most 1")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        parts = lora_parts(adapter, seed)
-        extra = {"client_lora_ranks": torch.tensor(adapter.client_lora_ranks)}  # int64
-        return start_state(
-            self, model, adapter, parts, seed=seed, num_rounds=num_rounds, extra=extra
-        )
+    def init(self, start: Start) -> ServerState:
+        ranks = torch.tensor(start.adapter.client_lora_ranks)  # int64
+        return replace(super().init(start), extra={"client_lora_ranks": ranks})
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         if client is None:
@@ -100,7 +94,7 @@ class HetLora(Method):
         client_lora_ranks = state.extra["client_lora_ranks"].clone()
         client_lora_ranks[list(sent)] = torch.tensor(list(sent.values()))
         held = first_rows(state.rank_masks, max(sent.values()))
-        unheld = state.index.value_mask(~bits_of_masks(held, state.rank_masks), whole=False)
+        unheld = state.index.per_value(~bits_of_masks(held, state.rank_masks), whole=False)
         mean = torch.where(unheld, state.sent, received.mean)
         after = next_state(
             state,

@@ -27,17 +27,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank
+from fedara_core.adapters import AdaptedModel, AdapterSpec
 from fedara_core.errors import InputError, require_positive
 from fedara_core.importance import top_k
 from fedara_core.merge.received import Received
-from fedara_core.method import Batch, Client, Method, Size, alternating_size
-from fedara_core.state import ServerState
+from fedara_core.method import Alternating, Batch, Client, Size
+from fedara_core.state import ServerState, Start
 from fedara_core.wire import Upload
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraA2(Method):
+class LoraA2(Alternating):
     """budget: r_k as a share of the client's capacity in adapter.client_lora_ranks (the paper: 1,
     2, 4 or 8 of 16); probe_steps: local steps before the choice (the paper: an epoch; 2, as after
     one step Adam's changes are all of a size); b_lr_factor: factor on B's learning rate (the paper:
@@ -57,16 +57,10 @@ class LoraA2(Method):
             raise InputError(f"method.budget = {self.budget} must be in (0, 1]")
         require_positive(self, "probe_steps", "b_lr_factor")
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
+    def init(self, start: Start) -> ServerState:
         if self.freeze_head:
-            model.freeze_head()
-        return super().init(model, adapter, seed=seed, num_rounds=num_rounds)
-
-    def form(self, state: ServerState) -> LowRank:
-        resting = "B" if state.round_index % 2 else "A"
-        return LowRank(scale=state.adapter.scale, frozen=(resting,))
+            start.model.freeze_head()
+        return super().init(start)
 
     def lr_factor(self, part: str) -> float:
         return self.b_lr_factor if part == "B" else 1.0
@@ -77,12 +71,12 @@ class LoraA2(Method):
         return max(1, round(lora_rank * len(adapter.shapes)))
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        super().download(model, state, client)
+        size = super().download(model, state, client)
         if client is not None:
             client.notes["start"] = client.vector.clone()
             note_chosen(client, torch.ones(state.num_live, dtype=torch.bool))
             client.notes["num_chosen"] = self.num_chosen(state.adapter, client.client_id)
-        return alternating_size(state, self.form(state), client)
+        return size
 
     def local_step(self, client: Client, batch: Batch) -> None:
         client.backward(batch)
@@ -108,7 +102,7 @@ class LoraA2(Method):
 
 def note_chosen(client: Client, chosen: Tensor) -> None:
     """Note the chosen triplets (live triplets,) bool, and which values (num_trained,) are not."""
-    left_out = ~client.model.index.value_mask(chosen)
+    left_out = ~client.model.index.per_value(chosen, whole=True)
     client.notes["chosen"], client.notes["left_out"] = chosen, left_out.to(client.vector.device)
 
 

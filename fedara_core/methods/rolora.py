@@ -14,19 +14,9 @@ Deviation: clients may miss rounds, and then catch up on both halves; the head t
 
 from dataclasses import dataclass
 
-from fedara_core.adapters import AdaptedModel, LowRank
-from fedara_core.method import Client, Method, Size, alternating_size
-from fedara_core.state import ServerState
+from fedara_core.method import Alternating
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoLora(Method):
+class RoLora(Alternating):
     """No hyperparameters of its own."""
-
-    def form(self, state: ServerState) -> LowRank:
-        resting = "B" if state.round_index % 2 else "A"
-        return LowRank(scale=state.adapter.scale, frozen=(resting,))
-
-    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        super().download(model, state, client)
-        return alternating_size(state, self.form(state), client)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedara_core.adapters import AdaptedModel, Adapter, AdapterForm, AdapterSpec, LowRank
+from fedara_core.adapters import Adapter, AdapterForm, LowRank
 from fedara_core.errors import InputError, require_positive
-from fedara_core.factors import lora_parts, signed_svd
+from fedara_core.factors import signed_svd
 from fedara_core.merge.received import Received
 from fedara_core.method import Method, next_state, with_mean
 from fedara_core.seeds import generator
-from fedara_core.state import ServerState, start_state, with_parts
+from fedara_core.state import ServerState, Start, with_parts
 from fedara_core.values import Shape, Tensors
 
 
@@ -56,14 +56,12 @@ class SLora(Method):
             return 0
         return min(num_rounds - 1, max(1, round(self.stage1_fraction * num_rounds)))
 
-    def init(
-        self, model: AdaptedModel, adapter: AdapterSpec, *, seed: int, num_rounds: int
-    ) -> ServerState:
-        parts = lora_parts(adapter, seed)
-        if self.stage1_rounds(num_rounds):
-            sizes = {n: num_sparse(shape, self.density) for n, shape in adapter.shapes.items()}
-            parts = {"delta": {name: torch.zeros(1, size) for name, size in sizes.items()}}
-        return start_state(self, model, adapter, parts, seed=seed, num_rounds=num_rounds)
+    def init(self, start: Start) -> ServerState:
+        if not self.stage1_rounds(start.num_rounds):
+            return super().init(start)
+        shapes = start.adapter.shapes.items()
+        delta = {name: torch.zeros(1, num_sparse(shape, self.density)) for name, shape in shapes}
+        return start.state(self, {"delta": delta})
 
     def in_stage1(self, state: ServerState) -> bool:
         """Whether the sparse weights train: until a round from R1 - 1 on has had an upload."""

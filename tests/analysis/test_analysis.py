@@ -158,17 +158,17 @@ def test_corrupt_line_is_named(tmp_path: Path) -> None:
     file = write_record(tmp_path, "lora", 0) / "rounds.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], lines[1][:20], lines[2]]))
-    with pytest.raises(InputError, match=r"rounds\.jsonl:2: not valid JSON"):
-        load_campaign(tmp_path)
+    (reason,) = load_campaign(tmp_path).damaged
+    assert reason.startswith(f"{file.parent.name}/rounds.jsonl:2: not valid JSON")
 
 
 @pytest.mark.parametrize("keep", [[0, 1], [0, 2], [0, 1, 1, 2]])
-def test_lost_and_repeated_rounds_are_refused(tmp_path: Path, keep: list[int]) -> None:
+def test_lost_and_repeated_rounds_are_damage(tmp_path: Path, keep: list[int]) -> None:
     file = write_record(tmp_path, "lora", 0) / "rounds.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[index] for index in keep))
-    with pytest.raises(InputError, match="rounds 0 to 2, each once"):
-        load_campaign(tmp_path)
+    (reason,) = load_campaign(tmp_path).damaged
+    assert "rounds 0 to 2 are here, each once" in reason
 
 
 def test_looks_of_named_methods_all_differ() -> None:
@@ -229,11 +229,11 @@ def test_only_incomplete_runs_is_an_error(tmp_path: Path) -> None:
     assert "no finished run" in result.stderr
 
 
-def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
+def test_records_of_another_version_are_left_out(tmp_path: Path) -> None:
     file = write_record(tmp_path, "lora", 0) / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 2}))
-    with pytest.raises(InputError, match="schema_version 2, this code reads 1"):
-        load_campaign(tmp_path)
+    (reason,) = load_campaign(tmp_path).damaged
+    assert reason.endswith("schema_version 2, this code reads 1")
 
 
 def test_of_the_other_packages_only_names_and_costs_are_imported() -> None:

@@ -313,7 +313,7 @@ def test_the_order_of_the_vector() -> None:
     assert index.row_widths.tolist() == [1, 1, 1, 4, 7]
     bits = torch.tensor([True, False, True])
     assert index.per_row(bits, whole=True).tolist() == [True, False, True, True, True]
-    assert index.value_mask(bits).tolist() == [True, False, True] + [True] * 11
+    assert index.per_value(bits, whole=True).tolist() == [True, False, True] + [True] * 11
     clients = torch.arange(2 * 33.0).view(2, 33)  # a leading axis of clients
     assert index.parts(clients)["A"]["y"].tolist() == [
         [[28.0, 29, 30, 31, 32]],

@@ -217,3 +217,12 @@ def descendants(pid: int) -> list[int]:
     for child in found:
         found.extend(children.get(child, []))
     return found
+
+
+def pretend_finished(run_dir: Path, num_rounds: int) -> None:
+    """A finished run's files, as far as it takes to skip it."""
+    run_dir.mkdir(parents=True)
+    (run_dir / "run.json").write_text('{"config": {}}')
+    rounds = "".join(f'{{"round_index": {index}}}\n' for index in range(num_rounds))
+    (run_dir / "rounds.jsonl").write_text(rounds)
+    (run_dir / "DONE").touch()

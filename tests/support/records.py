@@ -1,4 +1,4 @@
-"""Synthetic records of runs, and one row of a table of them."""
+"""Synthetic records of runs and launches, and one row of a table of them."""
 
 import json
 import zlib
@@ -104,3 +104,35 @@ def add_energy(run: Path, *, counted: bool) -> None:
     joules = {"energy_joules": {"local_train": 5.0, "total": 7.0}, "energy_source": "rapl"}
     text = "".join(json.dumps(line | joules) + "\n" for line in lines)
     (run / "rounds.jsonl").write_text(text)
+
+
+def make_launch(
+    folder: Path, benchmark: str, number: int, row: dict[str, Any], **facts: Any
+) -> None:
+    """Write a launch of one row on two processes; facts: more of its run.json."""
+    comm = facts.get("comm", "mpi")
+    run_id = f"micro-{benchmark}-{comm}-p2-{number}"
+    (folder / run_id).mkdir(parents=True)
+    run = {
+        "schema_version": 1,
+        "benchmark": f"micro-{benchmark}",
+        "run_id": run_id,
+        "config": {"model": "minilm"},
+        "comm": comm,
+        "mpi_library": "MPICH Version: 5",
+        "world_size": 2,
+        "cpu": "some CPU",
+        "num_cores": 2,
+        "processes": [{"host": "a"}],
+    }
+    (folder / run_id / "run.json").write_text(json.dumps(run | facts))
+    (folder / run_id / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / run_id / "DONE").touch()
+
+
+def overhead_row(seconds: float, ratio: float) -> dict[str, Any]:
+    return {
+        **{"method": "lora", "num_clients": 5, "local_steps": 5, "max_length": 64},
+        **{"median_seconds": seconds, "bare_loop_median_seconds": seconds / ratio},
+        **{"ratio_to_bare_loop": ratio, "meter_share": 0.0012},
+    }

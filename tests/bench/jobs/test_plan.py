@@ -16,7 +16,7 @@ from bench.jobs.local import run_sweep, side_by_side
 from bench.jobs.plan import Plan, describe, load_points, make_plan
 from bench.jobs.status import last_lines, read_status
 from fedara_core.errors import InputError
-from support.launch import TINY, environment, fedara_here, rounds_of
+from support.launch import TINY, environment, fedara_here, pretend_finished, rounds_of
 from support.rounds import make_tiny_job, play_rounds
 from support.stand_in import stand_in
 
@@ -119,9 +119,7 @@ def test_200_points_expand_in_a_second(tmp_path: Path) -> None:
 def test_a_dry_run_counts_what_is_left(tmp_path: Path) -> None:
     config = write(tmp_path, "seed = [0, 1, 2]")
     plan = make_plan(config, tmp_path / "out", [])
-    finished = plan.results / plan.runs[1].run_id
-    finished.mkdir(parents=True)
-    (finished / "DONE").touch()
+    pretend_finished(plan.results / plan.runs[1].run_id, num_rounds=6)
     assert plan.left() == [0, 2]
     dry = fedara("sweep", config, "--results", plan.results, "--dry-run")
     assert dry.exit_code == 0, dry.stderr

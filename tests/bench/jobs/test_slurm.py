@@ -18,7 +18,7 @@ from bench.jobs.slurm import read_site, submit_plan
 from bench.jobs.slurm_script import Chunk, Site, _ranges, array_script, figures_script
 from bench.jobs.status import read_status
 from fedara_core.errors import InputError
-from support.launch import ROOT, TINY, wait_for
+from support.launch import ROOT, TINY, pretend_finished, wait_for
 from support.stand_in import put_first, stand_in
 
 SITES = sorted((ROOT / "slurm" / "sites").glob("*.toml"))
@@ -178,9 +178,7 @@ def test_what_is_done_is_not_submitted_again(tmp_path: Path, sbatch: Path) -> No
     plan = make_plan(config, tmp_path / "out", [])
     site = Site(time="60", mpi="pmi2")
     for index in (1, 0, 2):
-        folder = plan.results / plan.runs[index].run_id
-        folder.mkdir(parents=True)
-        (folder / "DONE").touch()
+        pretend_finished(plan.results / plan.runs[index].run_id, num_rounds=6)
         if index == 1:
             submit_plan(plan, site, dry_run=False)
             assert "#SBATCH --array=0,2\n" in plan.path.with_suffix(".sbatch").read_text()

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench.metering.client_cost import ClientCost, profiles, reduce_clients
+from bench.metering.client_cost import ClientCost, reduce_clients
 from bench.run import clients
 from bench.run.arrivals import Fleet, draw_speeds, first
 from bench.run.checkpoint import dump, find_checkpoint, restore, save_checkpoint
 from bench.run.clients import draw_cohort
 from bench.run.job import Job
-from bench.run.resume import identity
 from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.method import method_names
@@ -288,7 +287,7 @@ def test_the_same_on_any_processes_and_after_an_interruption(
     words += [] if failing == "over-selection" else ["clients.deadline_seconds=0.08"]
     job = make_tiny_job(*words)
     reference = play_rounds(job, num_rounds=2)
-    belongs_to = identity(job.config, job.dataset_digest, profiles(job.devices))
+    belongs_to = job.belongs_to
     save_checkpoint(tmp_path, reference[-1].after, job.client_state, belongs_to)
     reference += play_rounds(job, reference[-1].after, 2)
     for key in ("arrived", "late", "dropped"):
@@ -332,11 +331,11 @@ def test_devices_that_became_faster_are_another_run(
     ):
         (tmp_path / "devices.toml").write_text(DEVICES)
         job = make_tiny_job(*shares, setting)
-        old = identity(job.config, job.dataset_digest, profiles(job.devices))
+        old = job.belongs_to
         (tmp_path / "devices.toml").write_text(DEVICES.replace("2e8", "3e8"))
         again = make_tiny_job(*shares, setting)
         assert again.config.run_id == job.config.run_id
-        new = identity(again.config, again.dataset_digest, profiles(again.devices))
+        new = again.belongs_to
         assert (new != old) == refused
         if refused:
             with pytest.raises(InputError, match=r"another run: .*device slow.*200000000"):

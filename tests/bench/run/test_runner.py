@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from bench.config.load import load_runs
-from bench.run.job import load_texts, prepare
+from bench.data.texts import load_texts
+from bench.run.job import prepare
 from bench.run.record import Recorder
 from bench.run.rounds import run
 from bench.run.runner import _num_threads, run_all, set_threads

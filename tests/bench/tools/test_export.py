@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from bench.config.load import load_runs
 from bench.models.encoders import build_model
 from bench.run.checkpoint import save_checkpoint
-from bench.run.resume import identity
 from bench.tools.export import export, load_trained, lora_pairs
 from fedara_core.adapters import Adapter
 from fedara_core.errors import InputError
@@ -38,10 +37,10 @@ def finished_run(folder: Path, *overrides: str) -> Path:
     run = {
         "config": config.canonical(),
         "labels": list(job.labels),
-        "dataset_digest": job.dataset_digest,
+        **job.digests,
     }
     (folder / "run.json").write_text(json.dumps(run))
-    save_checkpoint(folder, last, job.client_state, identity(config, job.dataset_digest, {}))
+    save_checkpoint(folder, last, job.client_state, job.belongs_to)
     return folder
 
 

@@ -138,9 +138,8 @@ def test_after_the_rendezvous_a_slow_process_is_waited_for(port: int) -> None:
 
 def test_a_wrong_interface_of_one_host_is_refused_on_every_process(port: int) -> None:
     jobs = [start(i, 3, port, "", GLOO_SOCKET_IFNAME=("lo", "lo", "eth77")[i]) for i in range(3)]
-    lines = [refusal(job) for job in jobs]
-    assert lines[0] == lines[1] == lines[2]
-    ((line,), *_) = lines
+    line, *others = (refusal(job)[-1] for job in jobs)  # one may have told that it waits
+    assert others == [line, line]
     assert "GLOO_SOCKET_IFNAME = 'eth77'" in line
     assert socket.gethostname() in line
     assert "allowed: lo" in line

@@ -14,7 +14,7 @@ from bench.run.job import Job
 from fedara_core.adapters import AdapterSpec, inject
 from fedara_core.errors import InputError
 from fedara_core.methods.bitfit import BitFit
-from fedara_core.state import with_parts
+from fedara_core.state import Start, with_parts
 from support.rounds import make_tiny_job, play_rounds
 
 BITFIT = ("method.name=bitfit", "model.dropout=0.0", "train.lr=1e-2", "train.local_steps=3")
@@ -137,4 +137,4 @@ def test_an_encoder_without_biases_is_refused() -> None:
     model = inject(transformers.AutoModel.from_config(settings), "all-linear", ())
     adapter = AdapterSpec(lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes)
     with pytest.raises(InputError, match="encoder has no bias; allowed: a model with biases"):
-        BitFit().init(model, adapter, seed=0, num_rounds=1)
+        BitFit().init(Start(model=model, adapter=adapter, seed=0, num_rounds=1))

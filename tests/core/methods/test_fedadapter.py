@@ -14,7 +14,7 @@ from bench.run.clients import client_batches
 from fedara_core.adapters import AdapterSpec, inject
 from fedara_core.errors import InputError
 from fedara_core.methods.fedadapter import Bottleneck, FedAdapter
-from fedara_core.state import with_parts
+from fedara_core.state import Start, with_parts
 from support.adapted import join_rows
 from support.rounds import make_tiny_job, play_rounds
 
@@ -162,7 +162,7 @@ def test_bottlenecks_follow_the_layers_that_end_a_sub_layer(architecture: str) -
         "pfeiffer": (feed_forward,),
     }.items():
         method = FedAdapter(placement=placement, width=7)  # type: ignore[arg-type]
-        state = method.init(model, adapter, seed=0, num_rounds=1)
+        state = method.init(Start(model=model, adapter=adapter, seed=0, num_rounds=1))
         rows = join_rows(state.parts)
         assert set(rows) == {f"{layers}.{i}.{end}" for i in (0, 1) for end in endings}
         assert {tuple(own.shape) for own in rows.values()} == {(7, 33)}

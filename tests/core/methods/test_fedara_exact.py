@@ -13,7 +13,7 @@ from fedara_core.adapters import AdapterSpec, inject
 from fedara_core.errors import InputError
 from fedara_core.merge.received import Received
 from fedara_core.methods.fedara_exact import FedAraExact
-from fedara_core.state import ServerState, relaid
+from fedara_core.state import ServerState, Start, relaid
 from fedara_core.values import Tensors
 from fedara_core.wire import Upload, make_upload
 from support.adapted import join_rows
@@ -38,7 +38,7 @@ def start(**settings: Any) -> tuple[FedAraExact, ServerState]:
         lora_rank=4, lora_alpha=8.0, client_lora_ranks=(4,) * 4, shapes=model.shapes
     )
     method = FedAraExact(**{"final_budget": 1.0, **settings})
-    return method, method.init(model, adapter, seed=0, num_rounds=10)
+    return method, method.init(Start(model=model, adapter=adapter, seed=0, num_rounds=10))
 
 
 def upload_of(client_id: int, num_examples: int, rows: Tensors, head: float = 0.0) -> Upload:

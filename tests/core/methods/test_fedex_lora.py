@@ -13,7 +13,7 @@ from fedara_core.adapters import AdapterSpec, inject
 from fedara_core.merge.received import Received
 from fedara_core.method import load_method
 from fedara_core.methods.fedex_lora import FedExLora
-from fedara_core.state import ServerState
+from fedara_core.state import ServerState, Start
 from fedara_core.wire import Upload, make_upload
 from support.rounds import make_tiny_job, play_rounds, train_one_client
 
@@ -31,7 +31,7 @@ def small_state() -> ServerState:
     adapter = AdapterSpec(
         lora_rank=2, lora_alpha=6.0, client_lora_ranks=(2,) * 5, shapes=model.shapes
     )
-    return FedExLora().init(model, adapter, seed=0, num_rounds=4)
+    return FedExLora().init(Start(model=model, adapter=adapter, seed=0, num_rounds=4))
 
 
 def upload_of(client_id: int, num_examples: int, values: torch.Tensor) -> Upload:

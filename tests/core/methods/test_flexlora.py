@@ -13,7 +13,7 @@ from fedara_core.adapters import AdapterSpec, LowRank, inject
 from fedara_core.merge.received import Received
 from fedara_core.method import Client
 from fedara_core.methods.flexlora import FlexLora
-from fedara_core.state import ServerState
+from fedara_core.state import ServerState, Start
 from fedara_core.wire import Upload, make_upload
 from support.pairs import model_parts, pair, sent_pairs, with_random_rows
 from support.rounds import make_tiny_job, play_rounds, received, train_one_client
@@ -35,7 +35,8 @@ def small_state(client_lora_ranks: Sequence[int]) -> ServerState:
         client_lora_ranks=tuple(client_lora_ranks),
         shapes=model.shapes,
     )
-    return with_random_rows(FlexLora().init(model, adapter, seed=0, num_rounds=4), seed=5)
+    start = Start(model=model, adapter=adapter, seed=0, num_rounds=4)
+    return with_random_rows(FlexLora().init(start), seed=5)
 
 
 def small_upload(client_id: int, num_examples: int, client_lora_rank: int) -> Upload:

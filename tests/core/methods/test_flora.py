@@ -15,7 +15,7 @@ from fedara_core.adapters import AdapterSpec, LowRank, inject
 from fedara_core.merge.received import Received
 from fedara_core.method import Client, missed_values
 from fedara_core.methods.flora import FLora
-from fedara_core.state import ServerState
+from fedara_core.state import ServerState, Start
 from fedara_core.wire import Upload, make_upload
 from support.pairs import model_parts, sent_pairs, update
 from support.rounds import make_tiny_job, play_rounds, received, train_one_client
@@ -38,7 +38,7 @@ def small_state(client_lora_ranks: Sequence[int]) -> ServerState:
         client_lora_ranks=tuple(client_lora_ranks),
         shapes=model.shapes,
     )
-    return FLora().init(model, adapter, seed=0, num_rounds=4)
+    return FLora().init(Start(model=model, adapter=adapter, seed=0, num_rounds=4))
 
 
 def small_upload(client_id: int, num_examples: int, client_lora_rank: int, draw: int = 0) -> Upload:
@@ -160,12 +160,12 @@ def test_missed_values_by_hand() -> None:
     """Of 3 x 5 and 4 x 4: n rows are 8 n + 8 n floats, dense 15 + 16."""
     last_round = torch.tensor([2, 1, 0, -1, -1])
     state = replace(small_state([2] * 5), round_index=3, last_round=last_round)
-    stacked_rows = torch.tensor([7, 3, 1, 0])
+    state = replace(state, extra={"stacked_rows": torch.tensor([7, 3, 1, 0])})
     # Client 2 was in round 0, so it has seen none of the three stacks, like a client that is new.
-    assert [missed_values(state, k, stacked_rows) for k in range(4)] == [16, 31, 31, 31]
-    two_rows = torch.tensor([0, 0, 2, 0])
-    assert missed_values(state, 0, two_rows) == 15 + 16  # 16 > 15 in "a", 16 <= 16 in "b"
-    assert missed_values(replace(state, round_index=0), 4, stacked_rows) == 0
+    assert [missed_values(state, k) for k in range(4)] == [16, 31, 31, 31]
+    two_rows = replace(state, extra={"stacked_rows": torch.tensor([0, 0, 2, 0])})
+    assert missed_values(two_rows, 0) == 15 + 16  # 16 > 15 in "a", 16 <= 16 in "b"
+    assert missed_values(replace(state, round_index=0), 4) == 0
 
 
 @pytest.mark.parametrize("setting", [UNEQUAL, "federation.cohort=3"])

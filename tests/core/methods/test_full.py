@@ -16,7 +16,7 @@ from bench.run.clients import client_batches
 from bench.run.job import Job
 from fedara_core.adapters import AdaptedModel, AdapterSpec, inject
 from fedara_core.methods.full import Full
-from fedara_core.state import start_state
+from fedara_core.state import Start
 from support.rounds import make_tiny_job, play_rounds
 
 FULL = (
@@ -103,7 +103,8 @@ def test_with_a_frozen_encoder_it_is_a_linear_probe() -> None:
     job = make_tiny_job(*FULL)
     for name, parameter in job.model.module.named_parameters():
         parameter.requires_grad_(name.startswith("classifier."))
-    state = start_state(job.method, job.model, job.state.adapter, {}, seed=0, num_rounds=6)
+    start = Start(model=job.model, adapter=job.state.adapter, seed=0, num_rounds=6)
+    state = start.state(job.method, {})
     ours = play_rounds(job, state, 2)
     probe = play_rounds(make_tiny_job("method.name=head_only", *FULL[1:]), num_rounds=2)
     assert [r.row["state_digest"] for r in ours] == [r.row["state_digest"] for r in probe]
@@ -143,7 +144,7 @@ def assert_every_parameter_has_a_gradient(config: ModelConfig) -> nn.Module:
     classifier = build_model(config, num_classes=3, seed=0)
     model = inject(classifier.model, "all-linear", classifier.head)
     adapter = AdapterSpec(lora_rank=4, lora_alpha=4.0, client_lora_ranks=(4,), shapes=model.shapes)
-    state = Full().init(model, adapter, seed=0, num_rounds=1)
+    state = Full().init(Start(model=model, adapter=adapter, seed=0, num_rounds=1))
     assert set(state.whole) == {name for name, _ in model.module.named_parameters()}
     ids = torch.arange(3, 19).reshape(2, 8)
     model.module(ids, torch.ones_like(ids)).square().sum().backward()
@@ -175,7 +176,7 @@ def test_a_shared_parameter_travels_once() -> None:
     first, second = (module.encoder.encoder.layer[i].intermediate.dense for i in (0, 1))
     second.base.weight = first.base.weight
     job = replace(job, model=AdaptedModel(module), counter=None)  # which found them before
-    state = job.method.init(job.model, job.state.adapter, seed=0, num_rounds=6)
+    state = job.method.init(Start(model=job.model, adapter=job.state.adapter, seed=0, num_rounds=6))
     assert sum(t.numel() for t in state.whole.values()) == NUM_VALUES - 64 * 32
     after = play_rounds(job, state, 1)[0].after
     name = "encoder.encoder.layer.0.intermediate.dense.base.weight"

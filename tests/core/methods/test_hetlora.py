@@ -14,7 +14,7 @@ from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank, inject
 from fedara_core.errors import InputError
 from fedara_core.method import Client, load_method
 from fedara_core.methods.hetlora import HetLora
-from fedara_core.state import ServerState, truncated
+from fedara_core.state import ServerState, Start, truncated
 from fedara_core.train import start_client
 from fedara_core.values import make_index
 from fedara_core.wire import Upload, make_upload
@@ -45,7 +45,8 @@ def small_state(client_lora_ranks: Sequence[int]) -> ServerState:
         client_lora_ranks=tuple(client_lora_ranks),
         shapes=model.shapes,
     )
-    return with_random_rows(HetLora().init(model, adapter, seed=0, num_rounds=4), seed=5)
+    start = Start(model=model, adapter=adapter, seed=0, num_rounds=4)
+    return with_random_rows(HetLora().init(start), seed=5)
 
 
 def small_upload(

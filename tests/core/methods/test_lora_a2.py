@@ -14,7 +14,7 @@ from fedara_core.adapters import AdapterSpec, LowRank, inject
 from fedara_core.errors import InputError
 from fedara_core.method import Client
 from fedara_core.methods.lora_a2 import LoraA2
-from fedara_core.state import ServerState, with_parts
+from fedara_core.state import ServerState, Start, with_parts
 from fedara_core.train import start_client
 from fedara_core.values import EMPTY, Parts, make_index
 from fedara_core.wire import Upload, make_upload
@@ -325,7 +325,7 @@ def test_the_download_is_the_half_that_the_last_round_trained() -> None:
         lora_rank=2, lora_alpha=2.0, client_lora_ranks=(2, 2), shapes=model.shapes
     )
     method = LoraA2()
-    state = method.init(model, adapter, seed=0, num_rounds=4)
+    state = method.init(Start(model=model, adapter=adapter, seed=0, num_rounds=4))
     expected = {0: [16, 16], 1: [6, 16], 2: [10, 16]}  # floats a triplet: client 0, client 1
     for round_index, widths in expected.items():
         for client_id, width in enumerate(widths):

@@ -1,0 +1,222 @@
+"""What a run belongs to, by content: data, weights, tokeniser, code; and whole records."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.config.sections import DatasetConfig
+from bench.data.texts import load_texts
+from bench.run.identity import require_same, tokenizer_digest
+from fedara_core.comm.base import Communicator
+from fedara_core.errors import InputError
+from fedara_core.methods.lora import Method
+from support.in_turn import in_turn
+from support.launch import TINY, Finished, fedara_here
+
+WORDS = ["rain", "snow", "wind", "storm", "soup", "bread", "flour", "oven"]
+
+
+def write_data(folder: Path, shift: int) -> None:
+    """A data set of 40 + 20 texts; another shift gives other texts for the same labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, num_texts in (("train", 40), ("test", 20)):
+        rows = [
+            {"text": f"{WORDS[(i + shift) % 8]} {WORDS[i % 5]}", "label": i % 2}
+            for i in range(num_texts)
+        ]
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """A random BERT with a word tokeniser."""
+    transformers = pytest.importorskip("transformers")
+    folder.mkdir(exist_ok=True)
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = transformers.BertConfig(vocab_size=16, num_hidden_layers=1, **sizes)
+    transformers.BertModel(settings).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(vocabulary)).save_pretrained(folder)
+
+
+def run(results: Path, *overrides: str) -> Finished:
+    """`fedara run` on tests/tiny.toml, as a job that has read nothing yet."""
+    load_texts.cache_clear()
+    tokenizer_digest.cache_clear()
+    shown = [word for text in ("federation.num_rounds=3", *overrides) for word in ("--set", text)]
+    return fedara_here("run", TINY, "--results", results, *shown)
+
+
+def only_run(results: Path) -> Path:
+    (run_dir,) = (path for path in results.iterdir() if path.is_dir())
+    return run_dir
+
+
+def interrupt(run_dir: Path) -> None:
+    """As if the run had ended after its last checkpoint."""
+    (run_dir / "DONE").unlink()
+
+
+def test_a_finished_run_is_not_taken_for_one_on_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folds lie in folders of the same name."""
+    for fold in (0, 1):
+        write_data(tmp_path / f"fold{fold}" / "data", shift=fold)
+    monkeypatch.chdir(tmp_path / "fold0")
+    assert run(tmp_path / "out", "dataset.name=file:data").code == 0
+    first = json.loads((only_run(tmp_path / "out") / "run.json").read_text())["dataset_digest"]
+    again = run(tmp_path / "out", "dataset.name=file:data")
+    assert (again.code, "finished earlier, skipped\n" in again.out) == (0, True)
+    monkeypatch.chdir(tmp_path / "fold1")
+    other = run(tmp_path / "out", "dataset.name=file:data")
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    second = load_texts(DatasetConfig(name="file:data")).digest
+    assert f'dataset_digest is "{first}" there and "{second}" here' in other.err
+
+
+@pytest.mark.parametrize("command", ["sweep", "reproduce"])
+def test_no_command_takes_edited_data_for_those_of_the_record(command: str, tmp_path: Path) -> None:
+    data, results = tmp_path / "data", tmp_path / "out"
+    write_data(data, shift=0)
+    assert run(results, f"dataset.name=file:{data}").code == 0
+    with (data / "test.jsonl").open("a") as file:
+        file.write('{"text": "rain", "label": 1}\n')
+    load_texts.cache_clear()
+    words = ["--set", f"dataset.name=file:{data}"]
+    if command == "sweep":
+        words += ["--set", "federation.num_rounds=3", "--results", str(results)]
+        said = fedara_here_without_comm("sweep", TINY, *words)
+    else:
+        said = fedara_here("reproduce", only_run(results), "--results", tmp_path / "again", *words)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "dataset_digest is" in said.err
+
+
+def fedara_here_without_comm(*words: object) -> Finished:
+    from typer.testing import CliRunner
+
+    from bench.cli import app
+
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return Finished(code=done.exit_code, out=done.stdout, err=done.stderr, end_time=0.0)
+
+
+def test_data_that_are_gone_are_said(tmp_path: Path) -> None:
+    write_data(tmp_path / "data", shift=0)
+    assert run(tmp_path / "out", f"dataset.name=file:{tmp_path / 'data'}").code == 0
+    shutil.rmtree(tmp_path / "data")
+    again = run(tmp_path / "out", f"dataset.name=file:{tmp_path / 'data'}")
+    assert again.code == 0
+    assert "skipped; not compared with data and model: dataset.name" in again.out
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+@pytest.mark.parametrize("changed", ["weights_digest", "tokenizer_digest"])
+def test_a_model_folder_whose_files_were_replaced(changed: str, state: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_model(model, seed=0)
+    settings = [f"model.name={model}", "adapter.targets=['query']"]
+    assert run(tmp_path / "out", *settings).code == 0
+    run_dir = only_run(tmp_path / "out")
+    if state == "interrupted":
+        interrupt(run_dir)
+    if changed == "weights_digest":
+        write_model(model, seed=1)
+    else:
+        for name in ("vocab.txt", "tokenizer.json"):
+            if (model / name).exists():
+                text = (model / name).read_text()
+                (model / name).write_text(text.replace("soup", "salt"))
+    before = (run_dir / "rounds.jsonl").read_bytes()
+    other = run(tmp_path / "out", *settings)
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert f"{changed} is" in other.err
+    assert "dataset_digest" not in other.err
+    assert (run_dir / "rounds.jsonl").read_bytes() == before
+
+
+def test_a_method_whose_results_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, "method.name=lora").code == 0
+    monkeypatch.setattr(Method, "version", 2)
+    other = run(tmp_path, "method.name=lora")
+    assert other.code == 2
+    assert "method_version is 1 there and 2 here" in other.err
+
+
+def test_a_record_of_before_there_were_digests_is_skipped_as_before(tmp_path: Path) -> None:
+    assert run(tmp_path).code == 0
+    path = only_run(tmp_path) / "run.json"
+    facts = json.loads(path.read_text())
+    for key in ("weights_digest", "results_version", "method_version"):
+        del facts[key]
+    path.write_text(json.dumps(facts))
+    assert "finished earlier, skipped\n" in run(tmp_path).out
+
+
+def test_processes_that_differ_are_named() -> None:
+    def refused(communicator: Communicator) -> str:
+        digest = "abc" if communicator.world_rank != 1 else "def"
+        own: dict[str, Any] = {"config": {"seed": 0}, "weights_digest": digest}
+        with pytest.raises(InputError) as raised:
+            require_same(own, communicator)
+        return str(raised.value)
+
+    said = in_turn(3, refused)
+    assert said == [said[0]] * 3
+    assert 'by world_rank: weights_digest is "abc" on 0, 2, "def" on 1;' in said[0]
+    assert "config" not in said[0]
+
+
+def test_processes_that_agree() -> None:
+    in_turn(2, lambda communicator: require_same({"dataset_digest": "abc"}, communicator))
+
+
+DAMAGE = {
+    "gone": (lambda rows: None, "holds 0 of 3 rounds"),
+    "short": (lambda rows: rows[:2], "holds 2 of 3 rounds"),
+    "twice": (lambda rows: [rows[0], rows[0], rows[2]], "are not 0 to 2, each once"),
+    "cut": (lambda rows: [rows[0][:9], *rows[1:]], "rounds.jsonl:1: not valid JSON"),
+    "list": (lambda rows: ["[]\n", *rows[1:]], "rounds.jsonl:1: no object with round_index"),
+}
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_rounds_that_are_not_there_are_never_done(damage: str, state: str, tmp_path: Path) -> None:
+    assert run(tmp_path).code == 0
+    run_dir = only_run(tmp_path)
+    path = run_dir / "rounds.jsonl"
+    change, wanted = DAMAGE[damage]
+    left = change(path.read_text().splitlines(keepends=True))
+    if left is None:
+        path.unlink()
+    else:
+        path.write_text("".join(line if line.endswith("\n") else f"{line}\n" for line in left))
+    if state == "interrupted":
+        interrupt(run_dir)
+    said = run(tmp_path)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert wanted in said.err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"\\ud800"'])
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+def test_a_damaged_run_json_is_one_line(text: str, state: str, tmp_path: Path) -> None:
+    assert run(tmp_path).code == 0
+    run_dir = only_run(tmp_path)
+    (run_dir / "run.json").write_text(text)
+    if state == "interrupted":
+        interrupt(run_dir)
+    said = run(tmp_path)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "run.json: " in said.err
+    assert (run_dir / "run.json").read_text() == text

@@ -1,5 +1,6 @@
 """The `fedara` command: mounts the commands that live beside their code."""
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from analysis.cli import main as report
 from bench.commands import Commands
 from bench.jobs import commands as jobs
 from bench.micro import commands as micro
+from bench.output import close, guarded, say
 from bench.run import commands as runs
 from bench.tools import commands as tools
+from fedara_core.errors import JobError
 
 app = typer.Typer(
     cls=Commands,
@@ -44,4 +47,17 @@ def main() -> None:
         return default_format(message, category, filename, *rest)
 
     warnings.formatwarning = format_warning  # type: ignore[assignment]
-    app(prog_name="fedara")
+    sys.stdout = guarded(sys.stdout)
+    code: Any = 0
+    try:
+        app(prog_name="fedara")
+    except SystemExit as exit_:
+        code = exit_.code
+    except JobError as error:
+        say(str(error))
+        code = 1
+    problem = close(sys.stdout)
+    if problem and not code:
+        say(problem)
+        code = 1
+    sys.exit(code)

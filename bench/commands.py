@@ -4,7 +4,6 @@ The commands themselves are in the commands.py of each room. They import what th
 run, so that `--help` needs no torch.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -12,15 +11,33 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from bench.output import not_text, say
 from fedara_core.errors import InputError, Interrupted, JobError
 
 if TYPE_CHECKING:
     from fedara_core.comm.base import Communicator
 
 T = TypeVar("T")
+
+
+def _as_text(words: list[str] | None) -> list[str] | None:
+    """Raises InputError for bytes that are no text: a config could not be written down."""
+    for word in words or []:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"--set {not_text(error)}") from None
+    return words
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=3e-3."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key, e.g. --set train.lr=3e-3.",
+        callback=_as_text,
+    ),
 ]
 Comm = Annotated[
     str,
@@ -40,8 +57,10 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            sys.stderr.write(f"fedara: {error}\n")
-            raise typer.Exit(2) from None
+            say(str(error))
+        except UnicodeEncodeError as error:
+            say(not_text(error))
+        raise typer.Exit(2)
 
 
 def as_job(comm: str, action: Callable[["Communicator"], T]) -> T:
@@ -62,14 +81,13 @@ def as_job(comm: str, action: Callable[["Communicator"], T]) -> T:
 
         communicator.close()
         if communicator.world_rank == 0:
-            lines = [str(error), requeue()]
-            sys.stderr.write("".join(f"fedara: {line}\n" for line in lines if line))
+            for line in filter(None, [str(error), requeue()]):
+                say(line)
         raise typer.Exit(error.exit_code) from None
     except JobError as error:  # the others wait for this process
-        sys.stderr.write(f"fedara: {error}\n")
+        say(str(error))
         if communicator.world_size == 1:
             raise typer.Exit(1) from None
-        sys.stderr.flush()
         communicator.abort()
     except BaseException as error:
         if communicator.world_size == 1:

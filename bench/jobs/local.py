@@ -19,7 +19,7 @@ from bench.config.schema import RunConfig
 from bench.jobs.plan import Plan
 from bench.jobs.status import RunStatus, exit_line, last_lines, look, started_as_process, table
 from fedara_core.comm.launch import detect
-from fedara_core.errors import InputError
+from fedara_core.errors import InputError, JobError
 
 _POLL_SECONDS = 0.2
 _END_SECONDS = 10.0  # for a launcher to end what it started
@@ -35,7 +35,8 @@ class _Running:
 
 def run_sweep(plan: Plan, processes: int, jobs: int | None, console: Console) -> bool:
     """Run what is not finished; returns whether all of it succeeded. Raises InputError. processes:
-    of each run. jobs: runs at the same time, by default `side_by_side`."""
+    of each run. jobs: runs at the same time, by default `side_by_side`. Raises JobError
+    where a log can not be written."""
     if detect(os.environ) != "serial":
         raise InputError("fedara sweep starts the processes itself; allowed: without a launcher")
     launcher = [beside(sys.executable, "mpiexec"), "-n", str(processes)] if processes > 1 else []
@@ -53,7 +54,10 @@ def run_sweep(plan: Plan, processes: int, jobs: int | None, console: Console) ->
         f"{processes}, runs at the same time: {jobs}",
         soft_wrap=True,
     )
-    failed = _run_lines(plan, deque(left), launcher, processes, jobs, console)
+    try:
+        failed = _run_lines(plan, deque(left), launcher, processes, jobs, console)
+    except OSError as error:  # of the logs
+        raise JobError(f"{error.filename or plan.log(0).parent}: {error.strerror}") from None
     for index in failed:
         log = plan.log(index)
         console.print(f"\nfailed: {plan.runs[index].run_id}, log in {log}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,15 @@ class Plan:
                 check_finished(recorder.run_dir, run)
         return [index for index, recorder in enumerate(recorders) if not recorder.done]
 
-    def write(self) -> None:
-        """Write the plan file and make the folder of the logs. Raises InputError."""
+    def write(self, scripts: Mapping[Path, str] | None = None) -> None:
+        """Write the plan file and these scripts, and make the folder of the logs. Raises
+        InputError."""
         try:
             (self.results / "logs").mkdir(parents=True, exist_ok=True)
             if not self.path.exists():  # jobs may be reading it; its name fixes its text
                 write_atomically(self.path, self.text.encode())
+            for path, text in (scripts or {}).items():
+                write_atomically(path, text.encode(errors="surrogateescape"))
         except OSError as error:
             raise InputError(
                 f"--results {self.results}: {error.strerror}; allowed: a folder that can be "

@@ -10,7 +10,6 @@ from bench.ask import ask, own_command
 from bench.config.load import explain, read_toml
 from bench.jobs.plan import Plan
 from bench.jobs.slurm_script import Chunk, Site, array_script, chunks, figures_script
-from bench.run.checkpoint import write_atomically
 from fedara_core.errors import InputError
 
 _SBATCH_SECONDS = 60.0  # a busy controller lets sbatch wait
@@ -42,9 +41,7 @@ def submit_plan(plan: Plan, site: Site, *, dry_run: bool) -> list[str]:
         return [*shown, f"{len(left)} of {len(plan.runs)} runs would be submitted"]
     if shutil.which("sbatch") is None:
         raise InputError("no sbatch here; allowed: on a machine with Slurm, or with --dry-run")
-    plan.write()
-    for path, text in texts.items():
-        write_atomically(path, text.encode(errors="surrogateescape"))
+    plan.write(texts)
     array_ids: list[str] = []
     for path in arrays:
         # So that not more than array_limit runs are there at a time.

@@ -2,6 +2,7 @@
 
 import hashlib
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from bench.config.sections import DatasetConfig
 BUILT_IN_SETS = ("docstrings", "toy")  # need no file and no network
 # Keeps the draw of the validation part apart from other streams that start from the same seed.
 HOLDOUT_TAG = 0x686F6C64
+
+SHOWN_LABELS, SHOWN_LETTERS = 8, 24  # of the labels and of each name, in a line
 
 TOY_WORDS: dict[str, str] = {
     "weather": "rain storm cloud wind snow frost thunder sunny humid fog hail breeze",
@@ -36,6 +39,31 @@ class TextDataset:
     test_labels: np.ndarray
 
     @cached_property
+    def label_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Examples of each label in the train and in the test split: int64, (num_labels,) each."""
+        num_labels = len(self.labels)
+        return (
+            np.bincount(self.train_labels, minlength=num_labels),
+            np.bincount(self.test_labels, minlength=num_labels),
+        )
+
+    def summary(self) -> str:
+        """One line: the sizes of both splits, and the labels with how many examples each has."""
+        train, test = self.label_counts
+        counts = [
+            f"{shown(name, SHOWN_LETTERS)} {num_train} + {num_test}"
+            for name, num_train, num_test in zip(self.labels, train, test, strict=True)
+        ]
+        labels = "1 label" if len(counts) == 1 else f"{len(counts)} labels"
+        listing = ", ".join(counts[:SHOWN_LABELS])
+        if len(counts) > SHOWN_LABELS:
+            listing += f", and {len(counts) - SHOWN_LABELS} more"
+        return (
+            f"train {len(self.train_texts)}, test {len(self.test_texts)} examples, {labels} "
+            f"(train + test): {listing}"
+        )
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 in hex over label names, texts and label ids of both splits; each list goes with
         its length and each string with its number of UTF-8 bytes, so no two sets feed the same
@@ -49,6 +77,19 @@ class TextDataset:
         for ids in (self.train_labels, self.test_labels):
             hasher.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
         return hasher.hexdigest()
+
+
+def shown(name: str, letters: int = 40) -> str:
+    """A name in a line of text: cut to so many letters, and quoted where it does not show whole."""
+    short = name if len(name) <= letters else name[: letters - 3] + "..."
+    plain = short.isprintable() and short.strip() == short and short
+    return short if plain else ascii(short)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a line of text: at most 50, long ones cut."""
+    names = list(names)
+    return ", ".join(map(shown, names[:50])) + (", ..." if len(names) > 50 else "")
 
 
 def load_dataset(config: DatasetConfig) -> TextDataset:

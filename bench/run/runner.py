@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench.config.schema import RunConfig
 from bench.config.sections import EnergyConfig
+from bench.data.texts import load_texts
 from bench.jobs.plan import load_points
 from bench.metering.codecarbon import HostEnergy, no_energy, open_energy
 from bench.run.cost_table import show_costs
@@ -45,6 +47,8 @@ def run_all(
     does not stop the others; its Diverged is raised at the end.
     """
     keep_freed_memory()
+    if communicator.world_rank != 0:  # all have the same data and model, and one says so
+        warnings.filterwarnings("ignore", module=r"bench\.(data|models)\.")
     points = _points(path, results, overrides, communicator, index)
     console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
     diverged: list[Diverged] = []
@@ -106,6 +110,7 @@ def _run_point(
     set_threads(config.system.threads, communicator)
     console.print(f"{title}: preparing")
     job = together(communicator, lambda: prepare(config, communicator))
+    console.print(f"{title}: {load_texts(config.dataset).summary()}", soft_wrap=True)
     if communicator.world_size > config.num_drawn:
         console.print(
             f"{communicator.world_size} processes share a cohort of {config.num_drawn} clients: "

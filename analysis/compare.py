@@ -233,13 +233,7 @@ def _commits(campaign: Campaign) -> str:
 
 def _cells(row: pd.Series) -> dict[str, str]:
     digits = _DIGITS[row["measure"]]
-    a, b, difference, low, high = (
-        "" if pd.isna(row[name]) else f"{row[name]:{sign},.{digits}f}"
-        for name, sign in (
-            *(("a", ""), ("b", ""), ("difference", "+")),
-            *(("difference_low", "+"), ("difference_high", "+")),
-        )
-    )
+    low, high = (number(row[f"difference_{end}"], digits, "+,") for end in ("low", "high"))
     return {
         "data": row["dataset"],
         "partition": row["partition"],
@@ -247,9 +241,9 @@ def _cells(row: pd.Series) -> dict[str, str]:
         "measure": _HEADINGS[row["measure"]],
         "pairs": str(row["num_pairs"]),
         "same bits": number(row["num_equal_digests"], 0),
-        "A": a,
-        "B": b,
-        "B - A": difference,
+        "A": number(row["a"], digits, ","),
+        "B": number(row["b"], digits, ","),
+        "B - A": number(row["difference"], digits, "+,"),
         "95 % interval": f"{low} to {high}" if low else "",
         "p (Holm)": number(row["p_holm"], 3),
         "verdict": row["verdict"],

@@ -60,18 +60,18 @@ def scaling_data(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) 
 
     Columns: backend, payload_bytes, path, num_processes, modelled_seconds.
     """
-    shown = modelled_points(points).groupby(["backend", "payload_bytes", "path"])
+    names = ["backend", "payload_bytes", "path"]
     rows = [
-        row[["backend", "payload_bytes", "path"]].to_dict()
+        row[names].to_dict()
         | {
             "num_processes": num_processes,
             "modelled_seconds": predict(row["path"], _exchange(row, num_processes), cost),
         }
-        for _, row in shown.head(1).iterrows()
+        for _, row in modelled_points(points).groupby(names).head(1).iterrows()
         if (cost := costs.get(row["backend"], {}).get(row["path"]))
         for num_processes in _PROCESSES
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*names, "num_processes", "modelled_seconds"])
 
 
 def modelled_points(points: pd.DataFrame) -> pd.DataFrame:
@@ -163,6 +163,4 @@ def _cost_lines(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) -
 
 
 def _of(frame: pd.DataFrame, backend: str, payload_bytes: float) -> pd.DataFrame:
-    if frame.empty:
-        return frame
     return frame[(frame["backend"] == backend) & (frame["payload_bytes"] == payload_bytes)]

@@ -128,15 +128,11 @@ def load_campaign(path: Path) -> Campaign:
     )
 
 
-def panels(campaign: Campaign) -> list[tuple[str, str]]:
-    """(dataset, partition) pairs in the order of figures: by data set, scheme, then alpha."""
-    order = campaign.runs.sort_values(["dataset", "partition.scheme", "partition.alpha"])
-    return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
-
-
 def by_panel(campaign: Campaign, frame: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """(panel, its rows) of those of `panels` that have rows in a frame."""
-    groups = [(panel, frame[is_panel(frame, panel)]) for panel in panels(campaign)]
+    """((dataset, partition), its rows) in the order of figures: by data set, scheme, then alpha."""
+    order = campaign.runs.sort_values(["dataset", "partition.scheme", "partition.alpha"])
+    panels = order[PANEL].drop_duplicates().itertuples(index=False, name=None)
+    groups = [(panel, frame[is_panel(frame, panel)]) for panel in panels]
     return [(panel, rows) for panel, rows in groups if not rows.empty]
 
 

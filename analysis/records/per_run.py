@@ -4,6 +4,7 @@ import pandas as pd
 
 from analysis.records.campaign import SERIES, Campaign, by_panel, modelled_devices, series_names
 from analysis.records.energy import known_energy
+from analysis.records.provenance import joined
 
 # Evaluations. One alone is far off by chance where few unlike clients are averaged.
 LATE = 3
@@ -54,14 +55,11 @@ def per_run(campaign: Campaign) -> pd.DataFrame:
     late = evaluations.tail(LATE).groupby("run_id")["accuracy"]
     frame["late_accuracy_percent"] = 100 * late.mean()[late.size() == LATE]
     evaluated = evaluations.tail(1).set_index("run_id")
-    for name in _OF_LAST_EVALUATION:
-        frame[name] = evaluated.get(name, float("nan"))
+    frame = frame.join(evaluated.reindex(columns=_OF_LAST_EVALUATION))
     by_run = rounds.groupby("run_id")
     first, last = (rows.set_index("run_id") for rows in (by_run.head(1), by_run.tail(1)))
-    for name in _OF_LAST_ROUND:
-        frame[name] = last.get(name, float("nan"))
-    for name in _MAXIMA:
-        frame[name] = by_run[name].max() if name in rounds else float("nan")
+    frame = frame.join(last.reindex(columns=_OF_LAST_ROUND))
+    frame = frame.join(rounds.reindex(columns=["run_id", *_MAXIMA]).groupby("run_id").max())
     devices = modelled_devices(campaign)
     modelled = [f"modelled_{unit}.{name}" for name in devices for unit in ("seconds", "joules")]
     for name in (*_COSTS, *modelled):
@@ -78,6 +76,17 @@ def per_run(campaign: Campaign) -> pd.DataFrame:
 def in_panels(campaign: Campaign, frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of `frame`, those of one panel together, in the order of the figures."""
     return pd.concat([rows for _, rows in by_panel(campaign, frame)], ignore_index=True)
+
+
+def means_by_series(campaign: Campaign, columns: dict[str, str]) -> pd.DataFrame:
+    """One row per SERIES: num_runs, run_ids, and means over runs of columns of `per_run`.
+
+    columns: by the name of the mean. It is missing where one of the runs lacks the number.
+    """
+    groups = per_run(campaign).groupby(SERIES, as_index=False)
+    means = {name: (of, mean_of_all) for name, of in columns.items()}
+    frame = groups.agg(num_runs=("run_id", "nunique"), run_ids=("run_id", joined), **means)
+    return in_panels(campaign, frame)
 
 
 def series_cells(frame: pd.DataFrame) -> pd.DataFrame:

@@ -39,7 +39,6 @@ def data(campaign: Campaign) -> pd.DataFrame:
 
 
 def table(campaign: Campaign) -> Table:
-    """The table and what must be said below it."""
     frame = data(campaign)
     cells = series_cells(frame).rename(columns={"dataset": "data"})
     cells["accuracy %"] = rounded(frame["accuracy_percent_mean"], 1)

@@ -23,7 +23,6 @@ def data(collectives: Launches) -> pd.DataFrame:
 
 
 def table(collectives: Launches) -> Table:
-    """The table. Raises NotDrawn where no launch measured the bare call."""
     frame = data(collectives)
     if frame.empty:
         raise NotDrawn("no launch measured allgather against the bare call")
@@ -35,7 +34,7 @@ def table(collectives: Launches) -> Table:
             "launches": frame["num_launches"].astype(str),
             "ours ms": (1e3 * frame["median_seconds"]).map("{:.4g}".format),
             "bare ms": (1e3 * frame["bare_median_seconds"]).map("{:.4g}".format),
-            "ratio": medians_and_ranges(frame, "ratio", ".3f"),
+            "ratio": medians_and_ranges(frame, "ratio", "{:.3f}".format),
             "ratio, sizes first": rounded(frame["sizes_first_ratio"], 3),
             "bare call": frame["bare_call"],
         }

@@ -3,10 +3,9 @@
 import pandas as pd
 
 from analysis.records import caveats
-from analysis.records.campaign import PANEL, SERIES, Campaign
+from analysis.records.campaign import PANEL, Campaign
 from analysis.records.energy import energy_kind, known_energy
-from analysis.records.per_run import in_panels, mean_of_all, per_run, series_cells
-from analysis.records.provenance import joined
+from analysis.records.per_run import means_by_series, series_cells
 from analysis.tables.render import Table, rounded
 
 NAME = "cost"
@@ -27,7 +26,6 @@ def data(campaign: Campaign) -> pd.DataFrame:
     (of the whole run, where all runs have one source) and run_ids. A number is missing where one of
     the runs lacks it.
     """
-    runs = per_run(campaign)
     columns = {
         "uplink_bytes": "cumulative_uplink_bytes",
         "downlink_bytes": "cumulative_downlink_bytes",
@@ -39,16 +37,11 @@ def data(campaign: Campaign) -> pd.DataFrame:
     }
     if known_energy(campaign)[0]:
         columns["energy_joules"] = "energy_joules"
-    frame = runs.groupby(SERIES, as_index=False).agg(
-        num_runs=("run_id", "nunique"),
-        **{name: (of, mean_of_all) for name, of in columns.items()},
-        run_ids=("run_id", joined),
-    )
-    return in_panels(campaign, frame)
+    frame = means_by_series(campaign, columns)
+    return frame.assign(run_ids=frame.pop("run_ids"))  # the last column
 
 
 def table(campaign: Campaign) -> Table:
-    """The table and what must be said below it."""
     frame = data(campaign)
     cells = series_cells(frame)
     for column, heading in _MEGABYTES.items():

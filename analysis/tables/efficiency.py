@@ -22,7 +22,7 @@ def table(scaling: Launches) -> Table:
             "clients": frame["per_round"].astype(str),
             "P": frame["world_size"].astype(str),
             "launches": frame["num_launches"].astype(str),
-            "seconds": medians_and_ranges(frame, "seconds", ".3g"),
+            "seconds": medians_and_ranges(frame, "seconds", "{:.3g}".format),
             "efficiency": frame["efficiency"].map("{:.2f}".format),
         }
     )

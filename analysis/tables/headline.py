@@ -57,7 +57,6 @@ def data(campaign: Campaign) -> pd.DataFrame:
 
 
 def table(campaign: Campaign) -> Table:
-    """The table and what must be said below it."""
     frame = data(campaign)
     cells = frame.drop(columns="run_ids").rename(columns={"num_runs": "runs"}).astype(str)
     cells = cells.rename(columns={"setting": "fedara's setting"})

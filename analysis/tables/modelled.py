@@ -2,9 +2,8 @@
 
 import pandas as pd
 
-from analysis.records.campaign import SERIES, Campaign, NotDrawn, modelled_devices
-from analysis.records.per_run import in_panels, mean_of_all, per_run, series_cells
-from analysis.records.provenance import joined
+from analysis.records.campaign import Campaign, NotDrawn, modelled_devices
+from analysis.records.per_run import means_by_series, series_cells
 from analysis.tables.render import Table, rounded
 
 NAME = "modelled"
@@ -20,20 +19,10 @@ def data(campaign: Campaign) -> pd.DataFrame:
     if not devices:
         raise NotDrawn("no run has rounds that are modelled on devices")
     names = [f"modelled_{unit}.{device}" for device in devices for unit in ("seconds", "joules")]
-    frame = (
-        per_run(campaign)
-        .groupby(SERIES, as_index=False)
-        .agg(
-            num_runs=("run_id", "nunique"),
-            run_ids=("run_id", joined),
-            **{name: (f"all_{name}", mean_of_all) for name in ("flops", *names)},
-        )
-    )
-    return in_panels(campaign, frame)
+    return means_by_series(campaign, {name: f"all_{name}" for name in ("flops", *names)})
 
 
 def table(campaign: Campaign) -> Table:
-    """The table and what must be said below it."""
     frame = data(campaign)
     cells = series_cells(frame)
     cells["counted TFLOP"] = rounded(frame["flops"] / 1e12, 2)

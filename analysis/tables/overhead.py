@@ -25,16 +25,13 @@ def data(overhead: Launches) -> pd.DataFrame:
     Columns: _GROUP, num_launches, _MEDIANS, _SPREAD with quartiles, run_ids.
     """
     if overhead.rows.empty:
-        return overhead.rows
+        raise NotDrawn("no launch of fedara micro overhead finished its pairs of rounds")
     frame = over_launches(overhead.rows, _GROUP, _MEDIANS, _SPREAD)
     return frame.sort_values(_GROUP, ignore_index=True)
 
 
 def table(overhead: Launches) -> Table:
-    """The table. Raises NotDrawn where no launch has finished its pairs."""
     frame = data(overhead)
-    if frame.empty:
-        raise NotDrawn("no launch of fedara micro overhead finished its pairs of rounds")
     sizes = zip(frame["num_clients"], frame["local_steps"], strict=True)
     cells = pd.DataFrame(
         {

@@ -1,6 +1,6 @@
 """One table as Markdown, CSV and LaTeX (booktabs): the same cells in all three."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,9 +42,9 @@ def write(table: Table, out_dir: Path) -> list[Path]:
     return files
 
 
-def number(value: float, digits: int) -> str:
-    """A rounded number, or nothing where it is missing."""
-    return "" if pd.isna(value) else f"{value:.{digits}f}"
+def number(value: float, digits: int, form: str = "") -> str:
+    """A rounded number, or nothing where it is missing; form: a format's sign and "," if any."""
+    return "" if pd.isna(value) else f"{value:{form}.{digits}f}"
 
 
 def rounded(values: pd.Series, digits: int) -> list[str]:
@@ -52,17 +52,10 @@ def rounded(values: pd.Series, digits: int) -> list[str]:
     return [number(value, digits) for value in values]
 
 
-def medians_and_ranges(frame: pd.DataFrame, name: str, form: str) -> list[str]:
+def medians_and_ranges(frame: pd.DataFrame, name: str, form: Callable[[float], str]) -> pd.Series:
     """Medians over launches, with the columns min_X and max_X where there are several."""
-    return [
-        f"{row[name]:{form}}"
-        + (
-            f" ({row[f'min_{name}']:{form}} to {row[f'max_{name}']:{form}})"
-            if row["num_launches"] > 1
-            else ""
-        )
-        for _, row in frame.iterrows()
-    ]
+    median, low, high = (frame[column].map(form) for column in (name, f"min_{name}", f"max_{name}"))
+    return median.where(frame["num_launches"] == 1, median + " (" + low + " to " + high + ")")
 
 
 def _markdown(table: Table) -> str:

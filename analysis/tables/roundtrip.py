@@ -42,7 +42,7 @@ def data(roundtrip: Launches) -> pd.DataFrame:
     """
     rows = roundtrip.rows
     if rows.empty:
-        return rows
+        raise NotDrawn("no launch of fedara micro roundtrip finished a combination")
     # A phase that took no time is left out of a record.
     phases = pd.DataFrame(rows["phase_seconds"].tolist()).fillna(0.0).add_suffix("_seconds")
     rows = rows.drop(columns="phase_seconds").join(phases)
@@ -58,10 +58,7 @@ def _in_order(column: pd.Series) -> pd.Series:
 
 
 def table(roundtrip: Launches) -> Table:
-    """The table. Raises NotDrawn where no launch has finished a combination."""
     frame = data(roundtrip)
-    if frame.empty:
-        raise NotDrawn("no launch of fedara micro roundtrip finished a combination")
     two_digits = "{:.2f}".format
     cells = pd.DataFrame(
         {

@@ -26,7 +26,8 @@ Comm = Annotated[
     str,
     typer.Option(
         help="How processes communicate: auto (asks the launcher), serial, mpi, mpi-node (one copy "
-        "of each message per host) or torch."
+        "of each message per host) or torch (which waits 120 s for all of them, or "
+        "FEDARA_RENDEZVOUS_SECONDS)."
     ),
 ]
 Results = Annotated[Path, typer.Option(help="Folder for the records; each run gets its own.")]

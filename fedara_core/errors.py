@@ -1,5 +1,7 @@
 """Errors that the command line tells in one line, and checks of hyperparameters that raise one."""
 
+from collections.abc import Callable
+
 
 class InputError(ValueError):
     """A wrong setting, file or data value; its text is one line: the value and what is allowed.
@@ -25,22 +27,19 @@ class Diverged(InputError):
     """Training left the finite numbers; raised on every process at the same place."""
 
 
-def require_fractions(method: object, *names: str) -> None:
-    """InputError unless these hyperparameters are in [0, 1]."""
+_RULES: dict[str, Callable[[float], bool]] = {
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "above 0": lambda value: value > 0,
+    "0 or above": lambda value: value >= 0,
+}
+
+
+def require(method: object, rule: str, *names: str) -> None:
+    """InputError unless these hyperparameters keep a rule, such as "in [0, 1]"."""
     for name in names:
-        if not 0 <= getattr(method, name) <= 1:
-            raise InputError(f"method.{name} = {getattr(method, name)} must be in [0, 1]")
-
-
-def require_positive(method: object, *names: str) -> None:
-    """InputError unless these hyperparameters are above 0."""
-    for name in names:
-        if getattr(method, name) <= 0:
-            raise InputError(f"method.{name} = {getattr(method, name)} must be above 0")
-
-
-def require_not_negative(method: object, *names: str) -> None:
-    """InputError unless these hyperparameters are 0 or above."""
-    for name in names:
-        if getattr(method, name) < 0:
-            raise InputError(f"method.{name} = {getattr(method, name)} must be 0 or above")
+        value = getattr(method, name)
+        if not _RULES[rule](value):
+            raise InputError(f"method.{name} = {value} must be {rule}")

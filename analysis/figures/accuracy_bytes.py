@@ -16,7 +16,6 @@ def data(campaign: Campaign) -> pd.DataFrame:
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write accuracy_bytes.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     return draw_panels(
         campaign,

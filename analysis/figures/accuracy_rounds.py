@@ -16,7 +16,6 @@ def data(campaign: Campaign) -> pd.DataFrame:
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write accuracy_rounds.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     return draw_panels(
         campaign,
         data(campaign),

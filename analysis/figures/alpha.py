@@ -31,22 +31,20 @@ def data(campaign: Campaign) -> pd.DataFrame:
     )
 
 
+@style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write alpha.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     datasets = sorted(frame["dataset"].unique())
-    with style.context():
-        x_label = "Dirichlet alpha (left: more heterogeneous)"
-        fig, axes = grid([(dataset, "") for dataset in datasets], x_label)
-        for dataset, ax in zip(datasets, axes, strict=True):
-            rows = frame[frame["dataset"] == dataset]
-            draw_lines(ax, rows, "alpha", "accuracy_percent")
-            ax.set_xscale("log")
-            ax.set_xticks(sorted(rows["alpha"].unique()), minor=False)
-            ax.set_xticks([], minor=True)
-            ax.xaxis.set_major_formatter(style.plain_number)
-        add_legend(fig, axes, frame["num_seeds"])
-        files = style.save(fig, out_dir / NAME)
+    x_label = "Dirichlet alpha (left: more heterogeneous)"
+    fig, axes = grid([(dataset, "") for dataset in datasets], x_label)
+    for dataset, ax in zip(datasets, axes, strict=True):
+        rows = frame[frame["dataset"] == dataset]
+        draw_lines(ax, rows, "alpha", "accuracy_percent")
+        ax.set_xscale("log")
+        ax.set_xticks(sorted(rows["alpha"].unique()), minor=False)
+        ax.set_xticks([], minor=True)
+        ax.xaxis.set_major_formatter(style.plain_number)
+    add_legend(fig, axes, frame["num_seeds"])
     what = "the concentration of the Dirichlet partition"
     title = f"Accuracy of the last evaluated round against {what}."
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+    return style.save(fig, out_dir / NAME, caption.paragraphs(campaign, title))

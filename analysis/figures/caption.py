@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.records import caveats
-from analysis.records.campaign import SERIES, Campaign, by_series, is_panel, panels, series_name
+from analysis.records.campaign import SERIES, Campaign, by_panel, by_series, series_name
 from analysis.records.launches import Launches
 from analysis.records.settings import USUAL_SETTINGS
 
@@ -42,16 +42,15 @@ _CONDITIONS = {
 _WIDTH = 100
 
 
-def write(campaign: Campaign, out: Path, *, title: str) -> Path:
-    """Write the caption `out`.txt beside a figure; returns its path."""
+def paragraphs(campaign: Campaign, title: str) -> list[str]:
+    """The caption of a campaign's figure."""
     seeds = f"Mean over seeds. {stats.SENTENCE}"
     if campaign.runs.groupby(SERIES).size().max() == 1:
         seeds = "One seed each: differences between methods carry no measure of spread."
-    paragraphs = [f"{title} {seeds}", *caveats.warnings(campaign), *conditions(campaign)]
-    return write_text(out, paragraphs)
+    return [f"{title} {seeds}", *caveats.warnings(campaign), *conditions(campaign)]
 
 
-def write_text(out: Path, paragraphs: list[str]) -> Path:
+def write(out: Path, paragraphs: list[str]) -> Path:
     """Write `out`.txt, wrapped; returns its path."""
     file = out.with_name(f"{out.name}.txt")
     # Run ids hold hyphens, and must stay whole to be searched for.
@@ -64,8 +63,7 @@ def write_text(out: Path, paragraphs: list[str]) -> Path:
 def conditions(campaign: Campaign) -> list[str]:
     """One line per panel, with every value that occurs in it, and what was left out."""
     lines = []
-    for panel in panels(campaign):
-        runs = campaign.runs[is_panel(campaign.runs, panel)]
+    for panel, runs in by_panel(campaign, campaign.runs):
         values = [f"{label} {text}" for label in _CONDITIONS if (text := _values(runs, label))]
         lines.append(f"{', '.join(panel)}: {'; '.join([*values, _seeds(runs)])}.")
     return [*lines, *left_out(campaign)]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import caption, style
 from analysis.figures.panels import label_inches
-from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel, panels_in, series_name
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_panel, series_names
 from analysis.records.per_run import per_run
 
 NAME = "client_spread"
@@ -34,26 +34,23 @@ def data(campaign: Campaign) -> pd.DataFrame:
     return frame.assign(**{name: 100 * frame[name] for name in columns})
 
 
+@style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write client_spread.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    shown = panels_in(campaign, frame)
-    heights = [0.8 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
-    with style.context():
-        fig = Figure(figsize=(_SPANS_INCHES + label_inches(_names(frame)), sum(heights) + 0.3))
-        axes = fig.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-        for ax, panel in zip(axes, shown, strict=True):
-            rows = frame[is_panel(frame, panel)].sort_values("mean_percent", ascending=False)
-            _draw_spans(ax, rows)
-            ax.set_title(", ".join(panel), loc="left")
-        axes[-1].set_xlabel("Accuracy on the clients' own label mixes (%)")
-        files = style.save(fig, out_dir / NAME)
+    blocks = by_panel(campaign, frame)
+    heights = [0.8 + 0.19 * len(rows) for _, rows in blocks]
+    fig = Figure(figsize=(_SPANS_INCHES + label_inches(_names(frame)), sum(heights) + 0.3))
+    axes = fig.subplots(len(blocks), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for ax, (panel, rows) in zip(axes, blocks, strict=True):
+        _draw_spans(ax, rows.sort_values("mean_percent", ascending=False))
+        ax.set_title(", ".join(panel), loc="left")
+    axes[-1].set_xlabel("Accuracy on the clients' own label mixes (%)")
     title = (
         "Accuracy on each client's own label mix at the last evaluation: the mean over clients "
         "(marker) and the 10th percentile (far end of the line), mean over runs. A long "
         "line means that some clients are served much worse than others."
     )
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+    return style.save(fig, out_dir / NAME, caption.paragraphs(campaign, title))
 
 
 def _draw_spans(ax: Any, rows: pd.DataFrame) -> None:
@@ -68,5 +65,6 @@ def _draw_spans(ax: Any, rows: pd.DataFrame) -> None:
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    series = zip(rows["method"], rows["setting"], rows["num_runs"], strict=True)
-    return [f"{series_name(method, setting)} (n = {n})" for method, setting, n in series]
+    return [
+        f"{name} (n = {n})" for name, n in zip(series_names(rows), rows["num_runs"], strict=True)
+    ]

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.lines import Line2D
 
 from analysis.cost_model import Cost, ExchangeSizes, fit, predict, relative_errors, union_bytes
-from analysis.figures import caption, path_panels, style
+from analysis.figures import path_panels, style
 from analysis.records.campaign import NotDrawn
 from analysis.records.launches import Launches
 
@@ -20,13 +19,11 @@ _MODELLED_DENSITY = 0.25
 _MASK_HEADER_BYTES = 12  # client_id and weight, before each client's mask
 
 
+@style.context()
 def draw(
     collectives: Launches, out_dir: Path, costs: Mapping[str, Cost] | None = None
 ) -> list[Path]:
-    """Write collectives_scaling.pdf, .png and .txt (the caption) to `out_dir`; returns the files.
-
-    costs: of the model, by path; if None they are fitted to the records.
-    """
+    """costs: of the model, by path; if None they are fitted to the records."""
     points = path_panels.path_points(collectives)
     by_backend: Mapping[str, Mapping[str, Cost]] = (
         fitted_costs(points) if costs is None else dict.fromkeys(points["backend"], costs)
@@ -36,29 +33,26 @@ def draw(
     measured, modelled = modelled_points(points), scaling_data(points, by_backend)
     payloads = sorted(measured["payload_bytes"].unique())
     backends = sorted(measured["backend"].unique())
-    look: Any = style.MODELLED  # matplotlib's own type has no (offset, dashes)
-    with style.context():
-        fig, axes = path_panels.grid(len(backends), len(payloads), share_y="all")
-        for row, backend in enumerate(backends):
-            for column, payload_bytes in enumerate(payloads):
-                ax = axes[row][column]
-                for path, line in _of(modelled, backend, payload_bytes).groupby("path"):
-                    color, seconds = style.PATH_LOOKS[str(path)].color, line["modelled_seconds"]
-                    ax.plot(line["num_processes"], seconds, color=color, linestyle=look)
-                own = _of(measured, backend, payload_bytes)
-                path_panels.draw_panel(ax, own, "world_size", scale=1.0, linestyle="none")
-                if not own.empty:
-                    first = own["world_size"].max()
-                    ax.axvspan(first, MAX_PROCESSES, color=style.GREY, alpha=0.08)
-                    ax.text(0.08, 0.9, "modelled", transform=ax.transAxes, color="#555555")
-                ax.set_title(path_panels.title(backend, path_panels.size_text(payload_bytes)))
-                ax.set_xlabel("Processes" if row == len(backends) - 1 else "")
-                ax.set_ylabel("Time (s)" if column == 0 else "")
-        handle = Line2D([], [], color=style.GREY, linestyle=look, label="modelled")
-        path_panels.add_legend(fig, measured, [handle])
-        files = style.save(fig, out_dir / NAME)
+    fig, axes = path_panels.grid(len(backends), len(payloads), share_y="all")
+    for row, backend in enumerate(backends):
+        for column, payload_bytes in enumerate(payloads):
+            ax = axes[row, column]
+            for path, line in _of(modelled, backend, payload_bytes).groupby("path"):
+                color, seconds = style.PATH_LOOKS[str(path)].color, line["modelled_seconds"]
+                ax.plot(line["num_processes"], seconds, color=color, linestyle=style.MODELLED)
+            own = _of(measured, backend, payload_bytes)
+            path_panels.draw_panel(ax, own, "world_size", scale=1.0, linestyle="none")
+            if not own.empty:
+                first = own["world_size"].max()
+                ax.axvspan(first, MAX_PROCESSES, color=style.GREY, alpha=0.08)
+                ax.text(0.08, 0.9, "modelled", transform=ax.transAxes, color="#555555")
+            ax.set_title(path_panels.title(backend, path_panels.size_text(payload_bytes)))
+            ax.set_xlabel("Processes" if row == len(backends) - 1 else "")
+            ax.set_ylabel("Time (s)" if column == 0 else "")
+    handle = Line2D([], [], color=style.GREY, linestyle=style.MODELLED, label="modelled")
+    path_panels.add_legend(fig, measured, [handle])
     paragraphs = scaling_caption(collectives, points, by_backend, costs is None)
-    return [*files, caption.write_text(out_dir / NAME, paragraphs)]
+    return style.save(fig, out_dir / NAME, paragraphs)
 
 
 def scaling_data(points: pd.DataFrame, costs: Mapping[str, Mapping[str, Cost]]) -> pd.DataFrame:

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import stats
 from analysis.figures import caption, style
-from analysis.figures.panels import add_legend, draw_lines
+from analysis.figures.panels import add_legend, draw_lines, filled_rows
 from analysis.records import caveats
-from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels_in
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, by_panel, is_panel
 from analysis.records.energy import known_energy
 
 NAME = "local_train"
@@ -57,25 +56,19 @@ def data(campaign: Campaign) -> pd.DataFrame:
     )
 
 
+@style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write local_train.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     frame["rounds_completed"] = frame["round_index"] + 1
-    shown = panels_in(campaign, frame)
+    blocks = by_panel(campaign, frame)
     costs = [cost for cost in _COSTS if frame[f"{cost}_mean"].notna().any()]
-    num_columns, num_rows = _shape(len(shown), len(costs))
-    with style.context():
-        fig = Figure(figsize=(2.7 * num_columns, 2.2 * num_rows))
-        grid = fig.subplots(num_rows, num_columns, squeeze=False).ravel()
-        places = [(panel, cost) for panel in shown for cost in costs]
-        for ax in grid[len(places) :]:
-            ax.set_visible(False)
-        for (panel, cost), ax in zip(places, grid, strict=False):
-            _draw_cost(ax, frame[is_panel(frame, panel)], cost)
-            if cost == costs[0]:
-                ax.set_title(caveats.heading(campaign, panel, before_mark="\n"), loc="left")
-        add_legend(fig, list(grid), frame["num_seeds"])
-        files = style.save(fig, out_dir / NAME)
+    places = [(panel, rows, cost) for panel, rows in blocks for cost in costs]
+    fig, axes = filled_rows(len(places), _num_columns(len(blocks), len(costs)), (2.7, 2.2))
+    for (panel, rows, cost), ax in zip(places, axes, strict=False):
+        _draw_cost(ax, rows, cost)
+        if cost == costs[0]:
+            ax.set_title(caveats.heading(campaign, panel, before_mark="\n"), loc="left")
+    add_legend(fig, list(axes), frame["num_seeds"])
     source, reason = known_energy(campaign)
     energy = f"Energy: of the hosts, gross, in the phase, counted by {source}."
     if "local_train_joules" not in costs:
@@ -90,16 +83,15 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         "with all that it holds; not drawn where runs shared processes. A fall of FedARA's line is "
         f"what pruning saves. {energy}"
     )
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+    return style.save(fig, out_dir / NAME, caption.paragraphs(campaign, title))
 
 
-def _shape(num_panels: int, num_costs: int) -> tuple[int, int]:
-    """Columns and rows: a row for each panel; one panel or one cost alone fills several rows."""
-    num_places = num_panels * num_costs
+def _num_columns(num_panels: int, num_costs: int) -> int:
+    """A row for each panel; one panel or one cost alone fills several rows."""
     if num_panels > 1 < num_costs:
-        return num_costs, num_panels
-    num_rows = math.ceil(num_places / _MAX_COLUMNS)
-    return math.ceil(num_places / num_rows), num_rows
+        return num_costs
+    num_places = num_panels * num_costs
+    return math.ceil(num_places / math.ceil(num_places / _MAX_COLUMNS))
 
 
 def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str) -> None:

@@ -12,7 +12,7 @@ from pandas.api.types import is_integer_dtype
 
 from analysis import stats
 from analysis.figures import caption, style
-from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_series, is_panel, panels_in
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_panel, by_series
 
 _MAX_COLUMNS = 3
 _PANEL_INCHES = (3.4, 2.5)  # one column of a two-column page
@@ -43,6 +43,7 @@ def accuracy_by_round(campaign: Campaign) -> pd.DataFrame:
     return frame
 
 
+@style.context()
 def draw_panels(
     campaign: Campaign, frame: pd.DataFrame, out: Path, *, x: str, x_label: str, title: str
 ) -> list[Path]:
@@ -50,23 +51,22 @@ def draw_panels(
 
     The x axis is logarithmic when the lines end more than a factor of ten apart.
     """
-    shown = panels_in(campaign, frame)
+    blocks = by_panel(campaign, frame)
+    shown = [panel for panel, _ in blocks]
     last = frame.groupby(SERIES)[x].max()
     log_x = frame[x].min() > 0 and last.max() > 10 * last.min()
-    with style.context():
-        fig, axes = grid(shown, x_label)
-        for ax in axes[: -_columns_of(shown)]:  # a label below each column is enough
-            ax.set_xlabel("")
-        for panel, ax in zip(shown, axes, strict=True):
-            draw_lines(ax, frame[is_panel(frame, panel)], x, "accuracy_percent")
-            if log_x:
-                ax.set_xscale("log")
-                ax.xaxis.set_major_formatter(style.plain_number)
-            elif is_integer_dtype(frame[x]):
-                ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        add_legend(fig, axes, frame["num_seeds"])
-        files = style.save(fig, out)
-    return [*files, caption.write(campaign, out, title=title)]
+    fig, axes = grid(shown, x_label)
+    for ax in axes[: -_columns_of(shown)]:  # a label below each column is enough
+        ax.set_xlabel("")
+    for (_, rows), ax in zip(blocks, axes, strict=True):
+        draw_lines(ax, rows, x, "accuracy_percent")
+        if log_x:
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(style.plain_number)
+        elif is_integer_dtype(frame[x]):
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    add_legend(fig, axes, frame["num_seeds"])
+    return style.save(fig, out, caption.paragraphs(campaign, title))
 
 
 def _columns_of(shown: list[tuple[str, str]]) -> int:
@@ -91,6 +91,27 @@ def grid(shown: list[tuple[str, str]], x_label: str) -> tuple[Figure, list[Any]]
     return fig, fig.axes
 
 
+def filled_rows(
+    num_axes: int, num_columns: int, size: tuple[float, float], *, margin: float = 0.0
+) -> tuple[Figure, Any]:
+    """A figure, and its axes of `size` inches, row by row; margin: inches of width beside them."""
+    num_rows = math.ceil(num_axes / num_columns)
+    fig = Figure(figsize=(margin + size[0] * num_columns, size[1] * num_rows))
+    axes = fig.subplots(num_rows, num_columns, squeeze=False).ravel()
+    for ax in axes[num_axes:]:
+        ax.set_visible(False)
+    return fig, axes
+
+
+def heat_map(ax: Any, wide: pd.DataFrame, *, cmap: str, top: float, num_ticks: int) -> Any:
+    """Draw the cells of a frame from 0 to `top`, with its columns as ticks; returns the image."""
+    image = ax.imshow(wide, aspect="auto", cmap=cmap, vmin=0, vmax=top, interpolation="nearest")
+    ticks = range(0, len(wide.columns), max(1, len(wide.columns) // num_ticks))
+    ax.set_xticks(list(ticks), [str(wide.columns[tick]) for tick in ticks])
+    ax.grid(False)
+    return image
+
+
 def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
     """One line per method and setting: y_mean over column x, with the band y_low to y_high."""
     for method, setting, line in by_series(frame):
@@ -99,11 +120,9 @@ def draw_lines(ax: Any, frame: pd.DataFrame, x: str, y: str) -> None:
         ax.plot(
             line[x],
             line[f"{y}_mean"],
-            color=look.color,
-            marker=look.marker,
+            **look._asdict(),
             markersize=look.size(),
             markerfacecolor=fill,
-            linestyle=look.linestyle,
             markevery=math.ceil(len(line) / _MAX_MARKERS),
             label=series_label(method, setting),
         )

@@ -8,7 +8,7 @@ import pandas as pd
 from analysis import stats
 from analysis.figures import caption, style
 from analysis.figures.panels import add_legend, grid, series_label
-from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, is_panel, panels_in
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, by_panel
 from analysis.records.per_run import per_run
 
 NAME = "pareto"
@@ -34,23 +34,21 @@ def data(campaign: Campaign) -> pd.DataFrame:
     return frame
 
 
+@style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write pareto.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    shown = panels_in(campaign, frame)
-    with style.context():
-        fig, axes = grid(shown, "Uplink of the whole run (MB)")
-        for panel, ax in zip(shown, axes, strict=True):
-            _draw_points(ax, frame[is_panel(frame, panel)])
-        add_legend(fig, axes, frame["num_seeds"])
-        files = style.save(fig, out_dir / NAME)
+    blocks = by_panel(campaign, frame)
+    fig, axes = grid([panel for panel, _ in blocks], "Uplink of the whole run (MB)")
+    for (_, rows), ax in zip(blocks, axes, strict=True):
+        _draw_points(ax, rows)
+    add_legend(fig, axes, frame["num_seeds"])
     title = (
         "Accuracy of the last evaluated round against the uplink of the whole run: payload of all "
         "cohorts' uploads, headers and masks included, 1 MB = 10^6 bytes. The grey steps are the "
         "Pareto front of the means: nothing shown is more accurate for as few bytes. It takes no "
         "account of the spread over seeds."
     )
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+    return style.save(fig, out_dir / NAME, caption.paragraphs(campaign, title))
 
 
 def _front(group: pd.DataFrame) -> pd.Series:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from analysis.figures import caption, style
-from analysis.records.campaign import PANEL, Campaign, NotDrawn, is_panel, panels_in
+from analysis.figures.panels import filled_rows, heat_map
+from analysis.records.campaign import PANEL, Campaign, NotDrawn, by_panel
 
 NAME = "partition"
 _COLUMNS = 2
@@ -28,34 +28,22 @@ def data(campaign: Campaign) -> pd.DataFrame:
     return frame.assign(share=frame["num_examples"] / totals)
 
 
+@style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write partition.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    shown = panels_in(campaign, frame)
-    num_columns = min(_COLUMNS, len(shown))
-    num_rows = -(-len(shown) // num_columns)
+    blocks = by_panel(campaign, frame)
     most_labels = frame.groupby("dataset")["label"].nunique().max()
-    with style.context():
-        fig = Figure(figsize=(0.6 + 4.2 * num_columns, (1.3 + 0.13 * most_labels) * num_rows))
-        grid = fig.subplots(num_rows, num_columns, squeeze=False)
-        for ax in grid.flat[len(shown) :]:
-            ax.set_visible(False)
-        for ax, panel in zip(grid.flat, shown, strict=False):
-            rows = frame[is_panel(frame, panel)]
-            wide = rows.pivot(index="label", columns="client_id", values="share").fillna(0)
-            image = ax.imshow(
-                wide, aspect="auto", cmap="Greys", vmin=0, vmax=1, interpolation="nearest"
-            )
-            ax.set_yticks(np.arange(len(wide)), wide.index, fontsize=6)
-            ticks = range(0, len(wide.columns), max(1, len(wide.columns) // 6))
-            ax.set_xticks(list(ticks), [str(wide.columns[tick]) for tick in ticks])
-            ax.set_title(", ".join(panel))
-            ax.set_xlabel("Client (client_id)")
-            ax.grid(False)
-        fig.colorbar(image, ax=grid, label="Share of the client's examples")
-        files = style.save(fig, out_dir / NAME)
+    size = (4.2, 1.3 + 0.13 * most_labels)
+    fig, axes = filled_rows(len(blocks), min(_COLUMNS, len(blocks)), size, margin=0.6)
+    for ax, (panel, rows) in zip(axes, blocks, strict=False):
+        wide = rows.pivot(index="label", columns="client_id", values="share").fillna(0)
+        image = heat_map(ax, wide, cmap="Greys", top=1, num_ticks=6)
+        ax.set_yticks(np.arange(len(wide)), wide.index, fontsize=6)
+        ax.set_title(", ".join(panel))
+        ax.set_xlabel("Client (client_id)")
+    fig.colorbar(image, ax=axes, label="Share of the client's examples")
     title = (
         "Share of each label in each client's examples (a column sums to 1), of the panel's lowest "
         "seed; clients differ in number of examples too, which the shares do not show."
     )
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+    return style.save(fig, out_dir / NAME, caption.paragraphs(campaign, title))

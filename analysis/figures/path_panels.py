@@ -33,14 +33,11 @@ def path_points(collectives: Launches) -> pd.DataFrame:
     return frame.assign(crossing_density=2 / frame["world_size"]).reset_index(drop=True)
 
 
-def grid(
-    num_rows: int, num_columns: int, *, share_y: Literal["row", "all"]
-) -> tuple[Figure, list[list[Any]]]:
+def grid(num_rows: int, num_columns: int, *, share_y: Literal["row", "all"]) -> tuple[Figure, Any]:
     """A figure with as many axes; share_y: which of them have one y axis."""
     width, height = _PANEL_INCHES
     fig = Figure(figsize=(width * num_columns, height * num_rows + 0.4))
-    axes = fig.subplots(num_rows, num_columns, squeeze=False, sharey=share_y)
-    return fig, [list(row) for row in axes]
+    return fig, fig.subplots(num_rows, num_columns, squeeze=False, sharey=share_y)
 
 
 def draw_panel(

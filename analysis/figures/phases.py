@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from analysis.figures import caption, style
 from analysis.figures.panels import label_inches
 from analysis.records import caveats
-from analysis.records.campaign import SERIES, Campaign, NotDrawn, is_panel, panels_in, series_name
+from analysis.records.campaign import SERIES, Campaign, NotDrawn, by_panel, series_names
 from fedara_core.schema import PHASES
 
 NAME = "phases"
@@ -38,38 +38,31 @@ def data(campaign: Campaign) -> pd.DataFrame:
     return long.melt(id_vars=SERIES, var_name="phase", value_name="seconds")
 
 
+@style.context()
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write phases.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
-    shown = panels_in(campaign, frame)
-    series = frame[SERIES].drop_duplicates()
-    heights = [0.9 + 0.2 * is_panel(series, panel).sum() for panel in shown]
-    width = _BARS_INCHES + label_inches(_names(frame))
-    with style.context():
-        fig = Figure(figsize=(width, sum(heights) + 0.4))
-        axes = fig.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for ax, panel in zip(axes, shown, strict=True):
-            _draw_bars(ax, frame[is_panel(frame, panel)])
-            ax.set_title(caveats.heading(campaign, panel), loc="left")
-        axes[-1].set_xlabel("Seconds of a round (mean over rounds and runs)")
-        handles = {
-            label: handle
-            for ax in axes
-            for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-        }
-        fig.legend(handles.values(), handles, loc="outside lower center", ncols=5)
-        files = style.save(fig, out_dir / NAME)
+    blocks = by_panel(campaign, frame)
+    heights = [0.9 + 0.2 * len(rows[SERIES].drop_duplicates()) for _, rows in blocks]
+    width = _BARS_INCHES + label_inches(series_names(frame))
+    fig = Figure(figsize=(width, sum(heights) + 0.4))
+    axes = fig.subplots(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (panel, rows) in zip(axes, blocks, strict=True):
+        _draw_bars(ax, rows)
+        ax.set_title(caveats.heading(campaign, panel), loc="left")
+    axes[-1].set_xlabel("Seconds of a round (mean over rounds and runs)")
+    handles = {
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=5)
     title = (
         "Seconds of a round by phase, mean over all rounds and runs; the evaluation's seconds are "
         "spread over the rounds without one. Each phase is the maximum over processes, so a bar "
         "may be longer than its round. Seconds compare methods only where the runs had the same "
         "machine to themselves."
     )
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
-
-
-def _names(rows: pd.DataFrame) -> list[str]:
-    return [series_name(*series) for series in zip(rows["method"], rows["setting"], strict=True)]
+    return style.save(fig, out_dir / NAME, caption.paragraphs(campaign, title))
 
 
 def _draw_bars(ax: Any, rows: pd.DataFrame) -> None:
@@ -89,6 +82,6 @@ def _draw_bars(ax: Any, rows: pd.DataFrame) -> None:
             label=phase.replace("_", " "),
         )
         left += wide[phase].fillna(0)
-    ax.set_yticks(range(len(wide)), _names(wide.reset_index()))
+    ax.set_yticks(range(len(wide)), series_names(wide.reset_index()))
     ax.set_ylim(len(wide) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)

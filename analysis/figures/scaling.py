@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from analysis.figures import caption, style
+from analysis.figures import style
 from analysis.records.launches import Launches
 from analysis.records.scaling import GROUP, scaling_points
 
@@ -16,34 +16,28 @@ NAME = "scaling"
 _KINDS = ("strong", "weak")
 
 
+@style.context()
 def draw(scaling: Launches, out_dir: Path) -> list[Path]:
-    """Write scaling.pdf, .png and .txt (the caption) to `out_dir`; returns the files.
-
-    One panel for each kind; one line for each GROUP, with its ideal.
-    """
+    """One panel for each kind; one line for each GROUP, with its ideal."""
     points = scaling_points(scaling)
     kinds = [kind for kind in _KINDS if kind in set(points["scaling"])]
-    out = out_dir / NAME
-    with style.context():
-        fig = Figure(figsize=(3.1 * len(kinds), 3.0))
-        axes = fig.subplots(1, len(kinds), squeeze=False)[0]
-        handles: dict[str, Line2D] = {}
-        for kind, ax in zip(kinds, axes, strict=True):
-            for group, line in points[points["scaling"] == kind].groupby(GROUP):
-                handles |= _draw_line(ax, dict(zip(GROUP, group, strict=True)), line)
-            ticks = sorted(points["world_size"].unique())
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(ticks, [str(tick) for tick in ticks])
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.set_ylim(bottom=0)
-            ax.set_xlabel("Processes")
-            ax.set_ylabel("Seconds a round")
-            ax.set_title(f"{kind} scaling")
-        dashes: Any = style.MODELLED
-        ideal = Line2D([], [], color=style.GREY, linestyle=dashes, label="ideal")
-        fig.legend(handles=[*handles.values(), ideal], loc="outside lower center", ncols=1)
-        files = style.save(fig, out)
-    return [*files, caption.write_text(out, _caption(scaling.launches, points))]
+    fig = Figure(figsize=(3.1 * len(kinds), 3.0))
+    axes = fig.subplots(1, len(kinds), squeeze=False)[0]
+    handles: dict[str, Line2D] = {}
+    for kind, ax in zip(kinds, axes, strict=True):
+        for group, line in points[points["scaling"] == kind].groupby(GROUP):
+            handles |= _draw_line(ax, dict(zip(GROUP, group, strict=True)), line)
+        ticks = sorted(points["world_size"].unique())
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("Processes")
+        ax.set_ylabel("Seconds a round")
+        ax.set_title(f"{kind} scaling")
+    ideal = Line2D([], [], color=style.GREY, linestyle=style.MODELLED, label="ideal")
+    fig.legend(handles=[*handles.values(), ideal], loc="outside lower center", ncols=1)
+    return style.save(fig, out_dir / NAME, _caption(scaling.launches, points))
 
 
 def _draw_line(ax: Any, group: dict[str, Any], line: pd.DataFrame) -> dict[str, Line2D]:
@@ -54,17 +48,13 @@ def _draw_line(ax: Any, group: dict[str, Any], line: pd.DataFrame) -> dict[str, 
         line["world_size"],
         middle,
         yerr=[middle - line["min_seconds"], line["max_seconds"] - middle],
-        color=look.color,
-        marker=look.marker,
-        linestyle=look.linestyle,
+        **look._asdict(),
         markersize=look.size(),
         elinewidth=0.8,
     )
     ax.plot(line["world_size"], line["ideal_seconds"], color=style.GREY, linestyle=style.MODELLED)
     label = f"{group['method']}, {group['model']}, {group['backend']}, {group['cpu']}"
-    dashes: Any = look.linestyle  # matplotlib's own type has no (offset, dashes)
-    handle = Line2D([], [], color=look.color, marker=look.marker, linestyle=dashes, label=label)
-    return {label: handle}
+    return {label: Line2D([], [], **look._asdict(), label=label)}
 
 
 def _caption(launches: pd.DataFrame, points: pd.DataFrame) -> list[str]:

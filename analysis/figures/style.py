@@ -5,15 +5,17 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter
+
+from analysis.figures import caption
 
 # Okabe and Ito's colours, safe for colour-blind readers; their yellow is too pale for thin lines.
 BLACK, GREY = "#000000", "#777777"
@@ -23,12 +25,8 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _COLORS = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*"]
 
-LineStyle = str | tuple[int, tuple[float, ...]]
-
-_SOLID: LineStyle = "-"
-_DASHED: LineStyle = (0, (5, 2))
-_DOTTED: LineStyle = (0, (1, 1.5))
-_DASHDOT: LineStyle = (0, (6, 2, 1, 2))
+LineStyle = Any  # "-" or (offset, dashes), which matplotlib's own type does not have
+_SOLID, _DASHED, _DOTTED, _DASHDOT = "-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))
 _LINES: list[LineStyle] = [_SOLID, _DASHED, _DOTTED, _DASHDOT]
 
 
@@ -79,7 +77,7 @@ PATH_LOOKS = {
 _PAD_INCHES = 0.04
 _MISSING = r"Glyph (\d+) .*missing from"  # matplotlib's warning
 _MOST_INCHES = 300.0  # a PNG has less than 2^16 pixels each way
-MODELLED = _DASHED  # the line of everything that is computed and not measured
+MODELLED: LineStyle = _DASHED  # the line of everything that is computed and not measured
 
 _RC = {
     "figure.constrained_layout.use": True,
@@ -121,9 +119,11 @@ def setting_look(method: str, place: int) -> tuple[Look, str]:
     return Look(own.color, own.marker, lines[place % len(lines)]), fill
 
 
-def context() -> AbstractContextManager[None]:
+@contextmanager
+def context() -> Iterator[None]:
     """The style on top of matplotlib's defaults; the user's matplotlibrc has no effect."""
-    return matplotlib.style.context(["default", _RC])
+    with matplotlib.style.context(["default", _RC]):
+        yield
 
 
 def plain_number(value: float, _: object = None) -> str:
@@ -148,8 +148,11 @@ def missing_letters() -> Iterator[list[str]]:
     letters[:] = sorted(set(letters))
 
 
-def save(fig: Figure, path: Path) -> list[Path]:
-    """Write `path`.pdf and `path`.png; the same figure gives the same bytes on any day."""
+def save(fig: Figure, path: Path, paragraphs: list[str]) -> list[Path]:
+    """Write `path`.pdf, .png and .txt (the caption); returns the files.
+
+    The same figure gives the same bytes on any day.
+    """
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("pdf", "png")]
     path.parent.mkdir(parents=True, exist_ok=True)
     _take_names_literally(fig)
@@ -166,7 +169,7 @@ def save(fig: Figure, path: Path) -> list[Path]:
             content = io.BytesIO()  # on a full disk matplotlib's own writer fails with a riddle
             fig.savefig(content, format=file.suffix[1:], bbox_inches=box, metadata=metadata)
             file.write_bytes(content.getbuffer())
-    return files
+    return [*files, caption.write(path, paragraphs)]
 
 
 def _take_names_literally(fig: Figure) -> None:

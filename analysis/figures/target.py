@@ -10,15 +10,7 @@ from analysis import stats
 from analysis.figures import caption, style
 from analysis.figures.panels import label_inches
 from analysis.records import caveats
-from analysis.records.campaign import (
-    PANEL,
-    SERIES,
-    Campaign,
-    NotDrawn,
-    is_panel,
-    panels_in,
-    series_name,
-)
+from analysis.records.campaign import PANEL, SERIES, Campaign, NotDrawn, by_panel, series_names
 from analysis.records.target import PART_OF_LORA, costs_to_target
 
 NAME = "target"
@@ -55,24 +47,18 @@ def ratios(campaign: Campaign, costs: list[str]) -> pd.DataFrame:
     runs = costs_to_target(campaign)
     lora = runs[runs["method"] == "lora"].groupby([*PANEL, "seed"])[costs].mean()
     runs = runs.join(lora.add_prefix("lora_"), on=[*PANEL, "seed"])
-    rows = []
-    for series, group in runs.groupby(SERIES, sort=False):
-        row: dict[str, Any] = dict(zip(SERIES, series, strict=True)) | {
-            "target_accuracy_percent": group["target_accuracy_percent"].mean(),
-            "num_runs": len(group),
-            "num_reached": int(group["uplink_bytes"].notna().sum()),
-        }
-        for cost in costs:
-            ratio = group[cost] / group[f"lora_{cost}"]
-            low, high = stats.interval(ratio)
-            names = (f"{cost}_ratio", f"{cost}_ratio_low", f"{cost}_ratio_high")
-            row |= zip(names, (ratio.mean(), low, high), strict=True)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    found = {f"{cost}_ratio": runs[cost] / runs[f"lora_{cost}"] for cost in costs}
+    groups = runs.assign(**found).groupby(SERIES, as_index=False, sort=False)
+    frame = groups.agg(
+        target_accuracy_percent=("target_accuracy_percent", "mean"),
+        num_runs=("run_id", "count"),
+        num_reached=("uplink_bytes", "count"),
+        **stats.mean_and_interval(*found),
+    )
+    return frame.rename(columns=lambda name: name.removesuffix("_mean"))
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write target.pdf, .png and .txt (the caption); raises NotDrawn where LoRA is missing."""
     frame = data(campaign)
     # Bytes and seconds always, so that a gap shows.
     labels = {
@@ -80,44 +66,43 @@ def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
         for cost, text in _LABELS.items()
         if cost != "joules" or frame["joules_ratio"].notna().any()
     }
-    files = draw_ratios(campaign, frame, labels, out_dir / NAME)
-    return [*files, caption.write(campaign, out_dir / NAME, title=sentence("Cost"))]
+    return draw_ratios(campaign, frame, labels, out_dir / NAME, title=sentence("Cost"))
 
 
+@style.context()
 def draw_ratios(
     campaign: Campaign,
     frame: pd.DataFrame,
     labels: dict[str, str],
     out: Path,
     *,
+    title: str,
     modelled: bool = False,
 ) -> list[Path]:
-    """Draw `ratios` of the costs that have labels, a row of axes per panel; writes .pdf and .png.
+    """Draw `ratios` of the costs that have labels, a row of axes per panel.
 
     Modelled costs have hollow markers. Raises NotDrawn where no run reached its target.
     """
     if not (frame["num_reached"] > 0).any():
         raise NotDrawn("no run reached its target accuracy in an evaluated round")
     mixed = caveats.mixed_machines(campaign)
-    shown = panels_in(campaign, frame)
-    heights = [1 + 0.19 * is_panel(frame, panel).sum() for panel in shown]
-    names = _names(frame)
-    with style.context():
-        width = _COST_INCHES * len(labels) + label_inches(names)
-        fig = Figure(figsize=(width, sum(heights)))
-        axes = fig.subplots(len(shown), len(labels), squeeze=False, height_ratios=heights)
-        for row, panel in zip(axes, shown, strict=True):
-            rows = frame[is_panel(frame, panel)].sort_values(["method", "setting"])
-            for ax, (cost, label) in zip(row, labels.items(), strict=True):
-                of_a_machine = cost in _OF_A_MACHINE and panel in mixed
-                gap = caveats.MARK if of_a_machine else "not measured"
-                _draw_cost(ax, rows, cost, gap=gap, modelled=modelled)
-                ax.set_xlabel(f"{label} / lora's")
-                ax.set_yticklabels(_names(rows) if ax is row[0] else [])
-            target = rows.loc[rows["method"] == "lora", "target_accuracy_percent"].mean()
-            title = f"{', '.join(panel)}; cost to {target:.1f} % accuracy, mean over seeds"
-            row[0].set_title(title, loc="left")
-        return style.save(fig, out)
+    blocks = by_panel(campaign, frame)
+    heights = [1 + 0.19 * len(rows) for _, rows in blocks]
+    width = _COST_INCHES * len(labels) + label_inches(_names(frame))
+    fig = Figure(figsize=(width, sum(heights)))
+    axes = fig.subplots(len(blocks), len(labels), squeeze=False, height_ratios=heights)
+    for row, (panel, unsorted) in zip(axes, blocks, strict=True):
+        rows = unsorted.sort_values(["method", "setting"])
+        for ax, (cost, label) in zip(row, labels.items(), strict=True):
+            of_a_machine = cost in _OF_A_MACHINE and panel in mixed
+            gap = caveats.MARK if of_a_machine else "not measured"
+            _draw_cost(ax, rows, cost, gap=gap, modelled=modelled)
+            ax.set_xlabel(f"{label} / lora's")
+            ax.set_yticklabels(_names(rows) if ax is row[0] else [])
+        target = rows.loc[rows["method"] == "lora", "target_accuracy_percent"].mean()
+        heading = f"{', '.join(panel)}; cost to {target:.1f} % accuracy, mean over seeds"
+        row[0].set_title(heading, loc="left")
+    return style.save(fig, out, caption.paragraphs(campaign, title))
 
 
 def sentence(cost: str) -> str:
@@ -132,10 +117,8 @@ def sentence(cost: str) -> str:
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
-    return [
-        f"{series_name(row['method'], row['setting'])} ({row['num_reached']}/{row['num_runs']})"
-        for _, row in rows.iterrows()
-    ]
+    counts = zip(series_names(rows), rows["num_reached"], rows["num_runs"], strict=True)
+    return [f"{name} ({reached}/{runs})" for name, reached, runs in counts]
 
 
 def _draw_cost(ax: Any, rows: pd.DataFrame, cost: str, *, gap: str, modelled: bool) -> None:

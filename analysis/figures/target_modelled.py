@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures import caption
 from analysis.figures.target import draw_ratios, ratios, sentence
 from analysis.records.campaign import Campaign, NotDrawn, modelled_devices
 
@@ -20,14 +19,12 @@ def data(campaign: Campaign) -> pd.DataFrame:
 
 
 def draw(campaign: Campaign, out_dir: Path) -> list[Path]:
-    """Write target_modelled.pdf, .png and .txt (the caption) to `out_dir`; returns the files."""
     frame = data(campaign)
     names = modelled_devices(campaign)
     labels = {f"modelled_joules.{name}": f"Modelled joules, {name}" for name in names}
-    files = draw_ratios(campaign, frame, labels, out_dir / NAME, modelled=True)
     title = (
         "Modelled, not measured: joules of all clients on the named edge device, from counted "
         "FLOPs and bytes by the profiles of bench/devices.toml (device_profiles in run.json); "
         f"hollow markers. {sentence('They are summed')}"
     )
-    return [*files, caption.write(campaign, out_dir / NAME, title=title)]
+    return draw_ratios(campaign, frame, labels, out_dir / NAME, title=title, modelled=True)

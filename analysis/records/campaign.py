@@ -134,9 +134,10 @@ def panels(campaign: Campaign) -> list[tuple[str, str]]:
     return list(order[PANEL].drop_duplicates().itertuples(index=False, name=None))
 
 
-def panels_in(campaign: Campaign, frame: pd.DataFrame) -> list[tuple[str, str]]:
-    """Those of `panels` that have rows in a frame."""
-    return [panel for panel in panels(campaign) if is_panel(frame, panel).any()]
+def by_panel(campaign: Campaign, frame: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """(panel, its rows) of those of `panels` that have rows in a frame."""
+    groups = [(panel, frame[is_panel(frame, panel)]) for panel in panels(campaign)]
+    return [(panel, rows) for panel, rows in groups if not rows.empty]
 
 
 def is_panel(frame: pd.DataFrame, panel: tuple[str, str]) -> pd.Series:
@@ -153,6 +154,11 @@ def by_series(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 def series_name(method: str, setting: str) -> str:
     """The name of a row or line, on one line."""
     return f"{method} ({setting})" if setting else method
+
+
+def series_names(frame: pd.DataFrame) -> list[str]:
+    """`series_name` of each row of a frame."""
+    return [series_name(*names) for names in zip(frame["method"], frame["setting"], strict=True)]
 
 
 def modelled_devices(campaign: Campaign) -> list[str]:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import pandas as pd
 
-from analysis.records.campaign import PANEL, Campaign, by_series, panels, series_name
+from analysis.records.campaign import Campaign, by_panel, by_series, series_name
 
 # What seconds, memory and joules depend on besides the method.
 _MACHINE = {
@@ -22,7 +22,7 @@ MARK = "machines differ: seconds do not compare"  # stands beside such seconds, 
 def mixed_machines(campaign: Campaign) -> dict[tuple[str, str], str]:
     """What differs between the machines of a panel's runs, such as "CPU (A or B)", by panel."""
     mixed = {}
-    for panel, runs in _by_panel(campaign):
+    for panel, runs in by_panel(campaign, campaign.runs):
         found = {text: _values(runs, column) for column, text in _MACHINE.items()}
         differing = [f"{text} ({' or '.join(v)})" for text, v in found.items() if len(v) > 1]
         if differing:
@@ -39,7 +39,7 @@ def heading(campaign: Campaign, panel: tuple[str, str], before_mark: str = " ") 
 def shared_processes(campaign: Campaign) -> set[tuple[str, str]]:
     """Panels in which one process executed several runs, as a sweep in one job does."""
     shared = set()
-    for panel, runs in _by_panel(campaign):
+    for panel, runs in by_panel(campaign, campaign.runs):
         texts = runs.get("processes", pd.Series(dtype=str)).dropna()
         found = [{(p.get("host"), p.get("pid")) for p in json.loads(text)} for text in texts]
         if len(set().union(*found)) < sum(map(len, found)):
@@ -52,7 +52,7 @@ def sentences(campaign: Campaign) -> list[str]:
     """One sentence for each reason to read the numbers with care, panel by panel."""
     mixed, shared = mixed_machines(campaign), shared_processes(campaign)
     lines = []
-    for panel, runs in _by_panel(campaign):
+    for panel, runs in by_panel(campaign, campaign.runs):
         name = ", ".join(panel)
         if panel in mixed:
             lines.append(
@@ -79,11 +79,6 @@ def sentences(campaign: Campaign) -> list[str]:
 def warnings(campaign: Campaign) -> list[str]:
     """`sentences` as they are written below tables and figures and on the page."""
     return [f"Warning: {text}" for text in sentences(campaign)]
-
-
-def _by_panel(campaign: Campaign) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    groups = dict(list(campaign.runs.groupby(PANEL)))
-    return [(panel, groups[panel]) for panel in panels(campaign)]
 
 
 def _values(runs: pd.DataFrame, column: str) -> list[str]:

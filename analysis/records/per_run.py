@@ -2,14 +2,7 @@
 
 import pandas as pd
 
-from analysis.records.campaign import (
-    SERIES,
-    Campaign,
-    is_panel,
-    modelled_devices,
-    panels,
-    series_name,
-)
+from analysis.records.campaign import SERIES, Campaign, by_panel, modelled_devices, series_names
 from analysis.records.energy import known_energy
 
 # Evaluations. One alone is far off by chance where few unlike clients are averaged.
@@ -84,15 +77,13 @@ def per_run(campaign: Campaign) -> pd.DataFrame:
 
 def in_panels(campaign: Campaign, frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of `frame`, those of one panel together, in the order of the figures."""
-    parts = [frame[is_panel(frame, panel)] for panel in panels(campaign)]
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat([rows for _, rows in by_panel(campaign, frame)], ignore_index=True)
 
 
 def series_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """The first columns of a table with one row per data set, partition, method and setting."""
-    series = zip(frame["method"], frame["setting"], strict=True)
     return frame[["dataset", "partition"]].assign(
-        method=[series_name(*names) for names in series], n=frame["num_runs"].astype(str)
+        method=series_names(frame), n=frame["num_runs"].astype(str)
     )
 
 

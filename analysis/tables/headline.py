@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.records import caveats
-from analysis.records.campaign import PANEL, Campaign, NotDrawn, is_panel, modelled_devices, panels
+from analysis.records.campaign import PANEL, Campaign, NotDrawn, by_panel, modelled_devices
 from analysis.records.energy import energy_kind, known_energy
 from analysis.records.per_run import LATE, mean_of_all, per_run
 from analysis.records.provenance import joined
@@ -38,10 +38,9 @@ def data(campaign: Campaign) -> pd.DataFrame:
         reached = pd.Series(dtype=float)
     runs["total_bytes_to_target"] = runs["run_id"].map(reached)
     mixed = caveats.mixed_machines(campaign)
-    cost_readings = _cost_readings(campaign)
+    readings = [*_BYTES, *_cost_readings(campaign)]
     rows: list[dict[str, Any]] = []
-    for panel in panels(campaign):
-        group = runs[is_panel(runs, panel)]
+    for panel, group in by_panel(campaign, runs):
         others = group[group["method"] != "fedara"]
         lora = others[others["method"] == "lora"]
         if others.empty or lora["setting"].nunique() > 1:
@@ -50,10 +49,7 @@ def data(campaign: Campaign) -> pd.DataFrame:
         whole = group[(group["method"] == "fedara") & ~group["is_ablation"]]
         for setting, fedara in whole.groupby("setting"):
             place = dict(zip(PANEL, panel, strict=True)) | {"setting": setting}
-            found = [
-                *_accuracies(fedara, others),
-                *_against_lora(fedara, lora, [*_BYTES, *cost_readings], gap),
-            ]
+            found = _accuracies(fedara, others) + _against_lora(fedara, lora, readings, gap)
             rows += [place | row for row in found]
     if not rows:
         raise NotDrawn("no data set and partition with fedara, and other methods at one setting")

@@ -52,7 +52,9 @@ def sweep(
     if dry_run:
         for line in describe(plan):
             typer.echo(line)
-    elif not run_sweep(plan, processes, jobs, Console(highlight=False, markup=False)):
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not run_sweep(plan, processes, jobs, console):
         raise typer.Exit(1)
 
 
@@ -88,9 +90,12 @@ def status(
 ) -> None:
     """Show the state of each run of a sweep.
 
-    For each run: waiting, running, done or failed and why, rounds and accuracy so far. It reads
-    files only, and never disturbs a run.
+    For each run: waiting, running, done, failed and why, or died (its process or Slurm job is gone
+    without a word), rounds and accuracy so far. It never disturbs a run.
     """
+    from bench.jobs.slurm_job import Queue
     from bench.jobs.status import read_status, show
 
-    show(read_status(results), Console(highlight=False))
+    queue = Queue()
+    runs = read_status(results, queue)
+    show(runs, Console(highlight=False, markup=False, emoji=False), queue.problem)

@@ -14,9 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from bench.ask import beside, own_command
 from bench.config.schema import RunConfig
-from bench.jobs.plan import Plan, beside
-from bench.jobs.status import RunStatus, exit_line, last_lines, look, table
+from bench.jobs.plan import Plan
+from bench.jobs.status import RunStatus, exit_line, last_lines, look, started_as_process, table
 from fedara_core.comm.launch import detect
 from fedara_core.errors import InputError
 
@@ -87,7 +88,9 @@ def _run_lines(
     console: Console,
 ) -> list[int]:
     """Run these lines of the plan; returns those that failed."""
-    environment = dict(os.environ)
+    # MPICH and Intel MPI: without these, Slurm's variables of a batch script or a container make
+    # mpiexec wait for srun without a word. All processes are of this host.
+    environment = {"HYDRA_LAUNCHER": "fork", "HYDRA_RMK": "user", **os.environ}
     if jobs > 1:  # else each run would use all cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // (processes * jobs))))
     failed: list[int] = []
@@ -111,12 +114,13 @@ def _run_lines(
 
 
 def _start(plan: Plan, index: int, launcher: list[str], environment: dict[str, str]) -> _Running:
-    words = [*launcher, sys.executable, "-m", "bench", "run", str(plan.path)]
+    words = [*launcher, *own_command(), "run", str(plan.path)]
     words += ["--index", str(index), "--results", str(plan.results)]
     with plan.log(index).open("ab") as log:  # behind those of earlier tries
         process = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
+        log.write(started_as_process(process.pid).encode())
     return _Running(index=index, process=process, start=time.monotonic())
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,14 +125,6 @@ def _size(num_bytes: int) -> str:
         if num_bytes >= length:
             return f"{num_bytes / length:.3g} {unit}"
     return f"{num_bytes / 1e3:.3g} kB"
-
-
-def beside(python: str, name: str) -> str:
-    """A program from the folder of this Python, else from PATH. Raises InputError."""
-    found = shutil.which(name, path=str(Path(python).parent)) or shutil.which(name)
-    if found is None:
-        raise InputError(f"{name} is neither beside {python} nor on PATH")
-    return found
 
 
 def _read(path: Path) -> list[RunConfig]:

@@ -1,9 +1,14 @@
-"""A process inside a Slurm job: which job it is, its state, and how to requeue it."""
+"""Slurm's jobs, seen from outside and from inside: which job this is, the state of any, requeueing.
+
+A Slurm that does not answer costs `bench.ask.SECONDS`, and then its jobs' state is unknown.
+"""
 
 import os
 import shutil
-import subprocess
 from dataclasses import dataclass
+from functools import cached_property
+
+from bench.ask import ask
 
 
 @dataclass(frozen=True)
@@ -33,20 +38,43 @@ def requeue() -> str:
         return ""
     if shutil.which("scontrol") is None or shutil.which("squeue") is None:
         return f"job {job.number} is not requeued: no scontrol or squeue here"
-    state = queue_state(job.number)
+    state = ask("squeue", "--noheader", "--format=%T", "--jobs", job.number)
     if state.stdout.strip() != "RUNNING":
         said = state.stdout.strip() or " ".join(state.stderr.split()) or "gone"
         return f"job {job.number} is not requeued: its state is {said}"
-    asked = _ask("scontrol", "requeue", job.number)
+    asked = ask("scontrol", "requeue", job.number)
     if asked.returncode:
         return f"job {job.number} is not requeued: {' '.join(asked.stderr.split())}"
     return f"job {job.number} is requeued"
 
 
-def queue_state(number: str) -> subprocess.CompletedProcess[str]:
-    """squeue's answer about a job: its state on stdout, or an error on stderr."""
-    return _ask("squeue", "--noheader", "--format=%T", "--jobs", number)
+def is_over(number: str) -> tuple[bool, str]:
+    """Whether Slurm has the job no more, or has forgotten it; and why that is unknown, if it is."""
+    if shutil.which("squeue") is None:
+        return False, ""
+    done = ask("squeue", "--noheader", "--format=%T", "--jobs", number)
+    if not done.returncode:
+        return not done.stdout.strip(), ""
+    said = " ".join(done.stderr.split())
+    return ("Invalid job id" in said), "" if "Invalid job id" in said else said
 
 
-def _ask(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+class Queue:
+    """The jobs of this user that Slurm has, asked for once and only if somebody wants to know."""
+
+    def __init__(self) -> None:
+        self.problem = ""  # why it is unknown
+
+    @cached_property
+    def _jobs(self) -> frozenset[str] | None:
+        if shutil.which("squeue") is None:
+            return None
+        done = ask("squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}")
+        if done.returncode:
+            self.problem = " ".join(done.stderr.split())
+            return None
+        return frozenset(done.stdout.split())
+
+    def is_over(self, number: str, owner: int) -> bool:
+        """Whether Slurm has a job of this user id no more. Sites hide the jobs of other users."""
+        return owner == os.getuid() and self._jobs is not None and number not in self._jobs

@@ -1,9 +1,11 @@
-"""The state of each run of a results folder, from files alone; imports no torch. The folder holds
+"""The state of each run of a results folder, from files; imports no torch. The folder holds
 plan-*.jsonl (bench/jobs/plan.py), a folder for each run (bench/run/record.py), and logs/ with one
-log for each line of a plan, whose last line says whether its run failed."""
+log for each line of a plan, which says what started its run, and last whether it failed. Slurm is
+asked whether it still has the jobs of runs that have not ended."""
 
 import json
 import re
+import socket
 import time
 from dataclasses import dataclass
 from itertools import takewhile
@@ -14,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.jobs.slurm_job import Queue
 from bench.run import lock
 from fedara_core.errors import InputError, Interrupted
 
 _STYLES = {
     "running": "cyan",
     "failed": "red",
+    "died": "red",
     "interrupted": "yellow",
     "waiting": "dim",
     "done": "green",
@@ -27,7 +31,11 @@ _STYLES = {
 STATES = tuple(_STYLES)  # in the order of the table
 _TAIL_BYTES = 1 << 20  # of rounds.jsonl: hundreds of rounds, or a few with 10^5 clients
 _LOG_TAIL_BYTES = 1 << 14
+_MAX_LOG_BYTES = 1 << 24  # to find where a run started
 _EXIT = "fedara: exit code "
+_STARTED = "fedara: started as "
+_PROCESS = re.compile(_STARTED + r"process (\d+) on host (\S+)$")
+_JOB = re.compile(_STARTED + r"Slurm job (\S+)$")
 _SLURM = r"(slurmstepd\S*|srun): "  # begins what Slurm itself writes into a log
 _REQUEUED = re.compile(r"fedara: job \S+ is requeued$|slurmstepd.* DUE TO JOB REQUEUE")
 # What ends a job before it can write its exit code. A step may survive a mere signal.
@@ -60,23 +68,39 @@ def exit_line(code: int) -> str:
     return f"{_EXIT}{code}\n"
 
 
-def read_status(results: Path) -> list[RunStatus]:
-    """Every run that has a line in a plan in `results`, or a folder there. Raises InputError."""
+def started_as_job(number: str) -> str:
+    """The line of a log at which a Slurm job starts."""
+    return f"{_STARTED}Slurm job {number}"
+
+
+def started_as_process(pid: int) -> str:
+    """The line of a log at which a process of this host starts."""
+    return f"{_STARTED}process {pid} on host {socket.gethostname()}\n"
+
+
+def read_status(results: Path, queue: Queue | None = None) -> list[RunStatus]:
+    """Every run that has a line in a plan in `results`, or a folder there. Raises InputError.
+    queue: tells whether a run's Slurm job is still there."""
+    queue = queue or Queue()
     if not results.is_dir():
         raise InputError(f"{results}: no such folder; allowed: the folder given as --results")
     runs: dict[str, RunStatus] = {}
     for run_id, (num_rounds, logs) in _planned(results).items():
-        runs[run_id] = look(results / run_id, num_rounds, logs)
+        runs[run_id] = look(results / run_id, num_rounds, logs, queue)
     for file in sorted(results.glob("*/run.json")):
         if file.parent.name not in runs and not (file.parent / "rows.jsonl").exists():
-            runs[file.parent.name] = look(file.parent, _num_rounds(_parse(file.read_text())), [])
+            num_rounds = _num_rounds(_parse(file.read_text(encoding="utf-8", errors="replace")))
+            runs[file.parent.name] = look(file.parent, num_rounds, [], queue)
     if not runs:
         raise InputError(f"{results}: no plan and no record here; allowed: the folder of --results")
     return list(runs.values())
 
 
-def look(run_dir: Path, num_rounds: int | None, logs: list[Path]) -> RunStatus:
-    """The state of one run, from its folder and the newest of its logs."""
+def look(
+    run_dir: Path, num_rounds: int | None, logs: list[Path], queue: Queue | None = None
+) -> RunStatus:
+    """The state of one run, from its folder and the newest of its logs. queue: to find out whether
+    a run that has not ended is still there; None where that is known."""
     log = max((path for path in logs if path.exists()), key=_modified, default=None)
     rounds_done, accuracy = _progress(run_dir / "rounds.jsonl")
     signs = [p for p in (log, run_dir / "rounds.jsonl", run_dir / "run.json") if p and p.exists()]
@@ -88,6 +112,9 @@ def look(run_dir: Path, num_rounds: int | None, logs: list[Path]) -> RunStatus:
         state = ended
     elif held or log:
         state = "running"
+        if queue and (dead := _dead(run_dir / lock.FILE, log, queue)):
+            done = (run_dir / "DONE").exists()  # since it was looked for
+            state, reason = ("done", "") if done else ("died", dead)
     else:
         state = "interrupted" if signs else "waiting"
     return RunStatus(
@@ -101,14 +128,38 @@ def look(run_dir: Path, num_rounds: int | None, logs: list[Path]) -> RunStatus:
     )
 
 
-def show(runs: list[RunStatus], console: Console) -> None:
-    """Print the table, the reasons of failures, and the counts."""
+def show(runs: list[RunStatus], console: Console, problem: str = "") -> None:
+    """Print the table, the reasons of failures, and the counts. problem: why Slurm could not be
+    asked for jobs."""
     console.print(table(sorted(runs, key=lambda run: STATES.index(run.state))))
     for run in runs:
-        if run.state == "failed":
+        if run.state in ("failed", "died"):
             console.print(Text(f"{run.run_id}: {run.reason}", "red"), soft_wrap=True)
     counts = [f"{sum(run.state == state for run in runs)} {state}" for state in STATES]
     console.print(f"{len(runs)} runs: {', '.join(counts)}")
+    if problem:
+        console.print(f"whether Slurm's jobs still run is unknown: {problem}", soft_wrap=True)
+
+
+def _dead(lock_file: Path, log: Path | None, queue: Queue) -> str:
+    """What started a run and is gone without a word; "" if nothing is known to be gone."""
+    gone, name = lock.is_dead(lock_file, queue.is_over)
+    if log and not name:
+        gone, name = _gone_by_log(log, queue)
+    return f"{name} is gone; start the run again to resume" if gone else ""
+
+
+def _gone_by_log(log: Path, queue: Queue) -> tuple[bool, str]:
+    """Whether what last started into this log is gone, and its name."""
+    lines = _tail(log, _MAX_LOG_BYTES).splitlines()
+    started = next((line for line in reversed(lines) if line.startswith(_STARTED)), "")
+    name = started.removeprefix(_STARTED)
+    if process := _PROCESS.match(started):
+        here = process[2] == socket.gethostname()
+        return here and lock.process_is_gone(process[1]), name
+    if job := _JOB.match(started):
+        return queue.is_over(job[1], log.stat().st_uid), name
+    return False, ""
 
 
 def table(runs: list[RunStatus]) -> Table:
@@ -138,7 +189,9 @@ def _planned(results: Path) -> dict[str, tuple[int | None, list[Path]]]:
     """run_id -> num_rounds and possible logs; plans may share runs."""
     found: dict[str, tuple[int | None, list[Path]]] = {}
     for plan in sorted(results.glob("plan-*.jsonl")):
-        for index, text in enumerate(plan.read_text(encoding="utf-8").splitlines()):
+        for index, text in enumerate(
+            plan.read_text(encoding="utf-8", errors="replace").splitlines()
+        ):
             line = _parse(text)
             if "run_id" not in line:
                 raise InputError(f"plan {plan}, line {index} is damaged; delete the file")
@@ -160,9 +213,11 @@ def _progress(rounds: Path) -> tuple[int, float | None]:
     count = 0
     for line in reversed(lines):
         row = _parse(line)
-        count = count or int(row.get("round_index", -1)) + 1
-        if "accuracy" in row:
-            return count, float(row["accuracy"])
+        round_index, accuracy = row.get("round_index"), row.get("accuracy")
+        if isinstance(round_index, int):
+            count = count or round_index + 1
+        if isinstance(accuracy, int | float):
+            return count, float(accuracy)
     return count, None
 
 
@@ -179,6 +234,7 @@ def _end(log: Path) -> tuple[str, str]:
         return "", ""
     earlier = [number for number, line in enumerate(lines) if line.startswith(_EXIT)]
     this_try = lines[earlier[-1] + 1 :] if earlier else lines
+    this_try = [line for line in this_try if not line.startswith(_STARTED)]
     killed = [line for line in this_try if _KILLED.match(line)]
     named = killed or [line for line in this_try if _REASON.match(line)]
     said = (named or this_try or [""])[-1].removeprefix("fedara: ").strip()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 import warnings
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.ask import ask
 from bench.metering.counters import (
     POWERCAP,
     Counter,
@@ -93,6 +95,7 @@ class RunEnergy:
         with suppress(NoCounter):
             self._indices = nvml_indices(self._gpus) if self._gpus else []
         try:
+            _check_scontrol()
             # It needs a country even if no CO2 is wanted.
             tracker = _offline_tracker(self._country_iso_code or "USA", self._indices)
             tracker.get_detected_hardware()  # start() would hide its errors
@@ -118,6 +121,16 @@ class RunEnergy:
         except Exception as error:  # as in start
             self.missing = _warn_no_energy(error)
             return {}
+
+
+def _check_scontrol() -> None:
+    """Raise RuntimeError where codecarbon would fail or wait for ever: in a Slurm job it asks
+    scontrol, without a limit."""
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SLURM_JOBID")
+    if job:
+        done = ask("scontrol", "show", "job", job)
+        if done.stderr.startswith("scontrol: no answer") or shutil.which("scontrol") is None:
+            raise RuntimeError(f"in Slurm job {job} codecarbon asks scontrol; {done.stderr}")
 
 
 def _offline_tracker(country_iso_code: str, indices: list[int]) -> Any:
@@ -296,6 +309,11 @@ def _check_codecarbon() -> SourceCheck:
         result = run.stop()
     if not result:
         text = str(caught[-1].message) if caught else "no energy"
-        return SourceCheck("codecarbon", False, text)
+        advice = (
+            "bind Slurm's programs into the container, or unset SLURM_JOB_ID and SLURM_JOBID"
+            if "scontrol" in text
+            else "--no-energy runs without it"
+        )
+        return SourceCheck("codecarbon", False, text, advice)
     parts = ", ".join(f"{part} by {how}" for part, how in result["energy_part_sources"].items())
     return SourceCheck("codecarbon", True, parts)

@@ -74,7 +74,7 @@ def collectives(
 
     \b
       mpiexec -n 4 fedara micro collectives
-      torchrun --nproc-per-node 2 -m bench micro collectives --payload-bytes 1e6
+      torchrun --no-python --nproc-per-node 2 fedara micro collectives --payload-bytes 1e6
     """
     from bench.micro.collectives import MIN_WARM_UP, Settings, run_collectives
     from bench.micro.record import least, names, numbers

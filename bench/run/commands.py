@@ -33,7 +33,7 @@ def run(
     \b
       fedara run bench/configs/quickstart.toml
       mpiexec -n 4 fedara run my.toml --set federation.num_clients=100
-      torchrun --nproc-per-node 2 -m bench run my.toml
+      torchrun --no-python --nproc-per-node 2 fedara run my.toml
     """
     from bench.run.runner import run_all
 

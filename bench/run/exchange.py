@@ -6,7 +6,7 @@ from bench.run.clients import reference_of
 from bench.run.job import Job
 from fedara_core.codec import ROW_VALUES, payload_bytes
 from fedara_core.comm.base import Communicator
-from fedara_core.merge.cost import cheapest
+from fedara_core.merge.cost import cheapest, moved_values
 from fedara_core.merge.gathered import Gathering
 from fedara_core.merge.masked import MaskedAveraging
 from fedara_core.merge.mean import Averaging, Exchange
@@ -34,10 +34,11 @@ def merge_path(job: Job, communicator: Communicator) -> str:
     if job.method.combine == "gather":
         return "allgather"
     # Clients' rows are alike, or nearly, so that their number decides little; sums are float32.
-    return cheapest(
+    moved = moved_values(
         num_parts=job.config.federation.cohort,
         world_size=communicator.world_size,
         part_values=payload_bytes(job.config.codec.up, ROW_VALUES) / (4 * ROW_VALUES),
         union_values=1,
         layout_values=1,
     )
+    return cheapest(moved)

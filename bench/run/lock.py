@@ -9,15 +9,15 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.jobs.slurm_job import JobId, own_job, queue_state
+from bench.jobs.slurm_job import JobId, is_over, own_job
 from fedara_core.errors import InputError
 
 FILE = "LOCK"
@@ -33,13 +33,10 @@ def locked(run_dir: Path) -> Iterator[str]:
     descriptor, sure = _open_locked(path)
     try:
         holder = _read(descriptor)
-        if holder and not _is_gone(holder, sure):
-            raise _held(path, holder)
-        os.ftruncate(descriptor, 0)
-        own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
-        if job := own_job():
-            own |= {"job_id": job.number, "restarts": job.restarts}
-        os.pwrite(descriptor, json.dumps(own).encode(), 0)
+        problems: list[str] = []
+        if holder and not _is_gone(holder, sure, partial(_over, problems)):
+            raise _held(path, holder, *problems)
+        _write(path, descriptor)
     except BaseException:
         os.close(descriptor)
         raise
@@ -50,6 +47,47 @@ def locked(run_dir: Path) -> Iterator[str]:
         with suppress(OSError):  # not empty: it holds the record
             run_dir.rmdir()  # a refused run leaves nothing behind
         os.close(descriptor)
+
+
+def is_dead(path: Path, over: Callable[[str, int], bool]) -> tuple[bool, str]:
+    """Whether the job that wrote the file at `path` has ended without removing it, and its name.
+    over: says of a Slurm job and its owner whether Slurm has it no more. Nothing is changed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # gone by now, or not ours to read
+        return False, ""
+    try:
+        holder, owner, sure = _read(descriptor), os.fstat(descriptor).st_uid, True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False, _describe(holder)
+        except OSError:  # the file system has no locks
+            sure = False
+        gone = bool(holder) and _is_gone(holder, sure, lambda number: over(number, owner))
+        return gone and path.exists(), _describe(holder)
+    finally:
+        os.close(descriptor)
+
+
+def _over(problems: list[str], number: str) -> bool:
+    """Whether Slurm has a job no more; why that is unknown, if it is, goes into the list."""
+    found, problem = is_over(number)
+    problems.extend(filter(None, [problem]))
+    return found
+
+
+def _write(path: Path, descriptor: int) -> None:
+    """Write down who holds the lock."""
+    own: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    if job := own_job():
+        own |= {"job_id": job.number, "restarts": job.restarts}
+    os.ftruncate(descriptor, 0)
+    try:
+        os.pwrite(descriptor, json.dumps(own).encode(), 0)
+    except OSError:  # a full disk: an empty file would look like a job that is about to write
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _open_locked(path: Path) -> tuple[int, bool]:
@@ -91,27 +129,28 @@ def _read(descriptor: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_gone(holder: dict[str, Any], sure: bool) -> bool:
+def _is_gone(holder: dict[str, Any], sure: bool, over: Callable[[str], bool]) -> bool:
     """Whether the job that wrote the file has ended; sure: see `_open_locked`."""
     if holder.get("host") == socket.gethostname():
-        return sure or not Path(f"/proc/{holder.get('pid')}").exists()
+        return sure or process_is_gone(holder.get("pid"))
     if "job_id" not in holder:
         return False
-    theirs, own = JobId(holder["job_id"], holder.get("restarts", 0)), own_job()
+    theirs, own = JobId(str(holder["job_id"]), holder.get("restarts", 0)), own_job()
     if own and own.number == theirs.number:
         return own.restarts != theirs.restarts  # Slurm has restarted this job since
-    if shutil.which("squeue") is None:
-        return False
-    done = queue_state(theirs.number)
-    if done.returncode:  # also for a job that Slurm has forgotten
-        return "Invalid job id" in done.stderr
-    return not done.stdout.strip()
+    return over(theirs.number)
 
 
-def _held(path: Path, holder: dict[str, Any]) -> InputError:
+def process_is_gone(pid: object) -> bool:
+    """Whether this host has no process of this id."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+def _held(path: Path, holder: dict[str, Any], problem: str = "") -> InputError:
     return InputError(
-        f"{path.parent}: in use by {_describe(holder)}; allowed: when that has ended (if it has, "
-        f"delete {path})"
+        f"{path.parent}: in use by {_describe(holder)}"
+        + (f" (whether that job has ended is unknown: {problem})" if problem else "")
+        + f"; allowed: when that has ended (if it has, delete {path})"
     )
 
 

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import socket
-import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.ask import ask
 from bench.config.schema import RunConfig
 from fedara_core.schema import SCHEMA_VERSION
 
@@ -90,17 +90,11 @@ def _git() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {}
-    try:
-        commit = _run_git(root, "rev-parse", "HEAD")
-        changed = _run_git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
+    commit = ask("git", "-C", str(root), "rev-parse", "HEAD")
+    changed = ask("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    if commit.returncode or changed.returncode:
         return {}
-    return {"git_commit": commit, "git_dirty": bool(changed)}
-
-
-def _run_git(root: Path, *words: str) -> str:
-    command = ["git", "-C", str(root), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {"git_commit": commit.stdout.strip(), "git_dirty": bool(changed.stdout.strip())}
 
 
 def utc_now() -> str:

@@ -82,4 +82,4 @@ def doctor() -> None:
     """
     from bench.tools.doctor import show
 
-    show(Console())
+    show(Console(markup=False, emoji=False))

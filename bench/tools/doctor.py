@@ -4,9 +4,9 @@ import importlib.metadata
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,13 +14,21 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from bench.ask import ask, beside
 from bench.metering.codecarbon import SourceCheck, check_sources
 from bench.models.encoders import minilm_folder
 from fedara_core.comm.launch import detect
+from fedara_core.comm.rendezvous import check_interfaces
 from fedara_core.errors import InputError
 
-_MARKS = {"ok": "[green]ok[/]", "none": "[yellow]-[/]", "bad": "[red]no[/]"}
+_MARKS = {
+    "ok": Text("ok", "green"),
+    "none": Text("-", "yellow"),
+    "bad": Text("no", "red"),
+}
+_IMPORT_SECONDS = 60.0  # of mpi4py, from a slow file system
 _HUB = ("huggingface.co", 443)
 
 
@@ -45,10 +53,11 @@ def show(console: Console) -> None:
 
 
 def _mpi() -> Finding:
-    # In another process: some MPI libraries end a process in which they fail to start.
+    # In another process: some MPI libraries end a process in which they fail to start. -P: with
+    # this mpi4py, not with one in the working folder.
     code = "from mpi4py import MPI; print(MPI.Get_library_version().splitlines()[0])"
-    found = _run([sys.executable, "-c", code])
-    if found is None:
+    found = ask(sys.executable, "-P", "-c", code, seconds=_IMPORT_SECONDS)
+    if found.returncode:
         return Finding(
             "bad",
             "mpi4py does not start",
@@ -56,7 +65,8 @@ def _mpi() -> Finding:
             "pip install --no-binary mpi4py mpi4py",
         )
     version = importlib.metadata.version("mpi4py")
-    return Finding("ok", f"{found.strip(chr(0) + ' ')}, mpi4py {version}")
+    library = found.stdout.strip("\0 \n")
+    return Finding("ok", f"{library}, mpi4py {version}")
 
 
 def _launcher() -> Finding:
@@ -66,7 +76,41 @@ def _launcher() -> Finding:
     if not launchers:
         advice = "install the mpich wheel, or load an MPI module; torchrun needs neither"
         return Finding("bad", "no mpiexec, no srun", advice)
-    return Finding("ok", ", ".join(dict.fromkeys(launchers)))
+    text = ", ".join(dict.fromkeys(launchers))
+    if os.environ.get("SLURM_JOB_ID") and "HYDRA_LAUNCHER" not in os.environ and _is_hydra():
+        answers = shutil.which("srun") and not ask("srun", "--version").returncode
+        advice = (
+            "in this Slurm job MPICH's mpiexec waits for srun without a word if the job is not "
+            "srun's to use (a container, a stale variable): export HYDRA_LAUNCHER=fork; "
+            "fedara sweep does so itself"
+        )
+        return Finding("ok" if answers else "bad", text, advice)
+    return Finding("ok", text)
+
+
+def _is_hydra() -> bool:
+    """Whether the mpiexec here is MPICH's or Intel MPI's."""
+    with suppress(InputError):
+        said = ask(beside(sys.executable, "mpiexec"), "--version").stdout
+        return "hydra" in said.lower()
+    return False
+
+
+def _host_name() -> Finding:
+    """torchrun and gloo tell the other processes this name."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return Finding(
+            "bad",
+            f"{name} has no address",
+            f"add it to /etc/hosts (echo 127.0.0.1 {name} >> /etc/hosts); or on one host torchrun "
+            "--local-addr 127.0.0.1, with GLOO_SOCKET_IFNAME=lo",
+        )
+    if problem := check_interfaces():
+        return Finding("bad", *problem.split("; ", 1))
+    return Finding("ok", name)
 
 
 def _processes() -> Finding:
@@ -107,11 +151,26 @@ def _energy(source: str) -> Finding:
 
 
 def _slurm() -> Finding:
-    found = _run(["sinfo", "--version"])
-    if found is None:
-        return Finding("none", "not here", "only needed on a cluster")
+    found = ask("sinfo", "--version")
     job = os.environ.get("SLURM_JOB_ID")
-    return Finding("ok", found + (f", in job {job}" if job else ""))
+    if found.returncode and job:
+        return Finding(
+            "bad",
+            f"job {job}, but {found.stderr.strip()}",
+            "in a container: bind Slurm's programs into it, or unset SLURM_JOB_ID; without them no "
+            "job is requeued, and codecarbon measures nothing",
+        )
+    if found.returncode:
+        missing = shutil.which("sinfo") is None
+        text = "not here" if missing else found.stderr.strip()
+        return Finding("none", text, "only needed on a cluster")
+    controller = ask("squeue", "--noheader", "--format=%i", f"--user={os.getuid()}")
+    if controller.returncode:
+        said = " ".join(controller.stderr.split())
+        return Finding(
+            "bad", f"{found.stdout.strip()}, {said}", "ask your site: it does not answer"
+        )
+    return Finding("ok", found.stdout.strip() + (f", in job {job}" if job else ""))
 
 
 def _minilm() -> Finding:
@@ -133,19 +192,11 @@ def _hub() -> Finding:
     return Finding("ok", f"{_HUB[0]} can be reached")
 
 
-def _run(command: list[str]) -> str | None:
-    """A command's output, or None if it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 CHECKS: dict[str, Callable[[], Finding]] = {
     "MPI library": _mpi,
     "launchers": _launcher,
     "this process": lambda: Finding("ok", f"--comm auto would choose {detect(os.environ)}"),
+    "host name": _host_name,
     "processes": _processes,
     "threads": _threads,
     "torch": lambda: Finding("ok", f"torch {torch.__version__}, python {sys.version.split()[0]}"),

@@ -67,13 +67,19 @@ def open_communicator(kind: str, environ: Mapping[str, str] = os.environ) -> Com
 def _launched_processes(environ: Mapping[str, str]) -> int:
     """How many processes torchrun, mpiexec or srun says it started; 0 without a launcher."""
     if _TORCHRUN in environ:
-        return int(environ["WORLD_SIZE"])
+        return _number(environ, "WORLD_SIZE")
     for key in _MPI_SIZES:
-        if environ.get(key, "").isdigit():
-            return int(environ[key])
+        if number := _number(environ, key):
+            return number
     # srun sets SLURM_PROCID for its tasks; a batch step's size is 1 and needs no MPI.
-    size = environ.get(_SRUN_SIZE, "")
-    return int(size) if size.isdigit() and int(size) > 1 else 0
+    number = _number(environ, _SRUN_SIZE)
+    return number if number > 1 else 0
+
+
+def _number(environ: Mapping[str, str], key: str) -> int:
+    """A variable's number; 0 where it has none."""
+    text = environ.get(key, "")
+    return int(text) if text.isdecimal() else 0
 
 
 def together(communicator: Communicator, action: Callable[[], T]) -> T:
@@ -83,7 +89,9 @@ def together(communicator: Communicator, action: Callable[[], T]) -> T:
         result = action()
     except InputError as error:
         refusal = str(error)
-    refusals = [part.decode() for part in communicator.gather_bytes(refusal.encode())]
+    # A folder's name may hold bytes that are no UTF-8: Python reads them as lone surrogates.
+    gathered = communicator.gather_bytes(refusal.encode(errors="surrogatepass"))
+    refusals = [part.decode(errors="surrogatepass") for part in gathered]
     for text in refusals:
         if text:
             raise InputError(text)

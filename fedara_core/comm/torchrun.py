@@ -1,6 +1,5 @@
 """torch.distributed, for jobs that torchrun starts."""
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedara_core.comm.base import Communicator, check_counts, concatenated
-from fedara_core.errors import InputError
+from fedara_core.comm.rendezvous import Rendezvous, check_interfaces, no_connection, read_place
 
-_REQUIRED_KEYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_DAY = timedelta(days=1)  # a process may wait for a slower one; torchrun ends the job if one dies
 
 
 class TorchCommunicator(Communicator):
@@ -25,12 +24,7 @@ class TorchCommunicator(Communicator):
 
     def __init__(self) -> None:
         super().__init__()
-        missing = [key for key in _REQUIRED_KEYS if key not in os.environ]
-        if missing:
-            raise InputError(
-                f"--comm torch: {', '.join(missing)} not set; allowed: start with "
-                "torchrun --nproc-per-node N -m bench run CONFIG"
-            )
+        place = read_place()
         import torch.distributed as dist
 
         # Functions of this module keep the process group that exists when it is first imported
@@ -38,15 +32,27 @@ class TorchCommunicator(Communicator):
         from torch.distributed.nn import functional as _  # noqa: F401
 
         self._dist: Any = dist
-        self.host_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.host_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.host_rank, self.host_size = place.host_rank, place.host_size
         use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= self.host_size
         self._device = torch.device("cuda", self.host_rank) if use_nccl else torch.device("cpu")
         if use_nccl:
             torch.cuda.set_device(self._device)
         self.library = "nccl" if use_nccl else "gloo"
-        # A process may wait for a slower one for hours; torchrun ends the job if one dies.
-        dist.init_process_group(self.library, timeout=timedelta(days=1))
+        rendezvous = Rendezvous(place)
+        store = rendezvous.store("" if use_nccl else check_interfaces())
+        try:
+            dist.init_process_group(
+                self.library,
+                store=store,
+                rank=place.world_rank,
+                world_size=place.world_size,
+                timeout=rendezvous.left,
+            )
+            dist.all_reduce(torch.zeros(1, device=self._device))  # NCCL connects only now
+        except RuntimeError as error:
+            raise no_connection(self.library, error, place) from None
+        dist.distributed_c10d._set_pg_timeout(_DAY)  # it has no public name
+        store.set_timeout(_DAY)
         self.world_rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # torchrun numbers the processes host by host.
         self.host_of = tuple(rank - rank % self.host_size for rank in range(self.world_size))

@@ -11,25 +11,8 @@ PATHS = ("allgather", "split", "allreduce", "dense")
 SAME_BITS = ("allgather", "split")  # for any number of processes
 
 
-def cheapest(
-    *,
-    num_parts: int,
-    world_size: int,
-    part_values: float,
-    union_values: float,
-    layout_values: float,
-) -> str:
-    """Of the paths that keep the bits the one that moves the fewest values.
-
-    part_values: of one client on average. Parts are spread evenly over the processes.
-    """
-    moved = moved_values(
-        num_parts=num_parts,
-        world_size=world_size,
-        part_values=part_values,
-        union_values=union_values,
-        layout_values=layout_values,
-    )
+def cheapest(moved: Mapping[str, float]) -> str:
+    """Of the paths that keep the bits the one that moves the fewest of these `moved_values`."""
     return min(SAME_BITS, key=lambda path: (moved[path], SAME_BITS.index(path)))
 
 
@@ -41,7 +24,10 @@ def moved_values(
     union_values: float,
     layout_values: float,
 ) -> Mapping[str, float]:
-    """The cost model at the top of this file: values that one process receives, by path."""
+    """The cost model at the top of this file: values that one process receives, by path.
+
+    part_values: of one client on average. Parts are spread evenly over the processes.
+    """
     others = (world_size - 1) / world_size
     return {
         "allgather": others * num_parts * part_values,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fedara_core.adapters import AdaptedModel, LowRank
-from fedara_core.errors import require_fractions, require_not_negative, require_positive
+from fedara_core.errors import require
 from fedara_core.factors import orthogonality_gaps, svd_parts
 from fedara_core.importance import ImportanceMeter, scheduled_budget, top_k
 from fedara_core.merge.received import Received
@@ -57,9 +57,9 @@ class AdaLora(Method):
     orthogonality: float = 0.1
 
     def __post_init__(self) -> None:
-        require_fractions(self, "final_budget", "warmup_fraction", "final_fraction")
-        require_positive(self, "init_std")
-        require_not_negative(self, "orthogonality")
+        require(self, "in [0, 1]", "final_budget", "warmup_fraction", "final_fraction")
+        require(self, "above 0", "init_std")
+        require(self, "0 or above", "orthogonality")
 
     def init(self, start: Start) -> ServerState:
         return start.state(self, svd_parts(start.adapter, start.seed, self.init_std))

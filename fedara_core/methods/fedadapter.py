@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedara_core.adapters import Adapter
-from fedara_core.errors import InputError, require_positive
+from fedara_core.errors import InputError, require
 from fedara_core.method import Method
 from fedara_core.seeds import generator
 from fedara_core.state import ServerState, Start
@@ -50,7 +50,7 @@ class FedAdapter(Method):
     init_std: float = 0.01
 
     def __post_init__(self) -> None:
-        require_positive(self, "width", "init_std")
+        require(self, "above 0", "width", "init_std")
 
     def init(self, start: Start) -> ServerState:
         parts: dict[str, Tensors] = {"down": {}, "bias": {}, "up": {}}

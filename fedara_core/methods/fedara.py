@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fedara_core.adapters import AdaptedModel, LowRank
-from fedara_core.errors import InputError, require_fractions, require_not_negative, require_positive
+from fedara_core.errors import InputError, require
 from fedara_core.factors import orthogonality_penalty, svd_parts
 from fedara_core.importance import (
     Importance,
@@ -62,10 +62,10 @@ class FedAra(Method):
     orthogonality: float = 0.0
 
     def __post_init__(self) -> None:
-        require_fractions(self, "vote_threshold", "final_budget")
-        require_fractions(self, "warmup_fraction", "final_fraction")
-        require_positive(self, "init_std", "e_lr_factor")
-        require_not_negative(self, "orthogonality")
+        require(self, "in [0, 1]", "vote_threshold", "final_budget")
+        require(self, "in [0, 1]", "warmup_fraction", "final_fraction")
+        require(self, "above 0", "init_std", "e_lr_factor")
+        require(self, "0 or above", "orthogonality")
         if self.importance == "magnitude" and not self.truncated_svd:
             raise InputError("method.importance = 'magnitude' needs method.truncated_svd = true")
 

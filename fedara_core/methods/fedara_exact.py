@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedara_core.adapters import AdaptedModel, LowRank
-from fedara_core.errors import require_fractions, require_positive
+from fedara_core.errors import require
 from fedara_core.factors import svd_parts, truncated_product
 from fedara_core.importance import scheduled_budget, top_k
 from fedara_core.merge.received import Received
@@ -51,8 +51,8 @@ class FedAraExact(Method):
     e_lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        require_fractions(self, "final_budget", "warmup_fraction", "final_fraction")
-        require_positive(self, "init_std", "e_lr_factor")
+        require(self, "in [0, 1]", "final_budget", "warmup_fraction", "final_fraction")
+        require(self, "above 0", "init_std", "e_lr_factor")
 
     def init(self, start: Start) -> ServerState:
         return start.state(self, svd_parts(start.adapter, start.seed, self.init_std))

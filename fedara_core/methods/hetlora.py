@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedara_core.adapters import AdaptedModel
-from fedara_core.errors import InputError, require_not_negative
+from fedara_core.errors import require
 from fedara_core.merge.received import Received
 from fedara_core.method import Batch, Client, Method, Size, next_state, with_mean
 from fedara_core.state import ServerState, Start, relaid, truncated
@@ -51,9 +51,8 @@ class HetLora(Method):
     gamma: float = 0.99
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "penalty")
-        if not 0 < self.gamma <= 1:
-            raise InputError(f"method.gamma = {self.gamma} must be above 0 and at most 1")
+        require(self, "0 or above", "penalty")
+        require(self, "above 0 and at most 1", "gamma")
 
     def init(self, start: Start) -> ServerState:
         ranks = torch.tensor(start.adapter.client_lora_ranks)  # int64

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fedara_core.adapters import AdaptedModel, AdapterSpec
-from fedara_core.errors import InputError, require_positive
+from fedara_core.errors import require
 from fedara_core.importance import top_k
 from fedara_core.merge.received import Received
 from fedara_core.method import Alternating, Batch, Client, Size
@@ -53,9 +53,8 @@ class LoraA2(Alternating):
     freeze_head: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise InputError(f"method.budget = {self.budget} must be in (0, 1]")
-        require_positive(self, "probe_steps", "b_lr_factor")
+        require(self, "in (0, 1]", "budget")
+        require(self, "above 0", "probe_steps", "b_lr_factor")
 
     def init(self, start: Start) -> ServerState:
         if self.freeze_head:

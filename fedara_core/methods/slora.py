@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedara_core.adapters import Adapter, AdapterForm, LowRank
-from fedara_core.errors import InputError, require_positive
+from fedara_core.errors import require
 from fedara_core.factors import signed_svd
 from fedara_core.merge.received import Received
 from fedara_core.method import Method, next_state, with_mean
@@ -46,10 +46,8 @@ class SLora(Method):
     stage1_lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("density", "stage1_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"method.{name} = {getattr(self, name)} must be in [0, 1)")
-        require_positive(self, "stage1_lr_factor")
+        require(self, "in [0, 1)", "density", "stage1_fraction")
+        require(self, "above 0", "stage1_lr_factor")
 
     def stage1_rounds(self, num_rounds: int) -> int:
         if self.density == 0 or self.stage1_fraction == 0:

@@ -403,7 +403,7 @@ def test_seconds_of_unlike_machines_are_marked_in_the_picture(
     texts: list[str] = []
     monkeypatch.setattr(
         "analysis.figures.style.save",
-        lambda fig, path: texts.extend(text.get_text() for text in fig.findobj(Text)) or [],
+        lambda fig, *_: texts.extend(text.get_text() for text in fig.findobj(Text)) or [],
     )
     figure.draw(load_campaign(tmp_path), tmp_path)
     assert any(caveats.MARK in text for text in texts)

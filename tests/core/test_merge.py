@@ -50,7 +50,7 @@ def test_moved_values_by_hand() -> None:
     moved = moved_values(num_parts=8, world_size=4, **sizes)
     assert moved == {"allgather": 600, "split": 337.5, "allreduce": 375, "dense": 1500}
     assert set(moved) == set(PATHS)
-    assert cheapest(num_parts=8, world_size=4, **sizes) == "split"
+    assert cheapest(moved) == "split"
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_moved_values_by_hand() -> None:
     ],
 )
 def test_the_cheapest_path(num_parts: int, world_size: int, union_values: int, path: str) -> None:
-    chosen = cheapest(
+    moved = moved_values(
         num_parts=num_parts,
         world_size=world_size,
         part_values=100,
         union_values=union_values,
         layout_values=1000,
     )
-    assert chosen == path
+    assert cheapest(moved) == path
 
 
 class TwoProcesses(Communicator):

@@ -18,6 +18,7 @@ from bench.jobs.status import last_lines, read_status
 from fedara_core.errors import InputError
 from support.launch import TINY, environment, fedara_here, pretend_finished, rounds_of
 from support.rounds import make_tiny_job, play_rounds
+from support.stand_in import stand_in
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
@@ -188,12 +189,55 @@ def test_each_run_is_started_under_mpiexec(tmp_path: Path, monkeypatch: pytest.M
         assert not run_sweep(plan, 3, 2, Console(file=out))  # it exits with 0, but no DONE
     assert "0 runs done, 2 failed" in (tmp_path / "out").read_text()
     for index in (0, 1):
-        line, last = last_lines(plan.log(index), 9)
-        assert last == "fedara: exit code 0"
+        lines = last_lines(plan.log(index), 9)
+        assert lines.pop() == "fedara: exit code 0"
+        assert sum(line.startswith("fedara: started as process ") for line in lines) == 1
+        (line,) = [line for line in lines if not line.startswith("fedara: ")]
         threads, *words = line.split()
         assert threads == "2"
         assert words[:2] == ["-n", "3"]
         assert words[-5:] == [str(plan.path), "--index", str(index), "--results", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "rmk"),
+    [({}, "fork", "user"), ({"HYDRA_LAUNCHER": "ssh", "HYDRA_RMK": "pbs"}, "ssh", "pbs")],
+)
+def test_mpiexec_does_not_wait_for_srun(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    launcher: str,
+    rmk: str,
+) -> None:
+    """As it would under Slurm's variables; what the user has set stands."""
+    mpiexec = stand_in(tmp_path, "mpiexec", 'echo "$HYDRA_LAUNCHER" "$HYDRA_RMK"')
+    monkeypatch.setattr("bench.jobs.local.beside", lambda python, name: str(mpiexec))
+    for key in ("HYDRA_LAUNCHER", "HYDRA_RMK"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    plan = make_plan(TINY, tmp_path, [])
+    with (tmp_path / "out").open("w") as out:
+        run_sweep(plan, 2, None, Console(file=out))
+    assert f"{launcher} {rmk}" in last_lines(plan.log(0), 9)
+
+
+@pytest.mark.slow
+def test_a_sweep_in_somebody_else_s_slurm_job_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that has the variables of the batch job around it, but not that job."""
+    stale = {"JOB_ID": "5", "JOBID": "5", "NNODES": "2", "NODELIST": "n[8-9]", "NTASKS": "2"}
+    for key, value in stale.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "1(x2)")
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    plan = make_plan(TINY, tmp_path, ["federation.num_rounds=1"])
+    with (tmp_path / "out").open("w") as out:
+        assert run_sweep(plan, 2, None, Console(file=out)), plan.log(0).read_text()
+    run = json.loads((tmp_path / plan.runs[0].run_id / "run.json").read_text())
+    assert run["world_size"] == 2
 
 
 def test_logs_of_earlier_tries_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from bench.ask import own_command
 from bench.jobs.plan import Plan, make_plan
-from bench.jobs.slurm import Site, _ranges, array_script, figures_script, read_site, submit_plan
+from bench.jobs.slurm import read_site, submit_plan
+from bench.jobs.slurm_script import Chunk, Site, _ranges, array_script, figures_script
 from bench.jobs.status import read_status
 from fedara_core.errors import InputError
 from support.launch import ROOT, TINY, pretend_finished, wait_for
+from support.stand_in import put_first, stand_in
 
 SITES = sorted((ROOT / "slurm" / "sites").glob("*.toml"))
 GOLDEN = Path(__file__).parents[2] / "golden"
-PYTHON, HOME = "/home/me/fedara/.venv/bin/python", Path("/home/me/fedara")
+HOME = Path("/home/me/fedara")
+PROGRAM = [f"{HOME}/.venv/bin/python", "-P", f"{HOME}/bench/__main__.py"]
 
 
 def demo_scripts(site: Path) -> dict[str, str]:
@@ -28,8 +32,10 @@ def demo_scripts(site: Path) -> dict[str, str]:
     plan = Plan(name="plan-demo-01234567", results=Path("results/demo"), text="", runs=())
     settings = read_site(site)
     return {
-        f"{site.stem}.sbatch": array_script(plan, settings, [0, 1, 2, 5], PYTHON, HOME),
-        f"{site.stem}-figures.sbatch": figures_script(plan, settings, PYTHON, HOME),
+        f"{site.stem}.sbatch": array_script(
+            plan, settings, Chunk(lines=(0, 1, 2, 5)), PROGRAM, HOME
+        ),
+        f"{site.stem}-figures.sbatch": figures_script(plan, settings, PROGRAM, HOME),
     }
 
 
@@ -125,13 +131,18 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder, calls = tmp_path / "bin", tmp_path / "calls"
     folder.mkdir()
     calls.touch()
-    program = folder / "sbatch"
-    program.write_text(
-        f'#!/bin/sh\necho "$@" >> {calls}\necho "$((40 + $(wc -l < {calls})));cluster"\n'
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    says_id = f'echo "$@" >> {calls}\necho "$((40 + $(wc -l < {calls})));cluster"'
+    stand_in(folder, "sbatch", says_id)
+    stand_in(folder, "scontrol", "exit 1")
+    stand_in(folder, "squeue", "echo 41_0")
+    put_first(folder, monkeypatch)
     return calls
+
+
+def sweep_of(folder: Path, num_runs: int) -> Plan:
+    config = folder / "many.toml"
+    config.write_text(f"{TINY.read_text()}\n[sweep]\nseed = {list(range(num_runs))}\n")
+    return make_plan(config, folder / "out", [])
 
 
 def test_submit_asks_for_an_array_and_then_for_figures(tmp_path: Path, sbatch: Path) -> None:
@@ -194,6 +205,76 @@ def test_a_refusal_of_sbatch_costs_one_line(tmp_path: Path, sbatch: Path) -> Non
     assert "sbatch: error: Invalid account" in line
 
 
+@pytest.mark.parametrize(
+    ("printed", "job_id"),
+    [
+        ("Welcome to 3 clusters\n41", "41"),
+        ("*** 2026 ***\n\n1234567;alps  \n", "1234567"),
+        ("12\n13", "13"),
+        ("13\nThank you for using 99 nodes", "13"),
+    ],
+)
+def test_a_banner_is_no_job_id(tmp_path: Path, sbatch: Path, printed: str, job_id: str) -> None:
+    says = f'echo "$@" >> {sbatch}\ncat <<"END"\n{printed}\nEND'
+    stand_in(tmp_path / "bin", "sbatch", says)
+    done = fedara_submit(tmp_path, SITES[0])
+    assert done.code == 0, done.err
+    assert f"job {job_id}: 1 of 1 runs" in done.out
+    assert f"--dependency=afterany:{job_id} " in sbatch.read_text()
+
+
+@pytest.mark.parametrize("printed", ["", "Submitted, goodbye", "12 jobs"])
+def test_an_sbatch_that_names_no_job_costs_one_line(
+    tmp_path: Path, sbatch: Path, printed: str
+) -> None:
+    stand_in(tmp_path / "bin", "sbatch", f"echo '{printed}'")
+    done = fedara_submit(tmp_path, SITES[0])
+    assert done.code == 2
+    (line,) = done.refusals
+    assert "sbatch named no job for" in line
+    assert printed in line
+
+
+def test_an_sbatch_that_does_not_answer_costs_one_line(
+    tmp_path: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.jobs.slurm._SBATCH_SECONDS", 0.3)
+    stand_in(tmp_path / "bin", "sbatch", "sleep 60")
+    done = fedara_submit(tmp_path, SITES[0])
+    assert done.code == 2
+    assert "sbatch: no answer in 0.3 s" in done.refusals[0]
+
+
+@pytest.mark.parametrize("array_limit", [None, 7])
+def test_a_sweep_beyond_max_array_size_is_several_arrays(
+    tmp_path: Path, sbatch: Path, array_limit: int | None
+) -> None:
+    """With a limit one after the other, so that not more than that run at a time."""
+    stand_in(tmp_path / "bin", "scontrol", "echo 'MaxArraySize            = 11'")
+    plan = sweep_of(tmp_path, 23)
+    said = submit_plan(plan, Site(time="60", mpi="pmi2", array_limit=array_limit), dry_run=False)
+    assert said[0].startswith("job 41, 42, 43: 23 of 23 runs")
+    out = tmp_path / "out" / plan.name
+    after = [f"--dependency=afterany:{n} " if array_limit else "" for n in (41, 42)]
+    assert sbatch.read_text().splitlines() == [
+        f"--parsable {out}.sbatch",
+        f"--parsable {after[0]}{out}-from-10.sbatch",
+        f"--parsable {after[1]}{out}-from-20.sbatch",
+        f"--parsable --dependency=afterany:41:42:43 {out}-figures.sbatch",
+    ]
+    last = Path(f"{out}-from-20.sbatch").read_text()
+    assert "#SBATCH --array=0-2" in last
+    assert "SLURM_ARRAY_TASK_ID + 20" in last
+
+
+def test_a_slurm_without_arrays_is_refused(tmp_path: Path, sbatch: Path) -> None:
+    stand_in(tmp_path / "bin", "scontrol", "echo 'MaxArraySize = 0'")
+    done = fedara_submit(tmp_path, SITES[0])
+    assert done.code == 2
+    assert "MaxArraySize = 0" in done.refusals[0]
+    assert sbatch.read_text() == ""
+
+
 # ---- the array script, run by bash with a stand-in for srun ----
 
 
@@ -209,8 +290,9 @@ class Task:
         program.chmod(0o755)
         site = Site(time="60", mpi="pmi2", setup=[f'export PATH="{program.parent}:$PATH"'])
         script = folder / "job.sbatch"
-        script.write_text(array_script(self.plan, site, [0], sys.executable, folder))
-        environment = {**os.environ, "SLURM_CPUS_PER_TASK": "3", "SLURM_ARRAY_TASK_ID": "0"}
+        script.write_text(array_script(self.plan, site, Chunk(lines=(0,)), own_command(), folder))
+        slurm = {"CPUS_PER_TASK": "3", "ARRAY_TASK_ID": "0", "ARRAY_JOB_ID": "41"}
+        environment = {**os.environ, **{f"SLURM_{key}": value for key, value in slurm.items()}}
         with self.plan.log(0).open("a") as log:
             self.process = subprocess.Popen(
                 ["bash", str(script)], env=environment, stdout=log, stderr=log
@@ -222,14 +304,17 @@ def test_the_script_starts_its_line_and_writes_down_a_failure(tmp_path: Path) ->
     assert task.process.wait(20) == 2
     words = (tmp_path / "srun").read_text().split()
     assert words[:5] == ["srun", "-c", "3", "--wait=10", "--mpi=pmi2"]
-    assert words[5:10] == [sys.executable, "-m", "bench", "run", str(task.plan.path)]
+    assert words[5:10] == [*own_command(), "run", str(task.plan.path)]
     assert words[-2:] == ["--index", "0"]
     (status,) = read_status(task.plan.results)
     assert (status.state, status.reason) == ("failed", "no data (exit code 2)")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
-def test_the_script_hands_signals_on_and_waits(tmp_path: Path, sent: signal.Signals) -> None:
+def test_the_script_hands_signals_on_and_waits(
+    tmp_path: Path, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(put_first(tmp_path / "slurm", monkeypatch), "squeue", "echo 41_0")
     ready = tmp_path / "ready"
     task = Task(
         tmp_path,  # at TERM it would end like srun, which then kills its tasks

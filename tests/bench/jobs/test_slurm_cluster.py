@@ -19,10 +19,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from bench.ask import own_command
 from bench.cli import app
 from bench.config.load import load_runs
 from bench.jobs.plan import Plan, make_plan
-from bench.jobs.slurm import array_script, read_site
+from bench.jobs.slurm import read_site
+from bench.jobs.slurm_script import Chunk, array_script
 from support.launch import ROOT, TINY, environment, fedara_here, rounds_of
 
 pytestmark = pytest.mark.xdist_group("jobs")
@@ -184,7 +186,7 @@ def play(story: Story) -> None:
 
     program = story.folder / ".venv" / "bin" / "fedara"
     program.parent.mkdir(parents=True)
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m bench "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(own_command())} "$@"\n')
     program.chmod(0o755)
     for name in BY_HAND_NODES:
         story.submit_by_hand(name)
@@ -302,9 +304,9 @@ def test_a_cancelled_job_stays_cancelled_and_its_run_goes_on_when_submitted_agai
 
 def test_status_says_what_happened(story: Story) -> None:
     first, last = story.statuses
-    assert "2 runs: 0 running, 0 failed, 1 interrupted, 0 waiting, 1 done" in first
+    assert "2 runs: 0 running, 0 failed, 0 died, 1 interrupted, 0 waiting, 1 done" in first
     assert re.search(rf"^{story.run_dirs['line 0'].name} +interrupted ", first, re.MULTILINE)
-    assert "2 runs: 0 running, 0 failed, 0 interrupted, 0 waiting, 2 done" in last
+    assert "2 runs: 0 running, 0 failed, 0 died, 0 interrupted, 0 waiting, 2 done" in last
 
 
 def test_figures_are_drawn_when_all_lines_have_ended(story: Story) -> None:
@@ -317,7 +319,7 @@ def test_figures_are_drawn_when_all_lines_have_ended(story: Story) -> None:
 def test_slurm_takes_the_script_of_the_shipped_site(story: Story) -> None:
     site = read_site(ROOT / "slurm" / "sites" / "test_cluster.toml")
     script = story.folder / "shipped.sbatch"
-    script.write_text(array_script(story.plan, site, [0, 1], sys.executable, ROOT))
+    script.write_text(array_script(story.plan, site, Chunk(lines=(0, 1)), own_command(), ROOT))
     call("sbatch", "--test-only", script)
 
 

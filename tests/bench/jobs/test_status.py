@@ -2,17 +2,24 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from bench.cli import app
 from bench.jobs.plan import Plan, make_plan
+from bench.jobs.slurm_job import Queue
 from bench.jobs.status import RunStatus, exit_line, log_file, read_status
+from bench.run.lock import locked
 from fedara_core.errors import InputError
 from support.launch import TINY, environment
+from support.stand_in import put_first, stand_in
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
@@ -138,6 +145,129 @@ def test_a_run_without_a_log_runs_as_long_as_it_holds_its_folder(tmp_path: Path)
     assert [run.state for run in read_status(tmp_path)] == ["running"]
 
 
+# ---- runs whose process or job is gone ----
+
+
+def started(pid: int = 2**22 + 1, host: str = "") -> str:
+    return f"fedara: started as process {pid} on host {host or socket.gethostname()}\n"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Slurm that has jobs 41_1 and 50; each question is a line in the file `asked`."""
+    folder = put_first(tmp_path / "bin", monkeypatch)
+    stand_in(folder, "squeue", f'echo "$@" >> {folder}/asked\nprintf "41_1\\n50\\n"')
+    return folder
+
+
+def test_a_killed_run_has_died(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from bench.run.lock import locked\n"
+        "with locked(Path(sys.argv[1])):\n    os.kill(os.getpid(), 9)"
+    )
+    folder = make_run(tmp_path, "alone", 3)
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=False, env=environment())
+    pid = json.loads((folder / "LOCK").read_text())["pid"]
+    (status,) = read_status(tmp_path)
+    assert (status.state, status.rounds_done) == ("died", 3)
+    assert status.reason.startswith(f"process {pid} on host {socket.gethostname()} is gone; ")
+    (folder / "DONE").touch()
+    assert [run.state for run in read_status(tmp_path)] == ["done"]
+
+
+def test_a_run_that_holds_its_folder_has_not_died(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "alone", 3)
+    with locked(folder):
+        assert [run.state for run in read_status(tmp_path)] == ["running"]
+
+
+@pytest.mark.parametrize(
+    ("job_id", "state"), [("50", "running"), ("41_1", "running"), ("41", "died"), ("41_11", "died")]
+)
+def test_of_a_run_on_another_host_slurm_knows(
+    tmp_path: Path, slurm: Path, job_id: str, state: str
+) -> None:
+    results = tmp_path / "out"
+    for name in ("a", "b", "c"):
+        holder = {"host": "node7", "pid": 4711, "job_id": job_id}
+        (make_run(results, name, 2) / "LOCK").write_text(json.dumps(holder))
+    runs = read_status(results)
+    assert [run.state for run in runs] == [state] * 3
+    assert state == "running" or f"Slurm job {job_id} is gone" in runs[0].reason
+    assert len((slurm / "asked").read_text().splitlines()) == 1  # once for all
+
+
+@pytest.mark.parametrize(
+    ("log", "state", "named"),
+    [
+        (started(), "died", "process 4194305 on host"),
+        (started(os.getpid()), "running", ""),
+        (started(host="node7"), "running", ""),
+        ("fedara: started as Slurm job 41_0\n", "died", "Slurm job 41_0"),
+        ("fedara: started as Slurm job 41_1\n", "running", ""),
+        ("fedara: started as Slurm job 40_1\n" + exit_line(1), "failed", ""),
+        (started() + exit_line(1) + started(os.getpid()), "running", ""),
+        ("fedara: started as Slurm job 41_1\nx\n" + started() + "y\n" * 9000, "died", "process"),
+    ],
+)
+def test_a_log_says_what_a_run_without_a_lock_was_started_as(
+    tmp_path: Path, slurm: Path, log: str, state: str, named: str
+) -> None:
+    status = one(tmp_path / "out", log, num_rounds=2)
+    assert status.state == state
+    assert named in status.reason
+
+
+def test_what_started_a_run_is_not_why_it_failed(tmp_path: Path) -> None:
+    assert one(tmp_path, started() + exit_line(9)).reason == "(exit code 9)"
+
+
+@pytest.mark.parametrize("squeue", ["sleep 60", "echo slurmctld is down >&2; exit 1"])
+def test_a_slurm_that_does_not_answer_leaves_runs_running(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, squeue: str
+) -> None:
+    monkeypatch.setattr("bench.ask.ask.__kwdefaults__", {"seconds": 0.5})
+    stand_in(slurm, "squeue", squeue)
+    for name in ("a", "b"):
+        folder = make_run(tmp_path / "out", name, 2)
+        (folder / "LOCK").write_text(json.dumps({"host": "n7", "pid": 1, "job_id": "31"}))
+    said = CliRunner().invoke(app, ["status", str(tmp_path / "out")])
+    assert said.exit_code == 0, said.output
+    assert "2 runs: 2 running, 0 failed, 0 died" in said.stdout
+    reason = "no answer in 0.5 s" if "sleep" in squeue else "slurmctld is down"
+    assert "whether Slurm's jobs still run is unknown: " in said.stdout
+    assert reason in said.stdout
+
+
+def test_a_job_of_somebody_else_is_not_said_to_be_gone(tmp_path: Path, slurm: Path) -> None:
+    """Sites hide the jobs of other users."""
+    assert Queue().is_over("31", os.getuid())
+    assert not Queue().is_over("31", os.getuid() + 1)
+    assert not Queue().is_over("50", os.getuid())
+
+
+@pytest.mark.parametrize("name", ["[bold]x[/bold]", "[/red]", "a:b:c"])
+def test_names_are_shown_as_they_are(tmp_path: Path, name: str) -> None:
+    results = tmp_path / "out"
+    folder = results / name.replace("/", "_")
+    make_run(results, folder.name, 2)
+    (folder / "LOCK").write_text(json.dumps({"host": socket.gethostname(), "pid": name}))
+    said = CliRunner().invoke(app, ["status", str(results)], env={"COLUMNS": "200"})
+    assert said.exit_code == 0, said.output
+    assert re.search(rf"^{re.escape(folder.name)} +died ", said.stdout, re.MULTILINE)
+    assert f"\n{folder.name}: " in said.stdout
+    assert f"process {name} on host" in said.stdout
+
+
+@pytest.mark.parametrize("file", ["run.json", "rounds.jsonl", "LOCK"])
+@pytest.mark.parametrize("damage", [b"", b"\xff\x00{", b"[1, 2]\n", b'{"round_index": "x"}\n'])
+def test_a_damaged_file_is_no_traceback(tmp_path: Path, file: str, damage: bytes) -> None:
+    folder = make_run(tmp_path, "alone", 3)
+    (folder / file).write_bytes(damage)
+    (status,) = read_status(tmp_path)
+    assert status.run_id == "alone"
+
+
 def test_a_run_that_was_started_again_has_not_failed(tmp_path: Path) -> None:
     assert one(tmp_path, exit_line(1) + "preparing\n").state == "running"
 
@@ -191,7 +321,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "r: bad data (exit code 2)" in done.stdout
-    assert "1 runs: 0 running, 1 failed, 0 interrupted, 0 waiting, 0 done" in done.stdout
+    assert "1 runs: 0 running, 1 failed, 0 died, 0 interrupted, 0 waiting, 0 done" in done.stdout
 
 
 def make_plan_of_200(folder: Path) -> Plan:

@@ -12,9 +12,10 @@ import pytest
 from bench.config.load import load_runs
 from bench.jobs.slurm_job import requeue
 from bench.run import lock
-from bench.run.lock import FILE, locked
+from bench.run.lock import FILE, is_dead, locked
 from fedara_core.errors import InputError
 from support.launch import TINY, fedara_here
+from support.stand_in import put_first, stand_in
 
 ELSEWHERE = {"host": "node7", "pid": 4711, "job_id": "31", "restarts": 0}
 
@@ -29,15 +30,7 @@ def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for stand-ins of Slurm's commands, first on PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-    return folder
-
-
-def stand_in(folder: Path, name: str, script: str) -> None:
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
+    return put_first(tmp_path / "bin", monkeypatch)
 
 
 def test_the_second_job_is_refused_with_the_first_ones_host_and_job(
@@ -141,3 +134,75 @@ def test_requeue_asks_for_the_own_running_job_only(
     stand_in(slurm, "squeue", "echo RUNNING")
     stand_in(slurm, "scontrol", "echo 'Requested operation is presently disabled' >&2; exit 1")
     assert requeue() == "job 31 is not requeued: Requested operation is presently disabled"
+
+
+def test_a_squeue_that_does_not_answer_is_named(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.ask.ask.__kwdefaults__", {"seconds": 0.5})
+    stand_in(slurm, "squeue", "sleep 60")
+    (tmp_path / FILE).write_text(json.dumps(ELSEWHERE))
+    with pytest.raises(InputError) as caught, locked(tmp_path):
+        pass
+    assert "in use by process 4711 on host node7, Slurm job 31" in str(caught.value)
+    assert "whether that job has ended is unknown: squeue: no answer in 0.5 s" in str(caught.value)
+
+
+def test_a_squeue_that_does_not_answer_does_not_hang_a_requeue(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.ask.ask.__kwdefaults__", {"seconds": 0.5})
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+    stand_in(slurm, "scontrol", "sleep 60")
+    stand_in(slurm, "squeue", "sleep 60")
+    assert requeue() == "job 31 is not requeued: its state is squeue: no answer in 0.5 s"
+    stand_in(slurm, "squeue", "echo RUNNING")
+    assert requeue() == "job 31 is not requeued: scontrol: no answer in 0.5 s"
+
+
+def test_a_full_disk_leaves_no_empty_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(lock.errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(OSError, match="No space"), locked(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run" / FILE).exists()
+
+
+# ---- whether a lock's job is dead, without taking the lock ----
+
+
+def dead(path: Path, *over: str) -> tuple[bool, str]:
+    """What is_dead says if Slurm has these jobs no more."""
+    return is_dead(path / FILE, lambda number, owner: owner == os.getuid() and number in over)
+
+
+def test_a_lock_that_is_held_is_not_dead(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        gone, name = dead(tmp_path)
+        assert (gone, name) == (False, f"process {os.getpid()} on host {socket.gethostname()}")
+        with pytest.raises(InputError, match="in use"), locked(tmp_path):
+            pass  # looking has not freed it
+    assert dead(tmp_path) == (False, "")  # no file
+
+
+def test_a_lock_of_a_process_that_is_gone_is_dead(tmp_path: Path) -> None:
+    """Whatever process has its id today: the kernel has released the lock."""
+    (tmp_path / FILE).write_text(json.dumps({"host": socket.gethostname(), "pid": 1}))
+    assert dead(tmp_path) == (True, f"process 1 on host {socket.gethostname()}")
+    assert (tmp_path / FILE).exists()
+
+
+@pytest.mark.parametrize(("over", "gone"), [((), False), (("31",), True), (("30", "32"), False)])
+def test_a_lock_of_another_host_is_dead_when_slurm_says_so(
+    tmp_path: Path, over: tuple[str, ...], gone: bool
+) -> None:
+    (tmp_path / FILE).write_text(json.dumps(ELSEWHERE))
+    assert dead(tmp_path, *over) == (gone, "process 4711 on host node7, Slurm job 31")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "\x00\xff", '{"host": "node7", "pid": 4711}'])
+def test_of_a_lock_that_says_nothing_nothing_is_known(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text, encoding="latin-1")
+    assert not dead(tmp_path, "31")[0]

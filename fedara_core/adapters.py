@@ -213,11 +213,7 @@ def inject(module: nn.Module, targets: str | Sequence[str], head: Sequence[str])
             if target == "all-linear" or name == target or name.endswith("." + target)
         }
         if not found:
-            endings = sorted({name.rpartition(".")[2] for name in linear})
-            raise InputError(
-                f"adapter.targets: {target!r} matches no linear layer; "
-                f"allowed: all-linear, or endings of layer names such as {', '.join(endings)}"
-            )
+            raise _no_layer(target, module, linear)
         chosen |= found
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in head)
@@ -225,6 +221,21 @@ def inject(module: nn.Module, targets: str | Sequence[str], head: Sequence[str])
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, Adapter(name, linear[name]))
     return AdaptedModel(module)
+
+
+def _no_layer(target: str, module: nn.Module, linear: Mapping[str, nn.Module]) -> InputError:
+    """The error of a target that matches none of the linear layers."""
+    endings = sorted({name.rpartition(".")[2] for name in linear})
+    if endings:
+        return InputError(
+            f"adapter.targets: {target!r} matches no linear layer; "
+            f"allowed: all-linear, or endings of layer names such as {', '.join(endings)}"
+        )
+    kinds = sorted({type(m).__name__ for m in module.modules() if [*m.parameters(recurse=False)]})
+    return InputError(
+        f"adapter.targets: {target!r} matches no linear layer: but for its head, the model has no "
+        f"nn.Linear, only {', '.join(kinds)}; allowed: models with linear layers"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
 def load_record(path: Path, overrides: list[str]) -> RunConfig:
     """The config of a record's run.json, with overrides (a record does not say where data lie)."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["config"]
+        table = json.loads(path.read_text(encoding="utf-8-sig"))["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no record that can be read ({error!r})") from None
     return parse_run(_override(table, map(_parse_override, overrides)))
@@ -66,7 +66,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def read_toml(path: Path, what: str, allowed: str = "a readable TOML file") -> Table:
     """The file's table. what: what the file is to be, for the message of the InputError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

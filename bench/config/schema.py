@@ -14,6 +14,9 @@ from bench.config import sections
 from fedara_core.errors import InputError
 from fedara_core.method import Method, load_method, method_names
 
+_MAX_NAME_BYTES = 255  # of a file or folder on most file systems
+_SHORTENED_BYTES = 100
+
 # Sections that change no result, and so are no part of run_id.
 _NO_RESULT = ("system", "energy", "devices")
 
@@ -130,8 +133,15 @@ class RunConfig(sections.Section):
 
     @property
     def run_id(self) -> str:
+        """The run's folder: data set, method, seed, and a part of config_hash. Of a data
+        set's name that would make it too long, the start and a digest."""
         dataset = self.dataset.short_name.replace(":", "-")
-        return f"{dataset}-{self.method.name}-seed{self.seed}-{self.config_hash[:10]}"
+        end = f"-{self.method.name}-seed{self.seed}-{self.config_hash[:10]}"
+        if len((dataset + end).encode()) > _MAX_NAME_BYTES:
+            digest = hashlib.sha256(dataset.encode()).hexdigest()
+            dataset = dataset.encode()[:_SHORTENED_BYTES].decode(errors="ignore")
+            dataset += f"-{digest[:10]}"
+        return dataset + end
 
 
 def make_method(config: sections.MethodConfig) -> Method:

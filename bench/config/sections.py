@@ -10,6 +10,8 @@ def _none(value: Any) -> Any:
     return None if value == "none" else value  # TOML has no null
 
 
+# Of something elsewhere: a file, a folder, or on the hub.
+_Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Codec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 _PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)]
 _CountryOrNone = Annotated[
@@ -89,7 +91,7 @@ class AdapterConfig(Section):
 class ModelConfig(Section):
     """The encoder and its classification head."""
 
-    name: str = "minilm"
+    name: _Name = "minilm"
     """A built-in model (`fedara list models`), a transformers model's folder, or a hub name."""
 
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -110,7 +112,7 @@ class ModelConfig(Section):
 class DatasetConfig(Section):
     """The texts and their labels."""
 
-    name: str = "docstrings"
+    name: _Name = "docstrings"
     """A built-in set (`fedara list datasets`), file:DIR, or a hub name[:configuration]."""
 
     text_column: str = "text"

@@ -6,7 +6,8 @@ from pathlib import Path
 from bench.config.schema import RunConfig
 from bench.config.sections import ModelConfig
 from bench.data.texts import load_texts
-from bench.models.encoders import DRAWN, build_model
+from bench.models.encoders import build_model
+from bench.models.source import DRAWN
 from bench.run.identity import KEYS, Digests, differences, digests, weights_digest
 from bench.run.record import read_rounds, read_run
 from fedara_core.errors import InputError

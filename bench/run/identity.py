@@ -15,7 +15,8 @@ import torch
 
 from bench.config.schema import RunConfig, make_method
 from bench.config.sections import ModelConfig
-from bench.models.encoders import DRAWN, Classifier, load_tokenizer
+from bench.models.encoders import Classifier
+from bench.models.source import DRAWN, load_tokenizer
 from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.schema import RESULTS_VERSION

@@ -16,7 +16,8 @@ from bench.data.partition import draw_client_lora_ranks, label_counts, partition
 from bench.data.texts import holdout, load_texts
 from bench.metering.client_cost import ClientCounter, profiles
 from bench.metering.devices import Device, check_names, deal, load_devices
-from bench.models.encoders import Classifier, build_model, encode
+from bench.models.encoders import Classifier, build_model
+from bench.models.tokens import encode
 from bench.run.arrivals import Fleet, make_fleet
 from bench.run.identity import Digests, digests, identity, weights_digest
 from fedara_core.adapters import AdaptedModel, AdapterSpec, inject

@@ -27,7 +27,7 @@ def _datasets() -> Iterator[tuple[str, str]]:
 
 
 def _models() -> Iterator[tuple[str, str]]:
-    from bench.models.encoders import BUILT_IN
+    from bench.models.source import BUILT_IN
 
     yield from BUILT_IN.items()
     yield "DIR", "a folder with a transformers model"

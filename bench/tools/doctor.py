@@ -18,7 +18,7 @@ from rich.text import Text
 
 from bench.ask import ask, beside
 from bench.metering.codecarbon import SourceCheck, check_sources
-from bench.models.encoders import minilm_folder
+from bench.models.source import minilm_folder
 from fedara_core.comm.launch import detect
 from fedara_core.comm.rendezvous import check_interfaces
 from fedara_core.errors import InputError

@@ -11,7 +11,7 @@ from bench.config.load import parse_run
 from bench.config.schema import RunConfig
 from bench.data.texts import BUILT_IN_SETS, load_texts
 from bench.metering.meter import Meter
-from bench.models.encoders import BUILT_IN
+from bench.models.source import BUILT_IN
 from bench.run.arrivals import make_fleet
 from bench.run.clients import draw_cohort, train_client
 from bench.run.job import Job, build

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.models.encoders import MeanPooled, build_model, load_tokenizer
+from bench.models.encoders import MeanPooled, build_model
+from bench.models.fit import FromConv1D, with_conv1d
+from bench.models.source import load_tokenizer
 from bench.run import checkpoint
 from bench.run.clients import without_residual
 from bench.run.identity import identity, weights_digest
@@ -156,6 +158,7 @@ def write_peft(trained: Trained, out: Path) -> None:
         # PEFT scales a layer by its alpha / its r; ours is one scale for all.
         "rank_pattern": {name: r for name, r in ranks.items() if r != lora_rank},
         "alpha_pattern": {name: scale * r for name, r in ranks.items() if r != lora_rank},
+        "fan_in_fan_out": any(isinstance(layer, FromConv1D) for layer in trained.inner.modules()),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -205,6 +208,7 @@ def write_merged(trained: Trained, out: Path) -> None:
     """The transformers model with merged weights."""
     trained.inner.config.id2label = dict(enumerate(trained.labels))
     trained.inner.config.label2id = {label: i for i, label in enumerate(trained.labels)}
+    with_conv1d(trained.inner)
     trained.inner.save_pretrained(out)
 
 

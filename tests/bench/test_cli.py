@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.config.load import load_runs
-from bench.models.encoders import BUILT_IN
+from bench.models.source import BUILT_IN
 from bench.tools import doctor
 from bench.tools.catalog import CATALOGS, CONFIGS
 from fedara_core.method import load_method, method_names
@@ -116,7 +116,7 @@ def test_doctor_finds_the_torch_that_runs_here() -> None:
 def test_doctor_says_what_to_do_when_the_encoder_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bench.models.encoders.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.models.source.importlib.util.find_spec", lambda name: None)
     doctor.minilm_folder.cache_clear()
     finding = doctor.CHECKS["minilm"]()
     doctor.minilm_folder.cache_clear()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.config.load import load_runs, parse_run
+from bench.config.load import load_runs, parse_run, read_toml
 from bench.config.schema import RunConfig
 from bench.run.checkpoint import FILE, write_atomically
 from bench.run.record import Recorder
@@ -281,6 +281,49 @@ def test_over_selection_rounds_up_the_number_as_written() -> None:
 def test_local_epochs_changes_the_id(tmp_path: Path) -> None:
     base = TINY.read_text().replace("local_steps = 4", "local_epochs = 4")
     assert only(write(tmp_path, base=base)).run_id != only(TINY).run_id
+
+
+def run_of(dataset: str) -> RunConfig:
+    return only(TINY, f"dataset.name={dataset}")
+
+
+@pytest.mark.parametrize("name", [240 * "d", 250 * "x", 85 * "\u6c34", 70 * "\U0001f600"])
+def test_a_long_data_name_makes_a_run_id_that_is_a_file_name(name: str, tmp_path: Path) -> None:
+    run_id = run_of(f"file:/data/{name}").run_id
+    assert len(run_id.encode()) < 255
+    assert run_id.startswith(name[:10])
+    (tmp_path / run_id).mkdir()
+    other = run_of(f"file:/data/{name[:-1]}y").run_id
+    assert other.rpartition("-fedara-")[0] != run_id.rpartition("-fedara-")[0]
+
+
+def test_a_name_that_just_fits_stays_whole() -> None:
+    rest = len("-fedara-seed0-0123456789")
+    name = (255 - rest) * "d"
+    assert run_of(f"file:/data/{name}").run_id.startswith(name + "-fedara-seed0-")
+    assert not run_of(f"file:/data/{name}d").run_id.startswith(name)
+
+
+@pytest.mark.parametrize("bad", ["", "a\nb", "a\0b", "file:\udcff"])
+@pytest.mark.parametrize("section", ["dataset", "model"])
+def test_a_name_that_names_nothing_is_refused(section: str, bad: str) -> None:
+    table = only(TINY).model_dump()
+    table[section]["name"] = bad
+    with pytest.raises(InputError, match=rf"^{section}.name = .* is not allowed") as caught:
+        parse_run(table)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_before_a_config_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(TINY.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert only(path).run_id == only(TINY).run_id
+
+
+def test_a_byte_order_mark_before_a_device_file_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "devices.toml"
+    path.write_text("seed = 1", encoding="utf-8-sig")
+    assert read_toml(path, "devices") == {"seed": 1}
 
 
 # ---- the record ----

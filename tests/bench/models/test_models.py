@@ -9,8 +9,9 @@ import transformers
 
 from bench.config.sections import ModelConfig
 from bench.metering.flops import StepFlops
-from bench.models import encoders
-from bench.models.encoders import build_model, encode
+from bench.models import source, tokens
+from bench.models.encoders import build_model
+from bench.models.tokens import encode
 from fedara_core.adapters import inject
 from fedara_core.errors import InputError
 
@@ -25,13 +26,13 @@ SIZES = {
 
 
 def test_the_demo_encoder_is_checked_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoders.minilm_folder.cache_clear()
-    folder = encoders.minilm_folder()
+    source.minilm_folder.cache_clear()
+    folder = source.minilm_folder()
     assert (folder / "model.safetensors").is_file()
-    encoders.minilm_folder.cache_clear()
-    monkeypatch.setattr(encoders, "_MINILM_SHA256", "0" * 64)
+    source.minilm_folder.cache_clear()
+    monkeypatch.setattr(source, "_MINILM_SHA256", "0" * 64)
     with pytest.raises(InputError, match=r"has sha256 53aa51.*; allowed: 0000"):
-        encoders.minilm_folder()
+        source.minilm_folder()
 
 
 def test_minilm_gives_logits_that_do_not_depend_on_padding() -> None:
@@ -108,7 +109,7 @@ def test_a_damaged_model_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_without_a_token_becomes_one_padding_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "_tokenize", lambda config, texts: ([[], [5, 6]], 9))
+    monkeypatch.setattr(tokens, "_tokenize", lambda config, texts: ([[], [5, 6]], 9))
     data = encode(ModelConfig(name="tiny"), ["", "two words"], np.zeros(2))
     assert data.lengths.tolist() == [1, 2]
     assert data.input_ids.tolist() == [[9, 9], [5, 6]]

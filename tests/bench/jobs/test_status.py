@@ -209,6 +209,7 @@ def test_of_a_run_on_another_host_slurm_knows(
         (started() + exit_line(1) + started(os.getpid()), "running", ""),
         ("fedara: started as Slurm job 41_1\nx\n" + started() + "y\n" * 9000, "died", "process"),
     ],
+    ids=range(8),  # the same in every process of xdist: the texts hold its process id
 )
 def test_a_log_says_what_a_run_without_a_lock_was_started_as(
     tmp_path: Path, slurm: Path, log: str, state: str, named: str

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedara_core.method import method_names
-from support.launch import CLI, TINY, Finished, fedara_here, launch
+from support.launch import CLI, TINY, fedara_here, launch
+from support.refused import check_refused, refuse_here, sets, write_data
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
@@ -31,6 +32,9 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "hyperparameter not a choice": (["method.importance=fame"], ["'fame'", "'sensitivity'"]),
     "a method that is no table": (["method=fedara"], ["method = 'fedara'", "dictionary"]),
     "unknown data set": (["dataset.name=nobody/nothing"], ["'nobody/nothing'", "docstrings, toy"]),
+    "no data set": (["dataset.name="], ["dataset.name = ''", "at least 1 character"]),
+    "a data set of two lines": (['dataset.name="a\\nb"'], ["dataset.name = 'a\\nb'", "pattern"]),
+    "no model": (["model.name="], ["model.name = ''", "at least 1 character"]),
     "unknown model": (["model.name=nobody/nothing"], ["'nobody/nothing'", "minilm, tiny"]),
     "target that matches nothing": (["adapter.targets=['nosuch']"], ["'nosuch'", "all-linear"]),
     "no target at all": (["adapter.targets=[]"], ["targets = []", "allowed: all-linear"]),
@@ -120,26 +124,6 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
-def sets(overrides: list[str]) -> list[str]:
-    return [word for text in overrides for word in ("--set", text)]
-
-
-def check_refused(job: Finished, words: list[str]) -> None:
-    assert job.code == 2, job.err
-    assert len(job.refusals) == 1, job.err
-    assert "Traceback" not in job.err
-    missing = [word for word in words if word not in job.refusals[0]]
-    assert not missing, (missing, job.refusals[0])
-
-
-def refuse_here(config: Path, results: Path, words: list[str], *args: str) -> None:
-    """In one process stderr holds the one line and nothing else."""
-    job = fedara_here("run", config, "--results", results, *args)
-    check_refused(job, words)
-    assert job.err == job.refusals[0] + "\n"
-    assert not list(results.glob("*/DONE"))
-
-
 @pytest.mark.parametrize("what", SETTINGS)
 def test_a_wrong_setting_is_refused(what: str, tmp_path: Path) -> None:
     overrides, words = SETTINGS[what]
@@ -201,19 +185,6 @@ def test_a_missing_section_is_refused(content: str, key: str, tmp_path: Path) ->
 # ---- the data ----
 
 
-def write_data(folder: Path, **changes: str) -> str:
-    """A good data set of jsonl files, but for the changed files; its dataset.name."""
-    rows = [json.dumps({"text": f"word{i} word", "label": ["a", "b"][i % 2]}) for i in range(40)]
-    files = {
-        "train.jsonl": "\n".join(rows),
-        "test.jsonl": "\n".join(rows[:10]),
-        "labels.json": '["a", "b"]',
-    }
-    for name, text in {**files, **{k.replace("_", "."): v for k, v in changes.items()}}.items():
-        (folder / name).write_text(text)
-    return f"dataset.name=file:{folder}"
-
-
 def test_good_data_is_not_refused(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -235,6 +206,22 @@ def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
         ({"test_jsonl": '{"words": "x", "label": "a"}'}, ["'text'", "allowed: words, label"]),
         ({"test_jsonl": '{"text": "x", "topic": "a"}'}, ["'label'", "allowed: text, topic"]),
         ({"test_jsonl": ""}, ["test.jsonl", "no rows"]),
+        (
+            {"test_jsonl": r'{"text": "x \ud83d y", "label": "a"}'},
+            ["test.jsonl: row 0: text = 'x \\ud83d y'", "lone surrogate"],
+        ),
+        (
+            {"test_jsonl": r'{"text": "x", "label": "a\udfff"}'},
+            ["test.jsonl: row 0: label = 'a\\udfff'", "lone surrogate"],
+        ),
+        ({"labels_json": r'["a", "b", "\ud83d"]'}, ["labels.json: name 2", "lone surrogate"]),
+        ({"labels_json": 5000 * "["}, ["labels.json", "cannot be read"]),
+        (
+            {"labels_json": '["0", "2", "1", "a", "b"]', "test_jsonl": '{"text": "x", "label": 1}'},
+            ["label 1 is the name '1'", "as an index it is '2'"],
+        ),
+        ({"test_jsonl": '{"text": "x", "label": "a", "label": "b"}'}, ["'label' occurs 2 times"]),
+        ({"test_jsonl": '{"text": "x", "label": "a"}\n' + 100_000 * "["}, ["test.jsonl", "valid"]),
         ({"labels_json": '{"names": []}'}, ["labels.json", "allowed: a JSON list"]),
         ({"train_csv": "text,label\nx,a\n"}, ["train.csv, train.jsonl", "exactly one train file"]),
     ],

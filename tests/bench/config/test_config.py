@@ -336,7 +336,7 @@ def row(round_index: int) -> dict[str, Any]:
 def test_recorder_drops_a_torn_last_line(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, only(TINY))
     assert recorder.rounds() == []
-    recorder.start({"schema_version": 1}, [], [])
+    recorder.start({"config": {}, "schema_version": 1}, [], [])
     recorder.add_round(row(0))
     recorder.add_round(row(1))
     path = recorder.run_dir / "rounds.jsonl"
@@ -351,17 +351,17 @@ def test_recorder_drops_a_torn_last_line(tmp_path: Path) -> None:
 
 def test_start_keeps_the_given_rounds_only(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, only(TINY))
-    recorder.start({}, [], [])
+    recorder.start({"config": {}}, [], [])
     for round_index in range(3):
         recorder.add_round(row(round_index))
-    recorder.start({}, [], recorder.rounds()[:1])
+    recorder.start({"config": {}}, [], recorder.rounds()[:1])
     recorder.add_round(row(1))
     assert recorder.rounds() == [row(0), row(1)]
 
 
 def test_done_is_written_by_finish_and_the_last_state_stays(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, only(TINY))
-    recorder.start({"schema_version": 1}, [], [])
+    recorder.start({"config": {}, "schema_version": 1}, [], [])
     recorder.add_round(row(0))
     recorder.add_round(row(1))
     write_atomically(recorder.run_dir / FILE, b"state")

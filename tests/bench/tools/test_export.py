@@ -17,8 +17,11 @@ from bench.tools.export import export, load_trained, lora_pairs
 from fedara_core.adapters import Adapter
 from fedara_core.errors import InputError
 from fedara_core.method import load_method, method_names
+from fedara_core.seeds import derive
+from support.models import write_model
 from support.rounds import make_tiny_job, play_rounds
 
+LABELS = {"num_labels": 4, "pad_token_id": 0}
 TINY = Path(__file__).parents[2] / "tiny.toml"
 
 
@@ -48,12 +51,17 @@ def tokens() -> dict[str, Tensor]:
     drawn = torch.Generator().manual_seed(3)
     ids = torch.randint(1, 2000, (4, 9), generator=drawn)
     attention_mask = torch.ones(4, 9, dtype=torch.long)
-    attention_mask[1:, 6:] = 0
+    attention_mask[1:, 6:], ids[1:, 6:] = 0, 0
     return {"input_ids": ids, "attention_mask": attention_mask}
 
 
 def base_model(auto: str, config: object) -> nn.Module:
-    """The tiny model as it was before training: what a hub name would load."""
+    """The model as it was before training: what a hub name would load."""
+    if config.model.name != "tiny":
+        torch.manual_seed(derive(config.seed, "head"))
+        cls = getattr(transformers, auto)
+        model = cls.from_pretrained(config.model.name, **({} if auto == "AutoModel" else LABELS))
+        return model.eval()
     classifier = build_model(config.model, num_classes=4, seed=config.seed)
     found = classifier.model.encoder if auto == "AutoModel" else classifier.model.model
     return found.eval()
@@ -115,6 +123,31 @@ def test_an_exported_run_has_the_same_logits(
     untrained = build_model(trained.config.model, num_classes=4, seed=trained.config.seed).model
     with torch.no_grad():
         assert not torch.allclose(untrained.eval()(**tokens()), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "model"])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("lora", "PEFT"), ("full", "merged"), ("fedex_lora", "merged")]
+)
+def test_gpt2_is_exported_with_its_own_layers(
+    method: str, kind: str, pooling: str, tmp_path: Path
+) -> None:
+    """Its layers hold their weights the other way round; c_proj's are square."""
+    settings = transformers.GPT2Config(
+        vocab_size=2000, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    for name in ("model", "run"):
+        (tmp_path / name).mkdir()
+    write_model(tmp_path / "model", settings)
+    words = (f"model.name={tmp_path / 'model'}", f"method.name={method}", "train.lr=1e-2")
+    words += (f"model.pooling={pooling}", "model.attention=eager")
+    run_dir = finished_run(tmp_path / "run", *words)
+    assert export(run_dir, tmp_path / "out", None).startswith(kind)
+    trained = load_trained(run_dir)
+    with torch.no_grad():
+        expected = trained.model(**tokens())
+    exported = logits_of(tmp_path / "out", trained.config)
+    torch.testing.assert_close(exported, expected, rtol=0, atol=1e-4)
 
 
 def test_what_a_codec_left_out_is_no_part_of_a_client(tmp_path: Path) -> None:

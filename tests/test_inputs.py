@@ -21,7 +21,7 @@ def test_a_run_says_what_its_data_are(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match=r"train.csv: line 12: a quoted cell .* for 31 lines"):
         job = fedara_here("run", TINY, "--results", tmp_path / "results", *args)
     assert job.code == 0
-    said = "train 70, test 60 examples, 2 labels (train + test): c0 34 + 30, c1 36 + 30"
+    said = "train 70, test 60 examples, 2 labels (train + test): c0 (34 + 30), c1 (36 + 30)"
     assert said in job.out
 
 

@@ -51,7 +51,7 @@ class TextDataset:
         """One line: the sizes of both splits, and the labels with how many examples each has."""
         train, test = self.label_counts
         counts = [
-            f"{shown(name, SHOWN_LETTERS)} {num_train} + {num_test}"
+            f"{shown(name, SHOWN_LETTERS)} ({num_train} + {num_test})"
             for name, num_train, num_test in zip(self.labels, train, test, strict=True)
         ]
         labels = "1 label" if len(counts) == 1 else f"{len(counts)} labels"

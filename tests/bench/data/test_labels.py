@@ -221,7 +221,7 @@ def test_names_in_a_refusal_stay_in_one_line(tmp_path: Path) -> None:
 def test_summary() -> None:
     dataset = load_dataset(DatasetConfig(name=f"file:{CASES / 'stray2'}"))
     assert dataset.summary() == (
-        "train 70, test 60 examples, 2 labels (train + test): c0 34 + 30, c1 36 + 30"
+        "train 70, test 60 examples, 2 labels (train + test): c0 (34 + 30), c1 (36 + 30)"
     )
 
 
@@ -229,7 +229,7 @@ def test_summary_of_many_and_long_names(tmp_path: Path) -> None:
     names = [f"label {index} of a list" + 30 * "." for index in range(20)] + ["", "a\nb"]
     config = write_jsonl(tmp_path, names, names[:3])
     line = load_dataset(config).summary()
-    assert line.startswith("train 22, test 3 examples, 22 labels (train + test): '' 1 + 0, ")
+    assert line.startswith("train 22, test 3 examples, 22 labels (train + test): '' (1 + 0), ")
     assert line.endswith(", and 14 more")
     assert "\n" not in line
     assert len(line) < 400

@@ -139,12 +139,10 @@ KNOWN_FAULTS = {
     ("config, planned", "sweep", "huge value"): "RecursionError of 3000 brackets; a long file name",
     ("config, planned", "submit", "huge value"): "RecursionError of 3000 brackets",
     ("site", "submit", "huge value"): "RecursionError of 3000 brackets",
-    ("run.json", "status", ""): "run.json that is not UTF-8, or a folder",
-    ("run.json", "export", ""): "run.json that is no JSON object with config",
+    ("run.json", "status", "a folder"): "IsADirectoryError",
     ("checkpoint", "export", "a folder"): "IsADirectoryError",
     ("checkpoint", "run", "a folder"): "IsADirectoryError",
-    ("unfinished run.json", "run", ""): "run.json that is no JSON object with config",
-    ("unfinished rounds.jsonl", "run", ""): "a whole line that is no round",
+    ("unfinished rounds.jsonl", "run", "value"): "a value of the wrong type in a round",
     ("unfinished checkpoint", "run", "a folder"): "IsADirectoryError",
 }
 

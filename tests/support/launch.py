@@ -159,7 +159,7 @@ def fedara_here(*args: object) -> Finished:
     from bench.cli import app
 
     words = [str(word) for word in args]
-    if "--comm" not in words:
+    if words[0] in ("run", "reproduce", "micro") and "--comm" not in words:
         words += ["--comm", "serial"]
     out, err = io.StringIO(), io.StringIO()
     threads = torch.get_num_threads()

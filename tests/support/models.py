@@ -34,9 +34,9 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, **special: str) 
     fast(tokenizer_object=tokenizer, unk_token="[UNK]", **special).save_pretrained(folder)
 
 
-def write_model(folder: Path, settings: Any, **special: str) -> ModelConfig:
+def write_model(folder: Path, settings: Any, *, seed: int = 0, **special: str) -> ModelConfig:
     """A model of random weights, with the tokeniser of WORDS."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     transformers.AutoModel.from_config(settings).save_pretrained(folder)
     write_tokenizer(folder, **special)
     return ModelConfig(name=str(folder), max_length=16, attention="eager")

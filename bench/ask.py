@@ -8,6 +8,7 @@ from pathlib import Path
 from fedara_core.errors import InputError
 
 SECONDS = 10.0  # for an answer
+NO_ANSWER, MISSING = 124, 127  # exit codes, as a shell and timeout(1) have them
 
 
 def ask(*words: str, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
@@ -23,9 +24,9 @@ def ask(*words: str, seconds: float = SECONDS) -> subprocess.CompletedProcess[st
             check=False,
         )
     except subprocess.TimeoutExpired:
-        code, text = 124, f"no answer in {seconds:g} s"
+        code, text = NO_ANSWER, f"no answer in {seconds:g} s"
     except OSError as error:
-        code, text = 127, str(error.strerror)
+        code, text = MISSING, str(error.strerror)
     return subprocess.CompletedProcess(words, code, "", f"{words[0]}: {text}")
 
 

@@ -1,9 +1,7 @@
 """Energy of a whole run by codecarbon, the choice of each host's sampler, and a self-check."""
 
-import json
 import logging
 import os
-import shutil
 import socket
 import time
 import warnings
@@ -15,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.ask import ask
+from bench.ask import MISSING, NO_ANSWER, ask
 from bench.metering.counters import (
     POWERCAP,
     Counter,
@@ -129,7 +127,7 @@ def _check_scontrol() -> None:
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SLURM_JOBID")
     if job:
         done = ask("scontrol", "show", "job", job)
-        if done.stderr.startswith("scontrol: no answer") or shutil.which("scontrol") is None:
+        if done.returncode in (MISSING, NO_ANSWER):
             raise RuntimeError(f"in Slurm job {job} codecarbon asks scontrol; {done.stderr}")
 
 
@@ -230,8 +228,7 @@ def open_energy(
     """Choose each host's sampler, open its counters, and measure the idle host. All processes call
     it together. gpu: UUID of the GPU that this process uses."""
     identity = host_identity()
-    facts = json.dumps([identity, gpu]).encode()
-    everyone = [json.loads(part) for part in communicator.gather_bytes(facts)]
+    everyone = communicator.gather_json([identity, gpu])
     world_ranks = samplers([host for host, _ in everyone])
     if communicator.world_rank in world_ranks:
         gpus = list(dict.fromkeys(uuid for host, uuid in everyone if host == identity and uuid))

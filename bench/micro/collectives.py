@@ -19,7 +19,7 @@ import torch
 from bench.micro.bare import bare_allgather
 from bench.micro.masks import VALUE_BYTES, Layout, check_buffers, check_sum, make_layout, run_layout
 from bench.micro.record import progress, record_rows
-from bench.micro.timing import gathered, quantiles, slowest, timed
+from bench.micro.timing import quantiles, slowest, timed
 from bench.micro.wire_counter import WireCounter, open_counter
 from bench.run.runner import set_threads
 from fedara_core.codec import row_bytes
@@ -224,7 +224,7 @@ def _bytes(
     }
     if traffic == before:  # a bare call passes the communicator by; one process moves nothing
         found = {"measured_bytes": measured}
-    everyone = gathered(found, communicator)
+    everyone = communicator.gather_json(found)
     for key, value in found.items():
         if value is not None:
             yield key, sum(other[key] for other in everyone) / len(everyone)

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from bench.micro.timing import gathered
 from bench.run.checkpoint import write_atomically
 from bench.run.provenance import library_fact, process_facts, surroundings, utc_now
 from bench.run.record import append_row, write_json
@@ -60,7 +59,7 @@ def record_rows(
         **library_fact(communicator.kind, communicator.library),
         "transport_environment": transport,
         "world_size": communicator.world_size,
-        "processes": gathered(own, communicator),
+        "processes": communicator.gather_json(own),
         **facts,
     }
     writes = communicator.world_rank == 0

@@ -20,7 +20,7 @@ from bench.config.load import parse_run
 from bench.metering.meter import Measured
 from bench.micro.bare import average, bare_allgather
 from bench.micro.record import record_rows
-from bench.micro.timing import gathered, phase_seconds, quantiles, slowest, time_rounds, timed
+from bench.micro.timing import phase_seconds, quantiles, slowest, time_rounds, timed
 from bench.run.clients import place
 from bench.run.job import Job
 from bench.run.runner import keep_freed_memory, set_threads
@@ -115,8 +115,8 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
         own["bare_allgather_"] = calls[1:]
     longest = {prefix: slowest(seconds, communicator) for prefix, seconds in own.items()}
     median = float(np.median(longest[""]))
-    downlink_bytes = sum(gathered(row["downlink_bytes"], communicator))
-    peaks = gathered(measured[-1].memory.get("peak_memory_bytes"), communicator)
+    downlink_bytes = sum(communicator.gather_json(row["downlink_bytes"]))
+    peaks = communicator.gather_json(measured[-1].memory.get("peak_memory_bytes"))
     known_peaks = [peak for peak in peaks if peak is not None]  # not every platform has a counter
     return {
         **quantiles(longest[""]),
@@ -132,7 +132,7 @@ def _measure(job: Job, rounds: int, communicator: Communicator) -> dict[str, Any
         "seconds_per_client": median / num_clients,
         "uplink_bytes_per_client": row["uplink_bytes"] / num_clients,
         "downlink_bytes_per_client": downlink_bytes / num_clients,
-        "wire_bytes_sent": sum(gathered(row["wire_bytes_sent"], communicator)),
+        "wire_bytes_sent": sum(communicator.gather_json(row["wire_bytes_sent"])),
         **({"peak_memory_bytes": max(known_peaks)} if known_peaks else {}),
         "phase_seconds": phase_seconds(measured, communicator),
     }

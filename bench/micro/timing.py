@@ -1,6 +1,5 @@
 """Seconds of calls and of rounds, the same on every process: each iteration's slowest one."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -52,11 +51,6 @@ def phase_seconds(measured: Sequence[Measured], communicator: Communicator) -> d
     medians = [statistics.median(m.seconds.get(phase, 0.0) for m in measured) for phase in PHASES]
     longest = zip(PHASES, slowest(medians, communicator).tolist(), strict=True)
     return {phase: round(seconds, 6) for phase, seconds in longest if seconds}
-
-
-def gathered(value: Any, communicator: Communicator) -> list[Any]:
-    """Every process's value, which JSON can hold."""
-    return [json.loads(part) for part in communicator.gather_bytes(json.dumps(value).encode())]
 
 
 def slowest(seconds: list[float], communicator: Communicator) -> np.ndarray:

@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 
-from bench.micro.timing import gathered
 from fedara_core.comm.base import Communicator
 
 _PROBE_BYTES = 1 << 18
@@ -148,7 +147,7 @@ def open_counter(communicator: Communicator) -> WireCounter:
         if not all(communicator.gather_bytes(b"x" if counter.source else b"")):
             continue  # absent on some process
         probe = partial(communicator.allgather, torch.zeros(_PROBE_BYTES, dtype=torch.uint8))
-        sent = sum(gathered(counter.count(probe, communicator), communicator))
+        sent = sum(communicator.gather_json(counter.count(probe, communicator)))
         needed = world_size * (world_size - 1) * _PROBE_BYTES
         if sent >= needed:
             return counter

@@ -87,13 +87,14 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 def require_same(own: Mapping[str, Any], communicator: Communicator) -> None:
     """Raise InputError on every process unless all of them have the same values."""
-    parts = communicator.gather_bytes(json.dumps(own, sort_keys=True).encode())
-    everyone = [json.loads(part) for part in parts]
+    everyone = communicator.gather_json(own)
     problems = []
     for key in own:
         ranks: dict[str, list[str]] = {}
         for world_rank, values in enumerate(everyone):
-            ranks.setdefault(json.dumps(values.get(key)), []).append(str(world_rank))
+            ranks.setdefault(json.dumps(values.get(key), sort_keys=True), []).append(
+                str(world_rank)
+            )
         if len(ranks) > 1:
             said = ", ".join(f"{value} on {', '.join(where)}" for value, where in ranks.items())
             problems.append(f"{key} is {said}")

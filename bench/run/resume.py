@@ -1,6 +1,5 @@
 """Where a run starts: from its last checkpoint, or anew; the same on every process."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +37,7 @@ def resume_or_start(
     facts["prepare_seconds"] = round(job.prepare_seconds, 6)
     if energy.idle_watts:
         facts["idle_watts"] = {k: round(watts, 3) for k, watts in energy.idle_watts.items()}
-    processes = [json.loads(part) for part in communicator.gather_bytes(json.dumps(facts).encode())]
+    processes = communicator.gather_json(facts)
     belongs_to = job.belongs_to
     require_same(belongs_to, communicator)
     # Where nothing is saved, all start from world_rank 0's state: an SVD of the same weights need
@@ -90,7 +89,7 @@ def _earlier_rounds(
     InputError unless all of them are there."""
     if communicator.world_rank != 0 or state.round_index == 0:
         return []
-    recorder.run()
+    recorder.run()  # refuses a damaged run.json, which the resumed run goes on with
     rows = [row for row in recorder.rounds() if row["round_index"] < state.round_index]
     fault = rounds_fault([row["round_index"] for row in rows], state.round_index)
     if fault:

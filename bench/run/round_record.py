@@ -1,6 +1,5 @@
 """A round's record from every process's part of it."""
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -52,7 +51,7 @@ def reduce_row(job: Job, row: Row, measured: Measured, communicator: Communicato
     """The round's record: bytes are sums over processes, seconds and memory maxima."""
     mine = {**row, "clients": [asdict(cost) for cost in row["clients"]]}
     mine["measured"] = asdict(measured)
-    parts = [json.loads(part) for part in communicator.gather_bytes(json.dumps(mine).encode())]
+    parts = communicator.gather_json(mine)
     digests = [part["state_digest"] for part in parts]
     if len(set(digests)) > 1:
         raise RuntimeError(f"processes disagree on the state after a round: {digests}")

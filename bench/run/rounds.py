@@ -1,6 +1,5 @@
 """THE round loop: one straight line from a config to records."""
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -201,10 +200,8 @@ def _ending(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What codecarbon says of all hosts, and the keys of run.json that only the end knows."""
     run = energy.run
-    mine = json.dumps([run.stop(), run.samples, run.missing, proportional_bytes()]).encode()
-    results, samples, reasons, shares = zip(
-        *(json.loads(part) for part in communicator.gather_bytes(mine)), strict=True
-    )
+    mine = [run.stop(), run.samples, run.missing, proportional_bytes()]
+    results, samples, reasons, shares = zip(*communicator.gather_json(mine), strict=True)
     hosts = [result for result, sampled in zip(results, samples, strict=True) if sampled]
     total = add_hosts(hosts) if hosts else {}
     facts: dict[str, Any] = {} if None in shares else {"pss_bytes_by_process": shares}

@@ -4,11 +4,12 @@ A back end is a subclass in a file of its own. It overrides the calls, and calls
 it moved; launch.py lists it.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -101,6 +102,10 @@ class Communicator:
         """Every process's bytes, in world_rank order."""
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else EMPTY
         return [part.numpy().tobytes() for part in self.allgather(mine)]
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every process's value, which JSON can hold, in world_rank order."""
+        return [json.loads(part) for part in self.gather_bytes(json.dumps(value).encode())]
 
     def _count(self, sent: Sequence[int], received: Sequence[int]) -> None:
         """Count bytes to and from each process (world_size,); what stays here does not count."""

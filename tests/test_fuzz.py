@@ -22,8 +22,6 @@ import torch
 from bench.cli import app
 from support.launch import ROOT, TINY
 
-pytestmark = pytest.mark.xdist_group("jobs")
-
 LIMIT_SECONDS = 30
 SLOW_SEEDS = [1, 2]  # of all mutations and commands; a seed takes 40 seconds
 SITE = ROOT / "slurm" / "sites" / "generic_cpu.toml"

@@ -84,6 +84,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "out", result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values())
 def test_a_name_is_shown_as_it_is(name: str, reported: tuple[Path, str]) -> None:
     out, printed = reported
@@ -92,6 +93,7 @@ def test_a_name_is_shown_as_it_is(name: str, reported: tuple[Path, str]) -> None
     assert markdown_text(name) in (out / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_no_name_breaks_the_page_or_a_table(reported: tuple[Path, str]) -> None:
     out, _ = reported
     page = Page(out / "report.html")
@@ -103,6 +105,7 @@ def test_no_name_breaks_the_page_or_a_table(reported: tuple[Path, str]) -> None:
     assert {row.replace(r"\|", "").count("|") for row in rows} == {11}
 
 
+@pytest.mark.slow
 def test_letters_of_latex_are_escaped(reported: tuple[Path, str]) -> None:
     text = (reported[0] / "accuracy.tex").read_text()
     escaped = (
@@ -142,6 +145,7 @@ def test_names_that_differ_by_case_are_two(tmp_path: Path) -> None:
     assert sum(row.startswith("data,") for row in rows) == 3
 
 
+@pytest.mark.slow
 def test_letters_without_a_glyph_are_one_line(reported: tuple[Path, str]) -> None:
     letters = "\u4e2d\u636e\u6570\u6587"
     assert f"warning: the figures' font lacks these letters: {letters}\n" in reported[1]
@@ -152,14 +156,15 @@ def test_printable_leaves_what_can_be_printed() -> None:
     assert printable("a\u2028b\x85\r\x00\udcff") == "a\\u2028b\\x85\\r\\x00\\udcff"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
         {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
-        pytest.param({"MPLBACKEND": "rubbish"}, marks=pytest.mark.slow),
-        pytest.param({"MPLBACKEND": "TkAgg", "DISPLAY": ""}, marks=pytest.mark.slow),
+        {"MPLBACKEND": "rubbish"},
+        {"MPLBACKEND": "TkAgg", "DISPLAY": ""},
         {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
+        {"PYTHONIOENCODING": "ascii"},
     ],
 )
 def test_the_surroundings_do_not_stop_a_report(settings: dict[str, str], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_full_stdout_costs_one_line(words: tuple[object, ...]) -> None:
     assert done.stderr == b"fedara: standard output: No space left on device\n"
 
 
-@pytest.mark.parametrize("command", ["run", "sweep"])
+@pytest.mark.parametrize("command", ["run", pytest.param("sweep", marks=pytest.mark.slow)])
 def test_a_full_stdout_ends_a_run_in_one_line(tmp_path: Path, command: str) -> None:
     with open("/dev/full", "w") as full:
         done = fedara(command, TINY, "--results", tmp_path, *ONE_ROUND, stdout=full)
@@ -81,6 +81,7 @@ def test_a_closed_stream_is_no_traceback(closed: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_logs_can_not_be_written_costs_one_line(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     dry = fedara("submit", TINY, "--site", site(tmp_path), "--results", tmp_path, "--dry-run")
@@ -102,6 +103,7 @@ def site(folder: Path) -> Path:
 # ---- names beyond the locale's encoding ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["d\u00f6", "\u65e5\u672c x"])
 def test_a_folder_that_ascii_can_not_name(tmp_path: Path, name: str) -> None:
     out = tmp_path / name

@@ -27,7 +27,7 @@ from bench.jobs.slurm import read_site
 from bench.jobs.slurm_script import Chunk, array_script
 from support.launch import ROOT, TINY, environment, fedara_here, rounds_of
 
-pytestmark = pytest.mark.xdist_group("jobs")
+pytestmark = [pytest.mark.xdist_group("jobs"), pytest.mark.slow]
 
 CLUSTER = "fedara-test"  # the name in start_slurm.sh: no test submits to anybody's real cluster
 LIMIT_SECONDS = 300  # for what two free cores do in 30

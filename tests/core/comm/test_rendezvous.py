@@ -72,6 +72,7 @@ def test_process_0_says_who_has_not_come_and_where(port: int) -> None:
     assert "--comm torch: " in other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["localhost", "no-such-host.invalid"])
 def test_without_process_0_the_others_say_that_they_wait_for_it(port: int, address: str) -> None:
     process = start(1, 2, port, "", MASTER_ADDR=address, **{SECONDS_KEY: "2"})
@@ -112,6 +113,7 @@ def test_two_minutes_are_the_default_and_a_variable_sets_more() -> None:
 # ---- what must stay allowed ----
 
 
+@pytest.mark.slow
 def test_a_process_that_comes_late_is_waited_for(port: int) -> None:
     code = "communicator.barrier(); print(communicator.world_size); communicator.close()"
     first = start(0, 2, port, code)

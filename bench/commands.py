@@ -81,7 +81,8 @@ def as_job(comm: str, action: Callable[["Communicator"], T]) -> T:
 
         communicator.close()
         if communicator.world_rank == 0:
-            for line in filter(None, [str(error), requeue()]):
+            say(str(error))  # before Slurm is asked: it may end this process at once
+            if line := requeue():
                 say(line)
         raise typer.Exit(error.exit_code) from None
     except JobError as error:  # the others wait for this process

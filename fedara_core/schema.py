@@ -21,7 +21,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 # Of what a run computes. It grows with every change of results beyond rounding that is not one
 # method's own (`Method.version`); runs of unlike versions are never taken for each other.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 
 # A run's folder holds the first three; a micro-benchmark's holds RUN_FILE and ROWS_FILE. DONE_FILE
 # is empty and is written last: a record without it is incomplete.

@@ -71,8 +71,8 @@ def start_client(
     client.make_optimizer = partial(_optimizer, client.model, method, settings, state.round_index)
     client.max_grad_norm = settings.max_grad_norm
     client.autocast = settings.precision == "bf16"
-    if not client.model.module.training:
-        client.model.module.train()
+    # Every module: transformers hands over models whose inner modules have their dropout off.
+    client.model.module.train()
     seed = derive(state.seed, "dropout", state.round_index, client.client_id)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else nothing there draws

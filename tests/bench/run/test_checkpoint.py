@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,7 +27,9 @@ from fedara_core.adapters import AdapterSpec, LowRank
 from fedara_core.errors import InputError
 from fedara_core.state import ServerState, with_parts
 from fedara_core.values import EMPTY
-from support.launch import TINY, Finished, digests_in, fedara_here, launch
+from support.launch import TINY, Finished, digests_in, fedara_here, launch, rounds_of
+from support.models import SIZES, write_model
+from support.refused import sets
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
@@ -231,6 +234,24 @@ def test_rounds_after_the_last_checkpoint_run_again(whole: Path, tmp_path: Path)
     assert "round 4/4" in again.out
     assert "round 3/4" not in again.out
     assert digests_in(tmp_path) == digests_in(whole)
+
+
+def test_dropout_of_a_model_from_a_folder_is_the_same_after_a_resume(tmp_path: Path) -> None:
+    """transformers hands models over with their dropout off."""
+    settings = transformers.BertConfig(**SIZES, hidden_dropout_prob=0.5)
+    write_model(tmp_path / "model", settings, pad_token="!")
+    here = ("run", TINY, "--results", tmp_path / "out")
+    model = f"model.name={tmp_path / 'model'}"
+    shown = sets([model, "federation.num_rounds=3", "system.checkpoint_every=2"])
+    assert fedara_here(*here, *shown).code == 0
+    (run_dir,) = (tmp_path / "out").iterdir()
+    whole = rounds_of(run_dir)
+    (run_dir / "DONE").unlink()
+    (run_dir / FILE).unlink()
+    assert "round 2/3" not in fedara_here(*here, *shown).out
+    for row, wanted in zip(rounds_of(run_dir), whole, strict=True):
+        for key in ("train_loss", "state_digest"):
+            assert row[key] == wanted[key]
 
 
 @pytest.fixture

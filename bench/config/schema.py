@@ -19,6 +19,8 @@ _SHORTENED_BYTES = 100
 
 # Sections that change no result, and so are no part of run_id.
 _NO_RESULT = ("system", "energy", "devices")
+# Keys that came after the first records: at their defaults they are no part of run_id either.
+YOUNGER_KEYS = {"adapter": ("fused",), "model": ("attention", "packing", "dropout_masks")}
 
 
 class RunConfig(sections.Section):
@@ -115,8 +117,11 @@ class RunConfig(sections.Section):
         settings = {k: value for k, value in canonical.items() if k not in _NO_RESULT}
         if self.clients == sections.ClientsConfig():  # as in runs from before this section existed
             del settings["clients"]
-        if self.model.attention == sections.ModelConfig().attention:  # likewise
-            del settings["model"]["attention"]
+        for section, keys in YOUNGER_KEYS.items():  # likewise
+            fields = type(getattr(self, section)).model_fields
+            for key in keys:
+                if getattr(getattr(self, section), key) == fields[key].default:
+                    del settings[section][key]
         if self.clients.timed:  # the order of the devices decides who has which
             devices = canonical["devices"]
             settings["devices"] = [

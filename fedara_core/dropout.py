@@ -35,8 +35,9 @@ class _Dropout(torch.autograd.Function):
         return _scaled(x, kept, ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _scaled(dy, *ctx.saved_tensors, ctx.scale), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return _scaled(dy, kept, ctx.scale), None
 
 
 def _words(x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def _words(x: Tensor) -> Tensor:
     words_per_draw = _DRAW_DTYPE.itemsize // _WORD_DTYPE.itemsize
     draws = torch.empty(-(-x.numel() // words_per_draw), dtype=_DRAW_DTYPE)
     limits = torch.iinfo(_DRAW_DTYPE)
-    return draws.random_(limits.min, None).view(_WORD_DTYPE)[: x.numel()].view(x.shape)  # type: ignore[arg-type]
+    return draws.random_(limits.min, None).view(_WORD_DTYPE)[: x.numel()].view(x.shape)
 
 
 def _scaled(x: Tensor, kept: Tensor, scale: float) -> Tensor:

@@ -26,7 +26,9 @@ def low_rank_linear(
     """
     num_tokens, (d_out, d_in) = x.numel() // x.shape[-1], weight.shape
     merged = weight.dtype == torch.float32 and num_tokens * (d_in + d_out) >= d_in * d_out
-    out: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale, merged)  # type: ignore[no-untyped-call]
+    out: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, a, b, scale, merged
+    )
     return out
 
 
@@ -58,12 +60,12 @@ class _LowRankLinear(torch.autograd.Function):
         return y.view(*ctx.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, hidden = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
         dx = da = db = None
-        above = b @ dy.T if needs_a or (needs_x and not ctx.merged) else None  # (r, T)
+        above: Any = b @ dy.T if needs_a or not ctx.merged else None  # (r, T)
         if needs_x and ctx.merged:  # formed anew: kept, it would take as much memory as the model
             dx = dy @ _merge(weight, a, b, ctx.scale)
         elif needs_x:

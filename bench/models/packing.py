@@ -1,7 +1,7 @@
 """Batches without padding: texts follow one another in one row, and attention keeps them apart.
 
-All layers but attention work on one token at a time, so that padding only costs them time. Attention
-pads for itself: its share of the work is small where texts are short.
+All layers but attention work on one token at a time, so that padding only costs them time.
+Attention pads for itself: its share of the work is small where texts are short.
 """
 
 from collections.abc import Callable
@@ -94,7 +94,7 @@ def attention(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for packed texts: query (1, heads, T, d) to (1, T, heads, d).
+    """transformers' attention for packed texts: query (1, heads, T, d) to (1, T, heads, d).
 
     kernel: torch's "sdpa"; "eager", plain products, or "eager_torch", the same with torch's own
     dropout. Raises ValueError for what it does not know.
@@ -156,7 +156,7 @@ def register(kernel: str) -> str:
 
     name = f"packed_{kernel}"
     AttentionInterface.register(name, partial(attention, kernel=kernel))
-    AttentionMaskInterface.register(name, _no_mask)  # type: ignore[arg-type]
+    AttentionMaskInterface.register(name, _no_mask)
     return name
 
 

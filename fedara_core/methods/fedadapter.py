@@ -99,7 +99,7 @@ class Bottleneck:
         act = functional.gelu if self.activation == "gelu" else functional.relu
         parts, y = adapter.parts, adapter.unchanged(x)  # (..., d_out)
         hidden = act(functional.linear(y, parts["down"], parts["bias"].squeeze(1)))  # (..., b)
-        return y + functional.linear(hidden, parts["up"].T)  # type: ignore[no-any-return]
+        return y + functional.linear(hidden, parts["up"].T)
 
     def pair(self, adapter: Adapter) -> None:
         return None

@@ -37,7 +37,7 @@ class LowRank:
     """W0 + scale * B A with rows [A_i, B_i], or W0 + scale * B diag(E) A with rows [A_i, E_i, B_i].
 
     The first is LoRA's form (arXiv 2106.09685, eq. 3), the second AdaLoRA's and FedARA's. Parts:
-    A (r, d_in), E (r, 1), B^T (r, d_out).
+    A (r, d_in), E (r, 1), B^T (r, d_out). In training A reads the adapter's `dropped` input.
     """
 
     scale: float
@@ -51,7 +51,7 @@ class LowRank:
 
     def forward(self, adapter: "Adapter", x: Tensor) -> Tensor:
         parts = adapter.parts
-        hidden = functional.linear(x, parts["A"])  # (..., r)
+        hidden = functional.linear(adapter.dropped(x), parts["A"])  # (..., r)
         if self.singular:
             hidden = hidden * parts["E"].squeeze(1)
         change = functional.linear(hidden, parts["B"].T) * self.scale
@@ -67,10 +67,11 @@ class LowRank:
 class Adapter(nn.Module):
     """One wrapped linear layer. Without live rows its forward pass is the plain layer's."""
 
-    def __init__(self, name: str, base: nn.Linear) -> None:
+    def __init__(self, name: str, base: nn.Linear, dropout: float = 0.0) -> None:
         super().__init__()
         self.name = name
         self.base = base
+        self.dropout = dropout
         self.parts = nn.ParameterDict()  # part -> (r, width), views of the model's vector
         self.fixed: dict[str, Tensor] = {}
         self.form: AdapterForm | None = None
@@ -84,6 +85,12 @@ class Adapter(nn.Module):
     def weight(self) -> Tensor:
         """The weight that rows change (d_out, d_in): W0, or what `fixed` has in its place."""
         return self.fixed.get("weight", self.base.weight)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input (..., d_in) of a low-rank branch: in training each value is zero with
+        probability p = dropout, and the others are scaled by 1 / (1 - p), as PEFT's lora_dropout
+        does. W0 reads x itself."""
+        return functional.dropout(x, self.dropout, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.form is None:
@@ -186,7 +193,9 @@ class AdaptedModel:
         self._fixed = fixed
 
 
-def inject(module: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> AdaptedModel:
+def inject(
+    module: nn.Module, targets: str | Sequence[str], head: Sequence[str], dropout: float = 0.0
+) -> AdaptedModel:
     """Freeze a model, then wrap each nn.Linear that `targets` match; the head's parameters train.
 
     Args:
@@ -194,6 +203,7 @@ def inject(module: nn.Module, targets: str | Sequence[str], head: Sequence[str])
         targets: "all-linear", or names: a layer matches if its dotted name equals a target or ends
             with "." + target.
         head: names of the parameters of the classification head; always live, never wrapped.
+        dropout: of the input of the adapters' low-rank branches, in training.
 
     Raises:
         InputError: a target that matches no layer.
@@ -219,7 +229,7 @@ def inject(module: nn.Module, targets: str | Sequence[str], head: Sequence[str])
         parameter.requires_grad_(name in head)
     for name in chosen:
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, Adapter(name, linear[name]))
+        setattr(module.get_submodule(parent), child, Adapter(name, linear[name], dropout))
     return AdaptedModel(module)
 
 

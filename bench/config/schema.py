@@ -19,6 +19,8 @@ _SHORTENED_BYTES = 100
 
 # Sections that change no result, and so are no part of run_id.
 _NO_RESULT = ("system", "energy", "devices")
+# Keys that came after the first records: at their defaults they are no part of run_id either.
+YOUNGER_KEYS = {"adapter": ("dropout",), "model": ("attention",)}
 
 
 class RunConfig(sections.Section):
@@ -49,6 +51,11 @@ class RunConfig(sections.Section):
             raise ValueError(
                 f"adapter.client_lora_ranks is set, and method.name = {self.method.name!r} trains "
                 f"the same lora_rank at every client; allowed: {', '.join(able) or 'none'}"
+            )
+        if self.adapter.dropout and not method.low_rank:
+            raise ValueError(
+                f"adapter.dropout = {self.adapter.dropout:g} acts on the input of low-rank "
+                f"branches, and method.name = {self.method.name!r} has none; allowed: 0"
             )
         if method.combine == "gather" and self.federation.merge_path in ("split", "allreduce"):
             raise ValueError(
@@ -115,8 +122,11 @@ class RunConfig(sections.Section):
         settings = {k: value for k, value in canonical.items() if k not in _NO_RESULT}
         if self.clients == sections.ClientsConfig():  # as in runs from before this section existed
             del settings["clients"]
-        if self.model.attention == sections.ModelConfig().attention:  # likewise
-            del settings["model"]["attention"]
+        for section, keys in YOUNGER_KEYS.items():  # likewise
+            fields = type(getattr(self, section)).model_fields
+            for key in keys:
+                if getattr(getattr(self, section), key) == fields[key].default:
+                    del settings[section][key]
         if self.clients.timed:  # the order of the devices decides who has which
             devices = canonical["devices"]
             settings["devices"] = [

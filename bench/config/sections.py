@@ -58,6 +58,10 @@ class AdapterConfig(Section):
     lora_alpha: float = Field(default=12.0, gt=0)
     """LoRA's alpha: an adapter's output is scaled by lora_alpha / lora_rank."""
 
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """LoRA dropout (PEFT's lora_dropout): in training each input of a low-rank branch is zero with
+    this probability. Only for methods that have such branches."""
+
     targets: str | list[str] = "all-linear"
     """Layers that get an adapter: "all-linear", or endings of layer names, such as ["query"]."""
 

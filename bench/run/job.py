@@ -146,7 +146,9 @@ def adapt(
 ) -> tuple[AdaptedModel, Method, ServerState]:
     """As `build`, with a model that is there already. Raises InputError."""
     classifier.model.to(device)
-    model = inject(classifier.model, config.adapter.targets, classifier.head)
+    model = inject(
+        classifier.model, config.adapter.targets, classifier.head, config.adapter.dropout
+    )
     adapter = AdapterSpec(
         lora_rank=config.adapter.lora_rank,
         lora_alpha=config.adapter.lora_alpha,

@@ -69,7 +69,7 @@ class Core:
         return {"R": self.lora_rank}
 
     def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
-        hidden = functional.linear(x, adapter.fixed["A"])  # (..., r)
+        hidden = functional.linear(adapter.dropped(x), adapter.fixed["A"])  # (..., r)
         hidden = functional.linear(hidden, adapter.parts["R"])  # (..., r)
         change = functional.linear(hidden, adapter.fixed["B"]) * self.scale
         return functional.linear(x, adapter.weight, adapter.base.bias) + change

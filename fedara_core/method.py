@@ -50,7 +50,8 @@ class Client:
     """One client during its local training of one round; of it only `kept` outlives the round.
 
     kept: tensors that stay at the client until it takes part again; only for stateful methods.
-    notes: what a method gathers while it trains.
+    decay: factor on the learning rates by the number of steps taken; None: 1. notes: what a method
+    gathers while it trains.
     """
 
     client_id: int
@@ -58,6 +59,8 @@ class Client:
     model: AdaptedModel
     kept: dict[str, Tensor] = field(default_factory=dict)
     make_optimizer: Callable[[], torch.optim.Optimizer] | None = None
+    decay: Callable[[int], float] | None = None
+    num_steps: int = 0  # taken
     max_grad_norm: float | None = None
     autocast: bool = False
     losses: list[Tensor] = field(default_factory=list)
@@ -91,7 +94,11 @@ class Client:
             norms = torch._foreach_norm(torch.split(self.gradient, _NORM_VALUES))
             total = torch.linalg.vector_norm(torch.stack(norms))
             self.gradient.mul_((self.max_grad_norm / (total + 1e-6)).clamp(max=1.0))
+        if self.decay is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.decay(self.num_steps)
         self.optimizer.step()
+        self.num_steps += 1
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -13,6 +13,8 @@ USUAL_SETTINGS: dict[str, float | str] = {
     "clients.over_selection": 1.0,
     "clients.speed_spread": 0.0,
     "model.attention": "sdpa",
+    "train.round_schedule": "constant",
+    "train.schedule": "constant",
 }
 
 # Sections of the config that change results. Others, such as [system], do not; dotted columns of

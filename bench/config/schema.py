@@ -20,7 +20,11 @@ _SHORTENED_BYTES = 100
 # Sections that change no result, and so are no part of run_id.
 _NO_RESULT = ("system", "energy", "devices")
 # Keys that came after the first records: at their defaults they are no part of run_id either.
-YOUNGER_KEYS = {"adapter": ("dropout",), "model": ("attention",)}
+YOUNGER_KEYS = {
+    "adapter": ("dropout",),
+    "model": ("attention",),
+    "train": ("schedule", "round_schedule"),
+}
 
 
 class RunConfig(sections.Section):

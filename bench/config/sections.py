@@ -12,6 +12,7 @@ def _none(value: Any) -> Any:
 
 # Of something elsewhere: a file, a folder, or on the hub.
 _Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Schedule = Literal["constant", "linear", "cosine"]
 Codec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 _PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)]
 _CountryOrNone = Annotated[
@@ -234,6 +235,13 @@ class TrainConfig(Section):
 
     warmup_rounds: int = Field(default=0, ge=0)
     """Rounds in which the learning rate grows linearly to lr."""
+
+    schedule: Schedule = "constant"
+    """The learning rate within a round: after s of a client's S local steps the round's is
+    multiplied by 1 ("constant"), 1 - s / S ("linear") or (1 + cos(pi s / S)) / 2 ("cosine")."""
+
+    round_schedule: Schedule = "constant"
+    """The same across rounds: after s of the S rounds that follow warmup_rounds."""
 
     max_grad_norm: _PositiveOrNone = 1.0
     """Gradients are clipped to this norm. "none": they are not clipped."""

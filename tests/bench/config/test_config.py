@@ -51,6 +51,8 @@ OTHER_VALUES = {
     "train.lr": "6e-3",
     "train.weight_decay": "0.1",
     "train.warmup_rounds": "1",
+    "train.schedule": "linear",
+    "train.round_schedule": "cosine",
     "train.max_grad_norm": "2.0",
     "train.local_steps": "5",
     "train.batch_size": "9",

@@ -50,8 +50,8 @@ class Client:
     """One client during its local training of one round; of it only `kept` outlives the round.
 
     kept: tensors that stay at the client until it takes part again; only for stateful methods.
-    decay: factor on the learning rates by the number of steps taken; None: 1. notes: what a method
-    gathers while it trains.
+    decay: factor on the learning rates by the number of steps taken; None: 1. start: where the
+    proximal term pulls to, (num_trained,). notes: what a method gathers while it trains.
     """
 
     client_id: int
@@ -61,6 +61,8 @@ class Client:
     make_optimizer: Callable[[], torch.optim.Optimizer] | None = None
     decay: Callable[[int], float] | None = None
     num_steps: int = 0  # taken
+    proximal_mu: float = 0.0
+    start: Tensor | None = None
     max_grad_norm: float | None = None
     autocast: bool = False
     losses: list[Tensor] = field(default_factory=list)
@@ -88,7 +90,13 @@ class Client:
         self.losses.append(loss.detach())
 
     def step(self) -> None:
-        """Clip the gradient and move the vector."""
+        """Add the proximal term to the gradient, clip it, and move the vector.
+
+        The term is FedProx's mu / 2 ||w - w_start||^2 (arXiv 1812.06127, eq. 2) over all that
+        trains; its gradient is mu (w - w_start).
+        """
+        if self.start is not None:
+            self.gradient.add_(self.vector - self.start, alpha=self.proximal_mu)
         if self.max_grad_norm is not None:
             # By chunks: torch's float32 norm of one long vector is off by up to a per cent.
             norms = torch._foreach_norm(torch.split(self.gradient, _NORM_VALUES))

@@ -28,6 +28,7 @@ class LocalTraining:
     warmup_rounds: int = 0
     schedule: Schedule = "constant"
     round_schedule: Schedule = "constant"
+    proximal_mu: float = 0.0
     max_grad_norm: float | None = 1.0
     local_steps: int | None = None
     local_epochs: int | None = None
@@ -93,6 +94,8 @@ def start_client(
     if settings.schedule != "constant":
         num_steps = settings.num_steps(client.num_examples)
         client.decay = partial(decay, settings.schedule, total=num_steps)
+    if settings.proximal_mu:
+        client.proximal_mu, client.start = settings.proximal_mu, client.vector.clone()
     client.max_grad_norm = settings.max_grad_norm
     client.autocast = settings.precision == "bf16"
     # Every module: transformers hands over models whose inner modules have their dropout off.

@@ -13,6 +13,7 @@ USUAL_SETTINGS: dict[str, float | str] = {
     "clients.over_selection": 1.0,
     "clients.speed_spread": 0.0,
     "model.attention": "sdpa",
+    "train.proximal_mu": 0.0,
     "train.round_schedule": "constant",
     "train.schedule": "constant",
 }

@@ -23,7 +23,7 @@ _NO_RESULT = ("system", "energy", "devices")
 YOUNGER_KEYS = {
     "adapter": ("dropout",),
     "model": ("attention",),
-    "train": ("schedule", "round_schedule"),
+    "train": ("schedule", "round_schedule", "proximal_mu"),
 }
 
 

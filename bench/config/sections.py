@@ -243,6 +243,10 @@ class TrainConfig(Section):
     round_schedule: Schedule = "constant"
     """The same across rounds: after s of the S rounds that follow warmup_rounds."""
 
+    proximal_mu: float = Field(default=0.0, ge=0)
+    """FedProx's mu (arXiv 1812.06127, eq. 2): mu / 2 times the squared distance of all that trains
+    from where the round started is added to the clients' loss."""
+
     max_grad_norm: _PositiveOrNone = 1.0
     """Gradients are clipped to this norm. "none": they are not clipped."""
 

@@ -1,4 +1,4 @@
-"""Local training: learning rates within and across rounds, beside transformers' schedulers."""
+"""Local training: learning rates, beside transformers' schedulers, and FedProx's term."""
 
 from dataclasses import replace
 from typing import Literal
@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from bench.run.clients import make_client
 from bench.run.job import Job
 from fedara_core.method import Client
 from fedara_core.train import LocalTraining, Schedule, decay, start_client
@@ -113,3 +114,62 @@ def test_a_schedule_changes_what_a_round_learns(optimizer: Literal["adamw", "sgd
         (played,) = play_rounds(make_tiny_job(*common, f"train.schedule={schedule}"))
         digests.add(played.row["state_digest"])
     assert len(digests) == 3
+
+
+# ---- FedProx ----
+
+
+def test_the_proximal_term_pulls_to_the_rounds_start() -> None:
+    """w <- w - lr (g + mu (w - w_start)), by hand, over rows and head alike."""
+    job = make_tiny_job(
+        *("method.name=lora", "train.optimizer=sgd", "train.lr=0.5", "train.proximal_mu=0.2"),
+        "train.max_grad_norm=none",
+    )
+    client = started(job)
+    start, gradient = client.vector.clone(), torch.randn(len(client.vector))
+    moved = torch.zeros_like(start)  # w - w_start
+    for _ in range(3):
+        client.gradient.copy_(gradient)
+        client.step()
+        moved = moved - 0.5 * (gradient + 0.2 * moved)
+        torch.testing.assert_close(client.vector - start, moved, rtol=0, atol=1e-5)
+    assert (moved + 1.5 * gradient).abs().max() > 0.1  # where it would be without the term
+
+
+def test_the_proximal_term_is_in_the_gradient_that_is_clipped() -> None:
+    job = make_tiny_job(
+        *("method.name=lora", "train.optimizer=sgd", "train.lr=1.0", "train.proximal_mu=1e6"),
+        "train.max_grad_norm=0.5",
+    )
+    client = started(job)
+    client.vector.add_(1.0)
+    before = client.vector.clone()
+    client.step()
+    assert float((before - client.vector).norm()) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_it_starts_from_what_a_client_keeps() -> None:
+    """FedSA-LoRA's B is the client's own: at the start of a round there is no pull on it."""
+    job = make_tiny_job("method.name=fedsa_lora", "train.proximal_mu=1.0")
+    (played,) = play_rounds(job, num_rounds=1)
+    client_id = played.row["cohort"][0]
+    client = make_client(job, client_id)
+    job.method.download(job.model, played.after, client)
+    start_client(client, job.method, job.training, played.after)
+    assert client.start is not None
+    assert torch.equal(client.start, client.vector)
+    assert client.start[played.after.index.runs["B"]].any()
+
+
+def test_without_mu_nothing_changes_and_with_it_clients_stay_nearer() -> None:
+    """mu = 0 has the bits of a config without it."""
+    distances = []
+    for mu in (None, 0.0, 10.0):
+        words = ("method.name=lora", "federation.num_rounds=1", "train.optimizer=sgd")
+        job = make_tiny_job(
+            *words, "train.lr=0.05", *([] if mu is None else [f"train.proximal_mu={mu}"])
+        )
+        (played,) = play_rounds(job)
+        distances.append(float((played.after.vector - played.before.vector).norm()))
+    assert distances[0] == distances[1]
+    assert distances[2] < 0.9 * distances[1]

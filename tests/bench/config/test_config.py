@@ -53,6 +53,7 @@ OTHER_VALUES = {
     "train.warmup_rounds": "1",
     "train.schedule": "linear",
     "train.round_schedule": "cosine",
+    "train.proximal_mu": "0.01",
     "train.max_grad_norm": "2.0",
     "train.local_steps": "5",
     "train.batch_size": "9",

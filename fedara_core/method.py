@@ -148,7 +148,9 @@ class Method:
     stateful: clients keep tensors between rounds (`Client.kept`), and each is evaluated with its
     own. uses_client_lora_ranks: clients may have unequal lora_rank. coded: what a lossy codec may
     touch besides uploads: "down", the server's message; "feedback", the next message, by what was
-    left out of this one (a place in one message must be the same place in the next). low_rank:
+    left out of this one (a place in one message must be the same place in the next). plain_mean:
+    the next state is the clients' mean in the place of what they sent, in the same layout and with
+    the same `fixed`, round after round, so that a server optimiser can go on along it. low_rank:
     whether its layers have a low-rank branch, whose input adapter.dropout acts on. version: grows
     when the method's results change beyond rounding.
     """
@@ -157,6 +159,7 @@ class Method:
     stateful: ClassVar[bool] = False
     uses_client_lora_ranks: ClassVar[bool] = False
     coded: ClassVar[tuple[Literal["down", "feedback"], ...]] = ()
+    plain_mean: ClassVar[bool] = False
     low_rank: ClassVar[bool] = True
     version: ClassVar[int] = 1
 

@@ -248,6 +248,28 @@ def test_the_head_is_averaged_by_num_examples(complete: Complete) -> None:
             torch.testing.assert_close(whole[name].reshape(-1).double(), mean, rtol=0, atol=1e-7)
 
 
+def test_a_server_optimizer_acts_on_plain_means_only(complete: Complete) -> None:
+    """There the mean is the next state, in one layout for good; elsewhere the config is refused."""
+    words = [f"method.name={complete.name}", "federation.server_optimizer=fedadam"]
+    if not complete.job.method.plain_mean:
+        with pytest.raises(InputError, match=r"^federation.server_optimizer = 'fedadam' .* = 1$"):
+            load_runs(TINY, words)
+        return
+    assert load_runs(TINY, words)[0].federation.server_lr == 0.01
+    first = complete.states[0]
+    for before, after, sent in zip(
+        complete.states, complete.states[1:], complete.uploads, strict=False
+    ):
+        mean = received(complete.job.method, before, sent).mean
+        assert torch.equal(_bits(after.sent), _bits(mean))
+        assert (after.index, after.extra) == (first.index, {})
+        assert complete.job.method.form(after) == complete.job.method.form(first)
+        assert after.fixed.keys() == first.fixed.keys()
+        for part, tensors in after.fixed.items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, first.fixed[part][name])
+
+
 def test_adapter_dropout_acts_on_low_rank_branches_in_training_only(complete: Complete) -> None:
     """In every stage; where a method has no such branch, the config is refused."""
     model, words = complete.job.model, (f"method.name={complete.name}", "adapter.dropout=0.5")

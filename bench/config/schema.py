@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from bench.config import sections
 from fedara_core.errors import InputError
 from fedara_core.method import Method, load_method, method_names
+from fedara_core.server import ServerOptimizer
 
 _MAX_NAME_BYTES = 255  # of a file or folder on most file systems
 _SHORTENED_BYTES = 100
@@ -22,6 +23,10 @@ _NO_RESULT = ("system", "energy", "devices")
 # Keys that came after the first records: at their defaults they are no part of run_id either.
 YOUNGER_KEYS = {
     "adapter": ("dropout",),
+    "federation": (
+        *("server_optimizer", "server_lr"),
+        *("server_momentum", "server_beta2", "server_tau"),
+    ),
     "model": ("attention",),
     "train": ("schedule", "round_schedule", "proximal_mu"),
 }
@@ -67,6 +72,13 @@ class RunConfig(sections.Section):
                 f"method.name = {self.method.name!r} needs every client's factors; allowed: "
                 "allgather, auto"
             )
+        if not self.server.keeps_the_mean and not method.plain_mean:
+            name, lr = self.federation.server_optimizer, self.federation.server_lr
+            raise ValueError(
+                f"federation.server_optimizer = {name!r} with server_lr = {lr:g} goes on along the "
+                f"clients' mean, and the rows of method.name = {self.method.name!r} do not keep "
+                "their meaning from round to round; allowed: fedavg with server_lr = 1"
+            )
         if self.codec.down != "fp32" and "down" not in method.coded:
             raise ValueError(
                 f"codec.down = {self.codec.down!r}: what method.name = {self.method.name!r} sends "
@@ -96,6 +108,18 @@ class RunConfig(sections.Section):
                 "devices.shares = { orin_nano = 1.0 }"
             )
         return self
+
+    @property
+    def server(self) -> ServerOptimizer:
+        """What the server does with the clients' mean."""
+        federation = self.federation
+        return ServerOptimizer(
+            name=federation.server_optimizer,
+            lr=federation.server_lr,
+            momentum=federation.server_momentum,
+            beta2=federation.server_beta2,
+            tau=federation.server_tau,
+        )
 
     @property
     def num_drawn(self) -> int:

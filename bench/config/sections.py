@@ -168,6 +168,31 @@ class FederationConfig(Section):
     """How uploads are combined; see fedara_core/merge. "allgather" and "split" give the same bits
     for any number of processes, "allreduce" does not. "auto": the cheaper of the first two."""
 
+    server_optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    """What the server does with the clients' mean; see fedara_core/server.py. "fedavg": it is the
+    next state (at server_lr 1); the others take its change as a pseudo-gradient (arXiv 1909.06335, 2003.00295). Only
+    for methods whose rows keep their meaning from round to round."""
+
+    server_lr: float = Field(default=1.0, gt=0)
+    """The server's learning rate. If it is not set, 0.01 for "fedadam" and "fedyogi" (their paper
+    tunes it), which move every value by about as much in a round."""
+
+    server_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of "fedavgm", beta1 of "fedadam" and "fedyogi"."""
+
+    server_beta2: float = Field(default=0.99, ge=0, lt=1)
+    """beta2 of "fedadam" and "fedyogi"."""
+
+    server_tau: float = Field(default=1e-3, gt=0)
+    """tau of "fedadam" and "fedyogi": the smaller, the more adaptive."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lr_of_adaptive(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("server_optimizer") in ("fedadam", "fedyogi"):
+            return {"server_lr": 0.01, **table}
+        return table
+
     @model_validator(mode="after")
     def _cohort_fits(self) -> "FederationConfig":
         if self.cohort > self.num_clients:

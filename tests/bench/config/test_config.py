@@ -44,6 +44,11 @@ OTHER_VALUES = {
     "federation.num_clients": "9",
     "federation.cohort": "4",
     "federation.num_rounds": "7",
+    "federation.server_optimizer": "fedavgm",
+    "federation.server_lr": "0.5",
+    "federation.server_momentum": "0.8",
+    "federation.server_beta2": "0.9",
+    "federation.server_tau": "0.01",
     "codec.up": "int8",
     "codec.down": "bf16",
     "codec.error_feedback": "true",
@@ -66,6 +71,8 @@ OTHER_VALUES = {
 SHARES = "devices.shares={orin_nano=0.5, agx_orin=0.5}"
 NEEDED = {  # what some keys only go with
     "codec.error_feedback": ("codec.up=int4",),
+    "federation.server_optimizer": ("method.name=lora",),
+    "federation.server_lr": ("method.name=lora",),
     "clients.over_selection": (SHARES,),
     "clients.deadline_seconds": (SHARES,),
 }

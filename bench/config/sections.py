@@ -170,8 +170,8 @@ class FederationConfig(Section):
 
     server_optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
     """What the server does with the clients' mean; see fedara_core/server.py. "fedavg": it is the
-    next state (at server_lr 1); the others take its change as a pseudo-gradient (arXiv 1909.06335, 2003.00295). Only
-    for methods whose rows keep their meaning from round to round."""
+    next state (at server_lr 1); the others take its change as a pseudo-gradient (arXiv 1909.06335,
+    2003.00295). Only for methods whose rows keep their meaning from round to round."""
 
     server_lr: float = Field(default=1.0, gt=0)
     """The server's learning rate. If it is not set, 0.01 for "fedadam" and "fedyogi" (their paper

@@ -38,7 +38,7 @@ class LowRank:
     """W0 + scale * B A with rows [A_i, B_i], or W0 + scale * B diag(E) A with rows [A_i, E_i, B_i].
 
     The first is LoRA's form (arXiv 2106.09685, eq. 3), the second AdaLoRA's and FedARA's. Parts:
-    A (r, d_in), E (r, 1), B^T (r, d_out).
+    A (r, d_in), E (r, 1), B^T (r, d_out). In training A reads through the adapter's dropout.
     """
 
     scale: float
@@ -54,10 +54,10 @@ class LowRank:
         a, b = adapter.parts["A"], adapter.parts["B"]
         if self.singular:
             b = b * adapter.parts["E"]
-        if adapter.fused:
+        if adapter.fused and not (adapter.training and adapter.dropout.p):
             weight, bias = adapter.weight_for(x), adapter.base.bias
             return low_rank_linear(x, weight, bias, a, b, self.scale)
-        change = functional.linear(functional.linear(x, a), b.T) * self.scale
+        change = functional.linear(functional.linear(adapter.dropout(x), a), b.T) * self.scale
         return adapter.unchanged(x) + change
 
     def pair(self, adapter: "Adapter") -> tuple[Tensor, Tensor] | None:
@@ -70,13 +70,17 @@ class LowRank:
 class Adapter(nn.Module):
     """One wrapped linear layer. Without live rows its forward pass is the plain layer's.
 
-    fused: whether a form of low rank has products and a backward pass of its own.
+    dropout: of the input of a low-rank branch, in training, as PEFT's lora_dropout; W0 reads the
+    input itself. fused: whether a form of low rank has products and a backward pass of its own.
     """
 
-    def __init__(self, name: str, base: nn.Linear, *, fused: bool = False) -> None:
+    def __init__(
+        self, name: str, base: nn.Linear, *, dropout: float = 0.0, fused: bool = False
+    ) -> None:
         super().__init__()
         self.name = name
         self.base = base
+        self.dropout = nn.Dropout(dropout)
         self.fused = fused
         self._cast: tuple[Tensor, int, Tensor] | None = None  # a weight, its version, and its cast
         self.parts = nn.ParameterDict()  # part -> (r, width), views of the model's vector
@@ -209,7 +213,12 @@ class AdaptedModel:
 
 
 def inject(
-    module: nn.Module, targets: str | Sequence[str], head: Sequence[str], *, fused: bool = False
+    module: nn.Module,
+    targets: str | Sequence[str],
+    head: Sequence[str],
+    *,
+    dropout: float = 0.0,
+    fused: bool = False,
 ) -> AdaptedModel:
     """Freeze a model, then wrap each nn.Linear that `targets` match; the head's parameters train.
 
@@ -218,7 +227,7 @@ def inject(
         targets: "all-linear", or names: a layer matches if its dotted name equals a target or ends
             with "." + target.
         head: names of the parameters of the classification head; always live, never wrapped.
-        fused: see Adapter.
+        dropout, fused: see Adapter.
 
     Raises:
         InputError: a target that matches no layer.
@@ -243,8 +252,8 @@ def inject(
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in head)
     for name in chosen:
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, Adapter(name, linear[name], fused=fused))
+        adapter = Adapter(name, linear[name], dropout=dropout, fused=fused)
+        module.set_submodule(name, adapter)
     return AdaptedModel(module)
 
 

@@ -50,7 +50,8 @@ class Client:
     """One client during its local training of one round; of it only `kept` outlives the round.
 
     kept: tensors that stay at the client until it takes part again; only for stateful methods.
-    notes: what a method gathers while it trains.
+    decay: factor on the learning rates by the number of steps taken; None: 1. start: where the
+    proximal term pulls to, (num_trained,). notes: what a method gathers while it trains.
     """
 
     client_id: int
@@ -58,6 +59,10 @@ class Client:
     model: AdaptedModel
     kept: dict[str, Tensor] = field(default_factory=dict)
     make_optimizer: Callable[[], torch.optim.Optimizer] | None = None
+    decay: Callable[[int], float] | None = None
+    num_steps: int = 0  # taken
+    proximal_mu: float = 0.0
+    start: Tensor | None = None
     max_grad_norm: float | None = None
     autocast: bool = False
     losses: list[Tensor] = field(default_factory=list)
@@ -85,13 +90,23 @@ class Client:
         self.losses.append(loss.detach())
 
     def step(self) -> None:
-        """Clip the gradient and move the vector."""
+        """Add the proximal term to the gradient, clip it, and move the vector.
+
+        The term is FedProx's mu / 2 ||w - w_start||^2 (arXiv 1812.06127, eq. 2) over all that
+        trains; its gradient is mu (w - w_start).
+        """
+        if self.start is not None:
+            self.gradient.add_(self.vector - self.start, alpha=self.proximal_mu)
         if self.max_grad_norm is not None:
             # By chunks: torch's float32 norm of one long vector is off by up to a per cent.
             norms = torch._foreach_norm(torch.split(self.gradient, _NORM_VALUES))
             total = torch.linalg.vector_norm(torch.stack(norms))
             self.gradient.mul_((self.max_grad_norm / (total + 1e-6)).clamp(max=1.0))
+        if self.decay is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.decay(self.num_steps)
         self.optimizer.step()
+        self.num_steps += 1
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -133,7 +148,10 @@ class Method:
     stateful: clients keep tensors between rounds (`Client.kept`), and each is evaluated with its
     own. uses_client_lora_ranks: clients may have unequal lora_rank. coded: what a lossy codec may
     touch besides uploads: "down", the server's message; "feedback", the next message, by what was
-    left out of this one (a place in one message must be the same place in the next). version: grows
+    left out of this one (a place in one message must be the same place in the next). plain_mean:
+    the next state is the clients' mean in the place of what they sent, in the same layout and with
+    the same `fixed`, round after round, so that a server optimiser can go on along it. low_rank:
+    whether its layers have a low-rank branch, whose input adapter.dropout acts on. version: grows
     when the method's results change beyond rounding.
     """
 
@@ -141,6 +159,8 @@ class Method:
     stateful: ClassVar[bool] = False
     uses_client_lora_ranks: ClassVar[bool] = False
     coded: ClassVar[tuple[Literal["down", "feedback"], ...]] = ()
+    plain_mean: ClassVar[bool] = False
+    low_rank: ClassVar[bool] = True
     version: ClassVar[int] = 1
 
     def init(self, start: Start) -> ServerState:

@@ -1,5 +1,6 @@
-"""One client's local training: encoded examples, batches, the optimiser."""
+"""One client's local training: encoded examples, batches, the optimiser and its learning rate."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,8 @@ from fedara_core.method import Batch, Client, Method
 from fedara_core.seeds import derive, generator
 from fedara_core.state import ServerState
 
+Schedule = Literal["constant", "linear", "cosine"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:
@@ -23,6 +26,9 @@ class LocalTraining:
     lr: float
     weight_decay: float = 0.0
     warmup_rounds: int = 0
+    schedule: Schedule = "constant"
+    round_schedule: Schedule = "constant"
+    proximal_mu: float = 0.0
     max_grad_norm: float | None = 1.0
     local_steps: int | None = None
     local_epochs: int | None = None
@@ -36,9 +42,24 @@ class LocalTraining:
         assert self.local_epochs is not None
         return self.local_epochs * -(-num_examples // self.batch_size)
 
-    def lr_at(self, round_index: int) -> float:
-        """Learning rate of a round: linear over the first warmup_rounds, then constant."""
-        return self.lr * min(1.0, (round_index + 1) / (self.warmup_rounds + 1))
+    def lr_at(self, round_index: int, num_rounds: int) -> float:
+        """Learning rate that a round starts with: linear growth over the first warmup_rounds, then
+        round_schedule over the rest of num_rounds."""
+        since = round_index - self.warmup_rounds
+        if since < 0:
+            return self.lr * ((round_index + 1) / (self.warmup_rounds + 1))
+        return self.lr * decay(self.round_schedule, since, num_rounds - self.warmup_rounds)
+
+
+def decay(schedule: Schedule, done: int, total: int) -> float:
+    """Factor on the learning rate after a share p of the steps or rounds, p = done / total:
+
+    constant 1; linear 1 - p; cosine (1 + cos(pi p)) / 2: those of transformers' get_scheduler.
+    """
+    if schedule == "constant":
+        return 1.0
+    share = min(1.0, done / total)
+    return 1 - share if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * share))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +89,13 @@ def start_client(
     client: Client, method: Method, settings: LocalTraining, state: ServerState
 ) -> None:
     """Give a client that has downloaded `state` a fresh optimiser, and seed its dropout."""
-    client.make_optimizer = partial(_optimizer, client.model, method, settings, state.round_index)
+    lr = settings.lr_at(state.round_index, state.num_rounds)
+    client.make_optimizer = partial(_optimizer, client.model, method, settings, lr)
+    if settings.schedule != "constant":
+        num_steps = settings.num_steps(client.num_examples)
+        client.decay = partial(decay, settings.schedule, total=num_steps)
+    if settings.proximal_mu:
+        client.proximal_mu, client.start = settings.proximal_mu, client.vector.clone()
     client.max_grad_norm = settings.max_grad_norm
     client.autocast = settings.precision == "bf16"
     # Every module: transformers hands over models whose inner modules have their dropout off.
@@ -80,10 +107,9 @@ def start_client(
 
 
 def _optimizer(
-    model: AdaptedModel, method: Method, settings: LocalTraining, round_index: int
+    model: AdaptedModel, method: Method, settings: LocalTraining, lr: float
 ) -> torch.optim.Optimizer:
     """Over the runs of the vector that train, neighbours of one learning rate together."""
-    lr = settings.lr_at(round_index)
     runs: list[tuple[float, int, int]] = []  # learning rate, start, stop
     for part, run in model.index.runs.items():
         own_lr = lr * method.lr_factor(part) if part else lr
@@ -97,7 +123,7 @@ def _optimizer(
     for own_lr, start, stop in runs:
         parameter = nn.Parameter(model.vector[start:stop])
         parameter.grad = model.gradient[start:stop]
-        groups.append({"params": [parameter], "lr": own_lr})
+        groups.append({"params": [parameter], "lr": own_lr, "initial_lr": own_lr})
     cls = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
     return cls(groups, lr=lr, weight_decay=settings.weight_decay, fused=True)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import bench
+from bench.config.load import load_runs
 from bench.run import clients
 from bench.run.checkpoint import find_checkpoint, restore, save_checkpoint
 from bench.run.clients import draw_cohort, make_client, place, train_client
@@ -19,11 +20,13 @@ from bench.run.job import Job
 from bench.tools.estimate import round_bytes
 from fedara_core import methods
 from fedara_core.comm.base import Communicator
+from fedara_core.errors import InputError
 from fedara_core.merge.cost import SAME_BITS
 from fedara_core.method import Method, load_method, method_names
 from fedara_core.state import ServerState
 from fedara_core.wire import Upload, make_upload, pack, unpack
 from support.in_turn import in_turn
+from support.launch import TINY
 from support.rounds import Round, make_tiny_job, play_rounds, received, train_one_client
 
 SETTINGS = ("train.local_steps=2",)
@@ -243,6 +246,49 @@ def test_the_head_is_averaged_by_num_examples(complete: Complete) -> None:
             assert not torch.equal(a, b)
             mean = share * a.double() + (1 - share) * b.double()
             torch.testing.assert_close(whole[name].reshape(-1).double(), mean, rtol=0, atol=1e-7)
+
+
+def test_a_server_optimizer_acts_on_plain_means_only(complete: Complete) -> None:
+    """There the mean is the next state, in one layout for good; elsewhere the config is refused."""
+    words = [f"method.name={complete.name}", "federation.server_optimizer=fedadam"]
+    if not complete.job.method.plain_mean:
+        with pytest.raises(InputError, match=r"^federation.server_optimizer = 'fedadam' .* = 1$"):
+            load_runs(TINY, words)
+        return
+    assert load_runs(TINY, words)[0].federation.server_lr == 0.01
+    first = complete.states[0]
+    for before, after, sent in zip(
+        complete.states, complete.states[1:], complete.uploads, strict=False
+    ):
+        mean = received(complete.job.method, before, sent).mean
+        assert torch.equal(_bits(after.sent), _bits(mean))
+        assert (after.index, after.extra) == (first.index, {})
+        assert complete.job.method.form(after) == complete.job.method.form(first)
+        assert after.fixed.keys() == first.fixed.keys()
+        for part, tensors in after.fixed.items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, first.fixed[part][name])
+
+
+def test_adapter_dropout_acts_on_low_rank_branches_in_training_only(complete: Complete) -> None:
+    """In every stage; where a method has no such branch, the config is refused."""
+    model, words = complete.job.model, (f"method.name={complete.name}", "adapter.dropout=0.5")
+    if not complete.job.method.low_rank:
+        with pytest.raises(InputError, match=r"^adapter.dropout = 0.5 .* allowed: 0$"):
+            load_runs(TINY, list(words))
+        return
+    assert make_tiny_job(*words).model.adapters.popitem()[1].dropout.p == 0.5
+    complete.job.method.download(model, complete.states[-1], None)
+    live = [adapter for adapter in model.adapters.values() if adapter.num_live]
+    assert live
+    model.vector.normal_(0, 0.3)  # no part is zero, as B is where clients keep theirs
+    for adapter in live:
+        x = torch.randn(4, adapter.shape[1])
+        adapter.dropout.p = 0.5
+        assert not torch.equal(adapter.train()(x), adapter.train()(x)), adapter.name
+        assert torch.equal(adapter.eval()(x), adapter.eval()(x)), adapter.name
+        adapter.dropout.p = 0.0
+        torch.testing.assert_close(adapter.train()(x), adapter.eval()(x))
 
 
 @pytest.mark.slow

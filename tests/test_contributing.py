@@ -43,15 +43,16 @@ def test_the_example_is_a_method(folder: Path) -> None:
     assert "mu = 0.01" in listed
 
 
-def test_the_example_without_its_term_is_lora(folder: Path) -> None:
+def test_the_example_is_lora_with_fedproxs_term(folder: Path) -> None:
     digests = {}
     for name, overrides in {
         "lora": ["method.name=lora"],
         "off": [f"method.name={NAME}", "method.mu=0.0"],
         "on": [f"method.name={NAME}", "method.mu=1.0"],
+        "shared": ["method.name=lora", "train.proximal_mu=1.0"],
     }.items():
         digests[name] = play_rounds(make_tiny_job(*overrides), num_rounds=2)[-1].row["state_digest"]
-    assert digests["off"] == digests["lora"] != digests["on"]
+    assert digests["off"] == digests["lora"] != digests["on"] == digests["shared"]
 
 
 @pytest.mark.slow

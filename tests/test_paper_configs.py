@@ -93,6 +93,20 @@ def test_summary_names_the_methods_paper(name: str) -> None:
     assert set(ARXIV_ID.findall(summary)) <= set(ARXIV_ID.findall(docstring))
 
 
+# The authors' lora_dropout, and whose learning rate they let decay linearly in each round.
+DROPOUT = dict.fromkeys(["fed_sb", "fedsa_lora", "fedsvd", "flexlora", "flora", "lora"], 0.05)
+DROPOUT["fedex_lora"] = 0.1
+LINEAR = {"bitfit", "fedadapter", "fedex_lora", "flexlora", "flora", "full", "lora"}
+
+
+@pytest.mark.parametrize("name", sorted(DROPOUT.keys() | LINEAR))
+def test_authors_dropout_and_decay(name: str) -> None:
+    config = load(name)
+    assert config.adapter.dropout == DROPOUT.get(name, 0.0)
+    assert config.train.schedule == ("linear" if name in LINEAR else "constant")
+    assert config.train.round_schedule == "constant"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_here_is_small_and_needs_no_hub(name: str) -> None:
     config = load(name, *here(name))

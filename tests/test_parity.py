@@ -42,10 +42,13 @@ def fresh_model(job: Job) -> nn.Module:
 # ---- PEFT ----
 
 
-def test_a_lora_step_equals_pefts() -> None:
-    """Logits, gradients and the weights after one AdamW step, with weight decay."""
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_lora_step_equals_pefts(dropout: float) -> None:
+    """Logits, gradients and the weights after one AdamW step, with weight decay; under dropout both
+    draw the same masks from the same seed."""
     job = make_tiny_job(
         *("method.name=lora", "adapter.targets=['query', 'value']", "adapter.lora_alpha=6.0"),
+        *(f"adapter.dropout={dropout}", "model.dropout_masks='torch'"),
         *("model.dropout=0.0", "train.weight_decay=0.1", "train.max_grad_norm=1e9"),
     )
     assert len(job.state.adapter.shapes) == 4
@@ -58,7 +61,7 @@ def test_a_lora_step_equals_pefts() -> None:
     start_client(client, job.method, job.training, state)
 
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, lora_dropout=0.0, target_modules=["query", "value"], bias="none"
+        r=4, lora_alpha=6, lora_dropout=dropout, target_modules=["query", "value"], bias="none"
     )
     theirs = LoraModel(fresh_model(job), config, "default")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -77,13 +80,21 @@ def test_a_lora_step_equals_pefts() -> None:
 
     batch = first_batch(job)
     with torch.no_grad():
+        torch.manual_seed(5)
         expected = theirs(batch["input_ids"], batch["attention_mask"])
+        torch.manual_seed(5)
         logits = job.model.module(batch["input_ids"], batch["attention_mask"])
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        job.model.module.eval()  # nothing is dropped
+        whole = job.model.module(batch["input_ids"], batch["attention_mask"])
+        assert torch.equal(logits, whole) == (dropout == 0)
+        job.model.module.train()
+    torch.manual_seed(5)
     loss = functional.cross_entropy(
         theirs(batch["input_ids"], batch["attention_mask"]), batch["labels"]
     )
     loss.backward()
+    torch.manual_seed(5)
     client.backward(batch)
     assert client.train_loss == pytest.approx(loss.item(), abs=1e-6)
     for name, adapter in job.model.adapters.items():

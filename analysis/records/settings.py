@@ -6,11 +6,24 @@ import pandas as pd
 
 from analysis.records.names import shown
 
-# The values at which records ran that are older than these keys. Most runs have them.
-USUAL_SETTINGS = {
+# The values at which records count that are older than these keys. Most runs have them.
+USUAL_SETTINGS: dict[str, float | str | bool] = {
+    "adapter.dropout": 0.0,
+    "adapter.fused": True,
     "clients.dropout": 0.0,
     "clients.over_selection": 1.0,
     "clients.speed_spread": 0.0,
+    "federation.server_beta2": 0.99,
+    "federation.server_lr": 1.0,
+    "federation.server_momentum": 0.9,
+    "federation.server_optimizer": "fedavg",
+    "federation.server_tau": 0.001,
+    "model.attention": "sdpa",
+    "model.dropout_masks": "words",
+    "model.packing": True,
+    "train.proximal_mu": 0.0,
+    "train.round_schedule": "constant",
+    "train.schedule": "constant",
 }
 
 # Sections of the config that change results. Others, such as [system], do not; dotted columns of

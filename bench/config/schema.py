@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from bench.config import sections
 from fedara_core.errors import InputError
 from fedara_core.method import Method, load_method, method_names
+from fedara_core.server import ServerOptimizer
 
 _MAX_NAME_BYTES = 255  # of a file or folder on most file systems
 _SHORTENED_BYTES = 100
@@ -20,7 +21,15 @@ _SHORTENED_BYTES = 100
 # Sections that change no result, and so are no part of run_id.
 _NO_RESULT = ("system", "energy", "devices")
 # Keys that came after the first records: at their defaults they are no part of run_id either.
-YOUNGER_KEYS = {"adapter": ("fused",), "model": ("attention", "packing", "dropout_masks")}
+YOUNGER_KEYS = {
+    "adapter": ("dropout", "fused"),
+    "federation": (
+        *("server_optimizer", "server_lr"),
+        *("server_momentum", "server_beta2", "server_tau"),
+    ),
+    "model": ("attention", "packing", "dropout_masks"),
+    "train": ("schedule", "round_schedule", "proximal_mu"),
+}
 
 
 class RunConfig(sections.Section):
@@ -52,11 +61,23 @@ class RunConfig(sections.Section):
                 f"adapter.client_lora_ranks is set, and method.name = {self.method.name!r} trains "
                 f"the same lora_rank at every client; allowed: {', '.join(able) or 'none'}"
             )
+        if self.adapter.dropout and not method.low_rank:
+            raise ValueError(
+                f"adapter.dropout = {self.adapter.dropout:g} acts on the input of low-rank "
+                f"branches, and method.name = {self.method.name!r} has none; allowed: 0"
+            )
         if method.combine == "gather" and self.federation.merge_path in ("split", "allreduce"):
             raise ValueError(
                 f"federation.merge_path = {self.federation.merge_path!r} sums on the way, and "
                 f"method.name = {self.method.name!r} needs every client's factors; allowed: "
                 "allgather, auto"
+            )
+        if not self.server.keeps_the_mean and not method.plain_mean:
+            name, lr = self.federation.server_optimizer, self.federation.server_lr
+            raise ValueError(
+                f"federation.server_optimizer = {name!r} with server_lr = {lr:g} goes on along the "
+                f"clients' mean, and the rows of method.name = {self.method.name!r} do not keep "
+                "their meaning from round to round; allowed: fedavg with server_lr = 1"
             )
         if self.codec.down != "fp32" and "down" not in method.coded:
             raise ValueError(
@@ -87,6 +108,18 @@ class RunConfig(sections.Section):
                 "devices.shares = { orin_nano = 1.0 }"
             )
         return self
+
+    @property
+    def server(self) -> ServerOptimizer:
+        """What the server does with the clients' mean."""
+        federation = self.federation
+        return ServerOptimizer(
+            name=federation.server_optimizer,
+            lr=federation.server_lr,
+            momentum=federation.server_momentum,
+            beta2=federation.server_beta2,
+            tau=federation.server_tau,
+        )
 
     @property
     def num_drawn(self) -> int:

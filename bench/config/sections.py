@@ -12,6 +12,7 @@ def _none(value: Any) -> Any:
 
 # Of something elsewhere: a file, a folder, or on the hub.
 _Name = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Schedule = Literal["constant", "linear", "cosine"]
 Codec = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 _PositiveOrNone = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)]
 _CountryOrNone = Annotated[
@@ -57,6 +58,10 @@ class AdapterConfig(Section):
 
     lora_alpha: float = Field(default=12.0, gt=0)
     """LoRA's alpha: an adapter's output is scaled by lora_alpha / lora_rank."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """LoRA dropout (PEFT's lora_dropout): in training each input of a low-rank branch is zero with
+    this probability. Only for methods that have such branches."""
 
     fused: bool = True
     """Whether low-rank adapters have products and a backward pass of their own: in fp32 W0 + s B A
@@ -175,6 +180,31 @@ class FederationConfig(Section):
     """How uploads are combined; see fedara_core/merge. "allgather" and "split" give the same bits
     for any number of processes, "allreduce" does not. "auto": the cheaper of the first two."""
 
+    server_optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    """What the server does with the clients' mean; see fedara_core/server.py. "fedavg": it is the
+    next state (at server_lr 1); the others take its change as a pseudo-gradient (arXiv 1909.06335,
+    2003.00295). Only for methods whose rows keep their meaning from round to round."""
+
+    server_lr: float = Field(default=1.0, gt=0)
+    """The server's learning rate. If it is not set, 0.01 for "fedadam" and "fedyogi" (their paper
+    tunes it), which move every value by about as much in a round."""
+
+    server_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of "fedavgm", beta1 of "fedadam" and "fedyogi"."""
+
+    server_beta2: float = Field(default=0.99, ge=0, lt=1)
+    """beta2 of "fedadam" and "fedyogi"."""
+
+    server_tau: float = Field(default=1e-3, gt=0)
+    """tau of "fedadam" and "fedyogi": the smaller, the more adaptive."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lr_of_adaptive(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("server_optimizer") in ("fedadam", "fedyogi"):
+            return {"server_lr": 0.01, **table}
+        return table
+
     @model_validator(mode="after")
     def _cohort_fits(self) -> "FederationConfig":
         if self.cohort > self.num_clients:
@@ -242,6 +272,17 @@ class TrainConfig(Section):
 
     warmup_rounds: int = Field(default=0, ge=0)
     """Rounds in which the learning rate grows linearly to lr."""
+
+    schedule: Schedule = "constant"
+    """The learning rate within a round: after s of a client's S local steps the round's is
+    multiplied by 1 ("constant"), 1 - s / S ("linear") or (1 + cos(pi s / S)) / 2 ("cosine")."""
+
+    round_schedule: Schedule = "constant"
+    """The same across rounds: after s of the S rounds that follow warmup_rounds."""
+
+    proximal_mu: float = Field(default=0.0, ge=0)
+    """FedProx's mu (arXiv 1812.06127, eq. 2): mu / 2 times the squared distance of all that trains
+    from where the round started is added to the clients' loss."""
 
     max_grad_norm: _PositiveOrNone = 1.0
     """Gradients are clipped to this norm. "none": they are not clipped."""

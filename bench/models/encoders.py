@@ -15,7 +15,6 @@ from bench.config.sections import ModelConfig
 from bench.models import fit, packing, toy
 from bench.models.packing import pack, pad_for_head
 from bench.models.source import DRAWN, load_config, load_tokenizer, loading, padding_id
-from fedara_core.dropout import with_fast_dropout
 from fedara_core.errors import InputError
 from fedara_core.seeds import derive
 
@@ -102,15 +101,10 @@ def build_model(
     """
     torch.manual_seed(derive(seed, "head"))
     if config.name == "toy":
-        classifier = _toy(config, num_classes)
-    else:
-        auto = "eager" if device.type == "cpu" else "sdpa"
-        attention = auto if config.attention == "auto" else config.attention
-        config = config.model_copy(update={"attention": attention})
-        classifier = _transformer(config, num_classes)
-    if config.dropout_masks == "words":
-        with_fast_dropout(classifier.model)
-    return classifier
+        return _toy(config, num_classes)
+    auto = "eager" if device.type == "cpu" else "sdpa"
+    attention = auto if config.attention == "auto" else config.attention
+    return _transformer(config.model_copy(update={"attention": attention}), num_classes)
 
 
 def _transformer(config: ModelConfig, num_classes: int) -> Classifier:

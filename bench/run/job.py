@@ -23,6 +23,7 @@ from bench.run.identity import Digests, digests, identity, weights_digest
 from fedara_core.adapters import AdaptedModel, AdapterSpec, inject
 from fedara_core.comm.base import Communicator
 from fedara_core.compression import Compression
+from fedara_core.dropout import with_fast_dropout
 from fedara_core.errors import InputError
 from fedara_core.method import Method
 from fedara_core.state import ServerState, Start
@@ -146,8 +147,14 @@ def adapt(
     """As `build`, with a model that is there already. Raises InputError."""
     classifier.model.to(device)
     model = inject(
-        classifier.model, config.adapter.targets, classifier.head, fused=config.adapter.fused
+        classifier.model,
+        config.adapter.targets,
+        classifier.head,
+        dropout=config.adapter.dropout,
+        fused=config.adapter.fused,
     )
+    if config.model.dropout_masks == "words":
+        with_fast_dropout(model.module)
     adapter = AdapterSpec(
         lora_rank=config.adapter.lora_rank,
         lora_alpha=config.adapter.lora_alpha,

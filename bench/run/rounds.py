@@ -55,6 +55,7 @@ def advance(
             next_state = job.method.skip(state)
         else:
             next_state = job.method.aggregate(sent, received)
+            next_state = job.config.server.step(sent, next_state)
             next_state = job.compression.with_residual(next_state, residual)
         row = {
             "round_index": state.round_index,

@@ -159,7 +159,7 @@ def write_peft(trained: Trained, out: Path) -> None:
         "rank_pattern": {name: r for name, r in ranks.items() if r != lora_rank},
         "alpha_pattern": {name: scale * r for name, r in ranks.items() if r != lora_rank},
         "fan_in_fan_out": any(isinstance(layer, FromConv1D) for layer in trained.inner.modules()),
-        "lora_dropout": 0.0,
+        "lora_dropout": trained.config.adapter.dropout,
         "bias": "none",
         "inference_mode": True,
     }

@@ -22,6 +22,8 @@ class BitFit(Method):
     """No hyperparameters of its own; adapter.lora_rank, lora_alpha and targets have no effect."""
 
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True
+    low_rank: ClassVar = False
 
     def init(self, start: Start) -> ServerState:
         parameters = start.model.module.named_parameters()

@@ -32,6 +32,7 @@ class FedSb(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
 
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True
 
     def init(self, start: Start) -> ServerState:
         lora_rank = start.adapter.lora_rank
@@ -69,7 +70,7 @@ class Core:
         return {"R": self.lora_rank}
 
     def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
-        hidden = functional.linear(x, adapter.fixed["A"])  # (..., r)
+        hidden = functional.linear(adapter.dropout(x), adapter.fixed["A"])  # (..., r)
         hidden = functional.linear(hidden, adapter.parts["R"])  # (..., r)
         change = functional.linear(hidden, adapter.fixed["B"]) * self.scale
         return adapter.unchanged(x) + change

@@ -45,6 +45,8 @@ class FedAdapter(Method):
     FEED_FORWARD: ClassVar = ("output.dense", "ffn.lin2", "mlp.down_proj")
 
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True
+    low_rank: ClassVar = False
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     width: int = 64
     init_std: float = 0.01

@@ -31,6 +31,7 @@ class FeDeRA(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
 
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True
 
     def init(self, start: Start) -> ServerState:
         adapter = start.adapter

@@ -26,6 +26,7 @@ class FedSaLora(Method):
 
     stateful: ClassVar[bool] = True
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True
 
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, local=("B",))

@@ -23,6 +23,7 @@ class FfaLora(Method):
     """freeze_head: leave the head at its random start, untrained and unsent (the paper: true)."""
 
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True
 
     freeze_head: bool = False
 

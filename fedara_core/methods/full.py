@@ -21,6 +21,8 @@ class Full(Method):
     """No hyperparameters of its own; adapter.lora_rank, lora_alpha and targets have no effect."""
 
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True
+    low_rank: ClassVar = False
 
     def init(self, start: Start) -> ServerState:
         start.model.module.requires_grad_(True)

@@ -18,6 +18,8 @@ class HeadOnly(Method):
     """What the frozen encoder gives for free."""
 
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True
+    low_rank: ClassVar = False
 
     def init(self, start: Start) -> ServerState:
         return start.state(self, {})

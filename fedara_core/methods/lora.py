@@ -19,3 +19,4 @@ class Lora(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
 
     coded: ClassVar = ("down", "feedback")
+    plain_mean: ClassVar = True

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from analysis.records.settings import USUAL_SETTINGS
 from bench.config.load import load_runs, parse_run, read_toml
-from bench.config.schema import RunConfig
+from bench.config.schema import YOUNGER_KEYS, RunConfig
 from bench.run.checkpoint import FILE, write_atomically
 from bench.run.record import Recorder
 from fedara_core.errors import InputError
-from support.launch import TINY
+from support.launch import ROOT, TINY
 
 # One other value for each key of a config but [system]; a new key needs a line here.
 OTHER_VALUES = {
@@ -21,11 +22,15 @@ OTHER_VALUES = {
     "method.name": "lora",
     "adapter.lora_rank": "3",
     "adapter.lora_alpha": "5.0",
+    "adapter.dropout": "0.1",
+    "adapter.fused": "false",
     "adapter.targets": "['query']",
     "model.name": "minilm",
     "model.attention": "eager",
     "model.pooling": "model",
     "model.max_length": "17",
+    "model.dropout_masks": "'torch'",
+    "model.packing": "false",
     "model.dropout": "0.2",
     "dataset.name": "docstrings",
     "dataset.text_column": "sentence",
@@ -42,6 +47,11 @@ OTHER_VALUES = {
     "federation.num_clients": "9",
     "federation.cohort": "4",
     "federation.num_rounds": "7",
+    "federation.server_optimizer": "fedavgm",
+    "federation.server_lr": "0.5",
+    "federation.server_momentum": "0.8",
+    "federation.server_beta2": "0.9",
+    "federation.server_tau": "0.01",
     "codec.up": "int8",
     "codec.down": "bf16",
     "codec.error_feedback": "true",
@@ -49,6 +59,9 @@ OTHER_VALUES = {
     "train.lr": "6e-3",
     "train.weight_decay": "0.1",
     "train.warmup_rounds": "1",
+    "train.schedule": "linear",
+    "train.round_schedule": "cosine",
+    "train.proximal_mu": "0.01",
     "train.max_grad_norm": "2.0",
     "train.local_steps": "5",
     "train.batch_size": "9",
@@ -61,6 +74,8 @@ OTHER_VALUES = {
 SHARES = "devices.shares={orin_nano=0.5, agx_orin=0.5}"
 NEEDED = {  # what some keys only go with
     "codec.error_feedback": ("codec.up=int4",),
+    "federation.server_optimizer": ("method.name=lora",),
+    "federation.server_lr": ("method.name=lora",),
     "clients.over_selection": (SHARES,),
     "clients.deadline_seconds": (SHARES,),
 }
@@ -247,15 +262,34 @@ def test_any_other_key_changes_the_id(key: str) -> None:
 
 
 def test_younger_keys_at_their_defaults_are_no_part_of_the_id() -> None:
-    """Clients that do not fail, torch's attention: the ids of older records stay."""
+    """Clients that do not fail, no dropout of adapters, ...: the ids of older records stay."""
     config = only(TINY)
     settings = {k: v for k, v in config.canonical().items() if k != "clients"}
-    del settings["model"]["attention"]
+    for section, keys in YOUNGER_KEYS.items():
+        for key in keys:
+            del settings[section][key]
     for section in ("system", "energy", "devices"):
         del settings[section]
     text = json.dumps(settings, sort_keys=True)
     assert config.config_hash == hashlib.sha256(text.encode()).hexdigest()
     assert only(TINY, "clients.dropout=0", "clients.deadline_seconds=none").run_id == config.run_id
+
+
+def test_published_records_keep_their_ids() -> None:
+    """Of a method without hyperparameters, whose defaults could change."""
+    paths = sorted((ROOT / "results/published/campaign").rglob("*-lora-seed*/run.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert parse_run(record["config"]).config_hash == record["config_hash"], path
+
+
+def test_reports_know_the_usual_values_of_younger_keys() -> None:
+    """Else an old record and a new one at the defaults would look like two settings."""
+    config = only(TINY, "model.attention='sdpa'").canonical()  # what ran before there was "auto"
+    for section, keys in YOUNGER_KEYS.items():
+        for key in keys:
+            assert USUAL_SETTINGS[f"{section}.{key}"] == config[section][key]
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,13 @@ def test_what_a_codec_left_out_is_no_part_of_a_client(tmp_path: Path) -> None:
     assert load_trained(run_dir, client_id).config.method.name == "fedsa_lora"
 
 
+def test_a_peft_folder_says_with_which_dropout_it_trained(tmp_path: Path) -> None:
+    run_dir = finished_run(tmp_path, "method.name=lora", "adapter.dropout=0.05")
+    assert not load_trained(run_dir).model.training
+    export(run_dir, tmp_path / "out", None)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["lora_dropout"] == 0.05
+
+
 def test_a_pruned_run_has_a_rank_pattern(tmp_path: Path) -> None:
     run_dir = finished_run(tmp_path, "federation.num_rounds=6")
     trained = load_trained(run_dir)

@@ -237,6 +237,16 @@ def with_mean(state: ServerState, mean: Tensor) -> Tensor:
     return torch.cat([mean[:num_sent], rest]) if len(rest) else mean[:num_sent]
 
 
+def with_unsent(state: ServerState, received: Received, share: Tensor) -> Received:
+    """A masked mean in which a row that a client did not send counts as unchanged, not as zero.
+
+    share: (live triplets,) float64, of the examples whose clients have sent each.
+    """
+    absent = state.index.per_value(1 - share, whole=0.0)
+    mean = (received.mean.double() + absent * state.sent.double()).float()
+    return Received(received.headers, mean=mean)
+
+
 def missed_values(state: ServerState, client_id: int) -> int:
     """Floats that bring a client's copy of a change of W0 up to date, over all adapters.
 

@@ -130,15 +130,16 @@ class Method:
     combine: how uploads come together. "mean": all clients send the same rows, and `aggregate` uses
     their mean alone; "masked": clients send rows of their own choice, which `sent_bits` tells, and
     `aggregate` uses their sum; "gather": `aggregate` uses every client's upload.
-    stateful: clients keep tensors between rounds (`Client.kept`), and each is evaluated with its
-    own. uses_client_lora_ranks: clients may have unequal lora_rank. coded: what a lossy codec may
-    touch besides uploads: "down", the server's message; "feedback", the next message, by what was
-    left out of this one (a place in one message must be the same place in the next). version: grows
-    when the method's results change beyond rounding.
+    stateful: clients keep tensors between rounds (`Client.kept`); personal: and so each has a model
+    of its own, with which it is evaluated. uses_client_lora_ranks: clients may have unequal
+    lora_rank. coded: what a lossy codec may touch besides uploads: "down", the server's message;
+    "feedback", the next message, by what was left out of this one (a place in one message must be
+    the same place in the next). version: grows when the method's results change beyond rounding.
     """
 
     combine: ClassVar[Literal["mean", "masked", "gather"]] = "mean"
     stateful: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
     uses_client_lora_ranks: ClassVar[bool] = False
     coded: ClassVar[tuple[Literal["down", "feedback"], ...]] = ()
     version: ClassVar[int] = 1

@@ -22,14 +22,18 @@ from fedara_core.values import Parts
 
 class Redistributing(Method):
     """A client of capacity r_k gets and trains the first r_k triplets, Delta's best approximation
-    of that rank; a method says what the terms of Delta are."""
+    of that rank. Delta is the clients' mean, sum_k p_k scale B_k A_k, if a method does not say
+    otherwise."""
 
     combine: ClassVar = "gather"
     uses_client_lora_ranks: ClassVar[bool] = True
 
     def terms(self, state: ServerState, received: Received) -> Iterator[tuple[Parts, Tensor]]:
         """Rows of Delta's terms by part and adapter, and what each weighs: (rows,) float64."""
-        raise NotImplementedError
+        for upload, share in zip(received.uploads, received.shares, strict=True):
+            parts = self.own_state(state, upload.client_id).index.parts(upload.values)
+            lora_rank = state.adapter.client_lora_ranks[upload.client_id]
+            yield parts, torch.full((lora_rank,), share, dtype=torch.float64)
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         own = state if client is None else self.own_state(state, client.client_id)

@@ -14,26 +14,11 @@ Deviation: the server keeps, and evaluates, lora_rank triplets of Delta, not Del
     lora_alpha / lora_rank at every client, whatever its r_k.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from fedara_core.merge.received import Received
 from fedara_core.redistribute import Redistributing
-from fedara_core.state import ServerState
-from fedara_core.values import Parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLora(Redistributing):
     """No hyperparameters of its own; capacities are adapter.client_lora_ranks, a shared setting."""
-
-    def terms(self, state: ServerState, received: Received) -> Iterator[tuple[Parts, Tensor]]:
-        for upload, share in zip(received.uploads, received.shares, strict=True):
-            own = self.own_state(state, upload.client_id)
-            weights = torch.full(
-                (state.adapter.client_lora_ranks[upload.client_id],), share, dtype=torch.float64
-            )
-            yield own.index.parts(upload.values), weights

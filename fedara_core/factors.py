@@ -65,6 +65,18 @@ def truncated_product(left: Tensor, right: Tensor, lora_rank: int) -> tuple[Tens
     return _with_signs(q_left @ u, s, vt @ q_right.T)
 
 
+def put_product(a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> None:
+    """Make A (r, d_in), B^T (r, d_out) the best pair of left^T right, in place: A = V^T, B = U S.
+
+    left (m, d_out), right (m, d_in). For m < r the other triplets keep their A, with B = 0, so that
+    they can train.
+    """
+    u, s, vt = truncated_product(left.T, right, len(a))
+    a[: len(s)] = vt.float()
+    b.zero_()
+    b[: len(s)] = (u * s).T.float()
+
+
 def orthogonality_penalty(model: AdaptedModel) -> Tensor:
     """Sum over adapters of ||A A^T - I||_F^2 + ||B^T B - I||_F^2 (arXiv 2303.10512, eq. 4)."""
     penalties = [gap.square().sum() for gap in orthogonality_gaps(model)]

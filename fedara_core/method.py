@@ -145,18 +145,19 @@ class Method:
     combine: how uploads come together. "mean": all clients send the same rows, and `aggregate` uses
     their mean alone; "masked": clients send rows of their own choice, which `sent_bits` tells, and
     `aggregate` uses their sum; "gather": `aggregate` uses every client's upload.
-    stateful: clients keep tensors between rounds (`Client.kept`), and each is evaluated with its
-    own. uses_client_lora_ranks: clients may have unequal lora_rank. coded: what a lossy codec may
-    touch besides uploads: "down", the server's message; "feedback", the next message, by what was
-    left out of this one (a place in one message must be the same place in the next). plain_mean:
-    the next state is the clients' mean in the place of what they sent, in the same layout and with
-    the same `fixed`, round after round, so that a server optimiser can go on along it. low_rank:
-    whether its layers have a low-rank branch, whose input adapter.dropout acts on. version: grows
-    when the method's results change beyond rounding.
+    stateful: clients keep tensors between rounds (`Client.kept`); personal: and so each has a model
+    of its own, with which it is evaluated. uses_client_lora_ranks: clients may have unequal
+    lora_rank. coded: what a lossy codec may touch besides uploads: "down", the server's message;
+    "feedback", the next message, by what was left out of this one (a place in one message must be
+    the same place in the next). plain_mean: the next state is the clients' mean in the place of
+    what they sent, in the same layout and with the same `fixed`, round after round, so that a
+    server optimiser can go on along it. low_rank: whether its layers have a low-rank branch, whose
+    input adapter.dropout acts on. version: grows when the method's results change beyond rounding.
     """
 
     combine: ClassVar[Literal["mean", "masked", "gather"]] = "mean"
     stateful: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
     uses_client_lora_ranks: ClassVar[bool] = False
     coded: ClassVar[tuple[Literal["down", "feedback"], ...]] = ()
     plain_mean: ClassVar[bool] = False
@@ -255,6 +256,16 @@ def with_mean(state: ServerState, mean: Tensor) -> Tensor:
     num_sent = state.index.num_sent
     rest = state.vector[num_sent:]
     return torch.cat([mean[:num_sent], rest]) if len(rest) else mean[:num_sent]
+
+
+def with_unsent(state: ServerState, received: Received, share: Tensor) -> Received:
+    """A masked mean in which a row that a client did not send counts as unchanged, not as zero.
+
+    share: (live triplets,) float64, of the examples whose clients have sent each.
+    """
+    absent = state.index.per_value(1 - share, whole=0.0)
+    mean = (received.mean.double() + absent * state.sent.double()).float()
+    return Received(received.headers, mean=mean)
 
 
 def missed_values(state: ServerState, client_id: int) -> int:

@@ -191,23 +191,24 @@ def with_zero_delta(state: ServerState) -> ServerState:
     return replace(state, fixed={"delta": delta}, extra={"stacked_rows": stacked_rows})
 
 
-def with_added_delta(
-    after: ServerState, terms: Iterable[tuple[Parts, float]], num_rows: int
-) -> ServerState:
-    """The next state with factor scale B A added to the change of W0 for each (A and B^T, factor);
-    num_rows: rows of the factors that a client needs for it."""
-    delta = {name: change.double() for name, change in after.fixed["delta"].items()}
+def added_delta(state: ServerState, terms: Iterable[tuple[Parts, float]]) -> Fixed:
+    """The state's change of W0, with factor scale B A added for each (A and B^T, factor)."""
+    delta = {name: change.double() for name, change in state.fixed["delta"].items()}
     for parts, factor in terms:
         for name in delta:
             a, b = parts["A"][name].double(), parts["B"][name].double().T
-            delta[name] += factor * after.adapter.scale * (b @ a)  # (d_out, d_in)
+            delta[name] += factor * state.adapter.scale * (b @ a)  # (d_out, d_in)
+    return {"delta": {name: change.float() for name, change in delta.items()}}
+
+
+def with_added_delta(
+    after: ServerState, terms: Iterable[tuple[Parts, float]], num_rows: int
+) -> ServerState:
+    """The next state with these terms added to the change of W0; num_rows: rows of the factors that
+    a client needs for it."""
     stacked_rows = after.extra["stacked_rows"].clone()
     stacked_rows[after.round_index - 1] = num_rows
-    return replace(
-        after,
-        fixed={"delta": {name: change.float() for name, change in delta.items()}},
-        extra={"stacked_rows": stacked_rows},
-    )
+    return replace(after, fixed=added_delta(after, terms), extra={"stacked_rows": stacked_rows})
 
 
 def pieces_as_lists(index: Index) -> list[list[Any]]:

@@ -38,8 +38,8 @@ class Look(NamedTuple):
     linestyle: LineStyle
 
     def size(self, points: float = 4.5) -> float:
-        """The marker's size. Markers of mere strokes are drawn larger than filled ones."""
-        return 1.6 * points if self.marker in "1234+" else points
+        """The marker's size. Dots and markers of mere strokes are drawn larger than filled ones."""
+        return 1.6 * points if self.marker in "1234+." or "$" in self.marker else points
 
 
 # The looks of the published figures, which must not change. A new method needs no row: its look
@@ -65,6 +65,12 @@ _PUBLISHED_LOOKS = {
     "fedex_lora": Look(BLUE, "2", _DASHED),
     "fed_sb": Look(PURPLE, "3", _DASHDOT),
     "fedsvd": Look(SKY, "4", _DASHDOT),
+    "fedrot_lora": Look(BLUE, r"$\odot$", _DOTTED),
+    "raflora": Look(ORANGE, r"$\boxplus$", _DOTTED),
+    "lora_fair": Look(GREEN, r"$\boxtimes$", _DOTTED),
+    "ravan": Look(PURPLE, "H", _DOTTED),
+    "fslora": Look(SKY, ".", _DOTTED),
+    "fedsmooth_lora": Look(BLACK, r"$\otimes$", _DASHDOT),
 }
 
 # Merge paths are not methods: they never share a figure.

@@ -189,7 +189,7 @@ def evaluate_round(job: Job, state: ServerState, communicator: Communicator) -> 
         device=job.device,
         communicator=communicator,
     )
-    if not job.method.stateful:
+    if not job.method.personal:
         job.method.download(job.model, state, None)
         return evaluator.shared_model(index).record(job.label_counts)
     homes = [home(client_id, communicator.world_size) for client_id in range(len(job.shards))]

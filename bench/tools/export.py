@@ -109,7 +109,7 @@ def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
         state, found.data, identity(config, found_digests, run.get("device_profiles", {}))
     )
     client = None
-    if method.stateful:
+    if method.personal:
         if client_id not in client_state:
             raise InputError(
                 f"--client {client_id}: {config.method.name} has a model for each client; "

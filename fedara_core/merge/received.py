@@ -1,6 +1,6 @@
 """What an exchange gives the server: headers, the mean, and where they were kept, the uploads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -62,14 +62,16 @@ class Received:
         num_examples = sum(header.num_examples for header in self.headers)
         return [header.num_examples / num_examples for header in self.headers]
 
-    def share_of_bits(self) -> Tensor:
-        """sum_k p_k m_k, m_k the client's bits: (num_bits,) float64.
+    def share_of_bits(self, bits_of: Callable[[Header], Tensor] | None = None) -> Tensor:
+        """sum_k p_k m_k, m_k the bits that the client sent, or `bits_of` its header: (num_bits,)
+        float64.
 
         Whole numbers are added and divided once, so that half of the examples are exactly 0.5.
         """
-        total = torch.zeros(self.headers[0].bits.numel(), dtype=torch.float64)
-        for header in self.headers:
-            total += header.bits.double() * header.num_examples
+        bits = [header.bits if bits_of is None else bits_of(header) for header in self.headers]
+        total = torch.zeros(bits[0].numel(), dtype=torch.float64)
+        for header, own in zip(self.headers, bits, strict=True):
+            total += own.double() * header.num_examples
         return total / sum(header.num_examples for header in self.headers)
 
 

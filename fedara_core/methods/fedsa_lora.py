@@ -25,6 +25,7 @@ class FedSaLora(Method):
     """No hyperparameters of its own. B is zero in the server's state for good."""
 
     stateful: ClassVar[bool] = True
+    personal: ClassVar[bool] = True
     coded: ClassVar = ("down", "feedback")
     plain_mean: ClassVar = True
 

@@ -31,7 +31,7 @@ from fedara_core.adapters import AdaptedModel, AdapterSpec
 from fedara_core.errors import require
 from fedara_core.importance import top_k
 from fedara_core.merge.received import Received
-from fedara_core.method import Alternating, Batch, Client, Size
+from fedara_core.method import Alternating, Batch, Client, Size, with_unsent
 from fedara_core.state import ServerState, Start
 from fedara_core.wire import Upload
 
@@ -93,10 +93,7 @@ class LoraA2(Alternating):
         return client.make_upload(state.index.take(client.sent_values, chosen), chosen)
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
-        # What was not sent counts as unchanged; in the mean it counts as zero.
-        absent = state.index.per_value(1 - received.share_of_bits(), whole=0.0)
-        mean = (received.mean.double() + absent * state.sent.double()).float()
-        return super().aggregate(state, Received(received.headers, mean=mean))
+        return super().aggregate(state, with_unsent(state, received, received.share_of_bits()))
 
 
 def note_chosen(client: Client, chosen: Tensor) -> None:

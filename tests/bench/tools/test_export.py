@@ -102,12 +102,12 @@ def test_an_exported_run_has_the_same_logits(
     overrides = (f"method.name={method_name}", f"model.pooling={pooling}")
     run_dir = finished_run(tmp_path / "run", *overrides)
     client = 0
-    if load_method(method_name).stateful:
+    if load_method(method_name).personal:
         with pytest.raises(InputError, match=r"--client None: .* has a model for each client"):
             export(run_dir, tmp_path / "out", None)
         data = load_file(run_dir / "checkpoint.safetensors")
         client = min(int(k.split("/")[0].split("-")[1]) for k in data if k.startswith("client-"))
-    chosen = client if load_method(method_name).stateful else None
+    chosen = client if load_method(method_name).personal else None
     trained = load_trained(run_dir, chosen)
     with torch.no_grad():
         expected = trained.model(**tokens())

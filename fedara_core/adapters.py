@@ -54,7 +54,7 @@ class LowRank:
         a, b = adapter.parts["A"], adapter.parts["B"]
         if self.singular:
             b = b * adapter.parts["E"]
-        if adapter.fused and not (adapter.training and adapter.dropout.p):
+        if adapter.fuses:
             weight, bias = adapter.weight_for(x), adapter.base.bias
             return low_rank_linear(x, weight, bias, a, b, self.scale)
         change = functional.linear(functional.linear(adapter.dropout(x), a), b.T) * self.scale
@@ -96,6 +96,12 @@ class Adapter(nn.Module):
     def weight(self) -> Tensor:
         """The weight that rows change (d_out, d_in): W0, or what `fixed` has in its place."""
         return self.fixed.get("weight", self.base.weight)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether products of low rank are fused now: x is read as it is, and the weight frozen."""
+        drops = self.training and self.dropout.p > 0
+        return self.fused and not drops and not self.weight.requires_grad
 
     def weight_for(self, x: Tensor) -> Tensor:
         """`weight` in the dtype of a product with x; it is cast once as long as it is frozen."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedara_core.errors import InputError
+from fedara_core.lowrank import low_rank_linear
 from fedara_core.values import EMPTY, Index, Parted, Shape
 
 Fixed = Mapping[str, Mapping[str, Tensor]]  # part -> adapter name -> tensor that does not train
@@ -50,12 +51,14 @@ class LowRank:
         return {"A": d_in, "E": 1, "B": d_out} if self.singular else {"A": d_in, "B": d_out}
 
     def forward(self, adapter: "Adapter", x: Tensor) -> Tensor:
-        parts = adapter.parts
-        hidden = functional.linear(adapter.dropped(x), parts["A"])  # (..., r)
+        a, b = adapter.parts["A"], adapter.parts["B"]
         if self.singular:
-            hidden = hidden * parts["E"].squeeze(1)
-        change = functional.linear(hidden, parts["B"].T) * self.scale
-        return functional.linear(x, adapter.weight, adapter.base.bias) + change
+            b = b * adapter.parts["E"]
+        if adapter.fused and not adapter.drops:
+            weight, bias = adapter.weight_for(x), adapter.base.bias
+            return low_rank_linear(x, weight, bias, a, b, self.scale)
+        change = functional.linear(functional.linear(adapter.dropped(x), a), b.T) * self.scale
+        return adapter.unchanged(x) + change
 
     def pair(self, adapter: "Adapter") -> tuple[Tensor, Tensor] | None:
         b = adapter.parts["B"].detach().T  # (d_out, r)
@@ -65,13 +68,21 @@ class LowRank:
 
 
 class Adapter(nn.Module):
-    """One wrapped linear layer. Without live rows its forward pass is the plain layer's."""
+    """One wrapped linear layer. Without live rows its forward pass is the plain layer's.
 
-    def __init__(self, name: str, base: nn.Linear, dropout: float = 0.0) -> None:
+    dropout: of the input of a low-rank branch, in training. fused: whether a form of low rank has
+    products and a backward pass of its own.
+    """
+
+    def __init__(
+        self, name: str, base: nn.Linear, *, dropout: float = 0.0, fused: bool = False
+    ) -> None:
         super().__init__()
         self.name = name
         self.base = base
         self.dropout = dropout
+        self.fused = fused
+        self._cast: tuple[Tensor, int, Tensor] | None = None  # a weight, its version, and its cast
         self.parts = nn.ParameterDict()  # part -> (r, width), views of the model's vector
         self.fixed: dict[str, Tensor] = {}
         self.form: AdapterForm | None = None
@@ -86,16 +97,35 @@ class Adapter(nn.Module):
         """The weight that rows change (d_out, d_in): W0, or what `fixed` has in its place."""
         return self.fixed.get("weight", self.base.weight)
 
+    @property
+    def drops(self) -> bool:
+        """Whether a low-rank branch reads another input than W0."""
+        return self.training and self.dropout > 0
+
     def dropped(self, x: Tensor) -> Tensor:
         """The input (..., d_in) of a low-rank branch: in training each value is zero with
         probability p = dropout, and the others are scaled by 1 / (1 - p), as PEFT's lora_dropout
-        does. W0 reads x itself."""
-        return functional.dropout(x, self.dropout, self.training)
+        does."""
+        return functional.dropout(x, self.dropout) if self.drops else x
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """`weight` in the dtype of a product with x; it is cast once as long as it is frozen."""
+        weight, device = self.weight, x.device.type
+        low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if low else x.dtype
+        if weight.dtype == dtype or weight.requires_grad:
+            return weight
+        known = self._cast
+        if known is None or known[0] is not weight or known[1] != weight._version:
+            self._cast = known = (weight, weight._version, weight.detach().to(dtype))
+        return known[2]
+
+    def unchanged(self, x: Tensor) -> Tensor:
+        """The layer's output without its rows."""
+        return functional.linear(x, self.weight_for(x), self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.form is None:
-            return functional.linear(x, self.weight, self.base.bias)
-        return self.form.forward(self, x)
+        return self.unchanged(x) if self.form is None else self.form.forward(self, x)
 
 
 class AdaptedModel:
@@ -194,7 +224,12 @@ class AdaptedModel:
 
 
 def inject(
-    module: nn.Module, targets: str | Sequence[str], head: Sequence[str], dropout: float = 0.0
+    module: nn.Module,
+    targets: str | Sequence[str],
+    head: Sequence[str],
+    *,
+    dropout: float = 0.0,
+    fused: bool = False,
 ) -> AdaptedModel:
     """Freeze a model, then wrap each nn.Linear that `targets` match; the head's parameters train.
 
@@ -203,7 +238,7 @@ def inject(
         targets: "all-linear", or names: a layer matches if its dotted name equals a target or ends
             with "." + target.
         head: names of the parameters of the classification head; always live, never wrapped.
-        dropout: of the input of the adapters' low-rank branches, in training.
+        dropout, fused: see Adapter.
 
     Raises:
         InputError: a target that matches no layer.
@@ -229,7 +264,8 @@ def inject(
         parameter.requires_grad_(name in head)
     for name in chosen:
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, Adapter(name, linear[name], dropout))
+        adapter = Adapter(name, linear[name], dropout=dropout, fused=fused)
+        setattr(module.get_submodule(parent), child, adapter)
     return AdaptedModel(module)
 
 

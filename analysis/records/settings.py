@@ -9,6 +9,7 @@ from analysis.records.names import shown
 # The values at which records ran that are older than these keys. Most runs have them.
 USUAL_SETTINGS: dict[str, float | str] = {
     "adapter.dropout": 0.0,
+    "adapter.fused": True,
     "clients.dropout": 0.0,
     "clients.over_selection": 1.0,
     "clients.speed_spread": 0.0,
@@ -17,7 +18,9 @@ USUAL_SETTINGS: dict[str, float | str] = {
     "federation.server_momentum": 0.9,
     "federation.server_optimizer": "fedavg",
     "federation.server_tau": 0.001,
-    "model.attention": "sdpa",
+    "model.attention": "auto",
+    "model.dropout_masks": "words",
+    "model.packing": True,
     "train.proximal_mu": 0.0,
     "train.round_schedule": "constant",
     "train.schedule": "constant",

@@ -22,12 +22,12 @@ _SHORTENED_BYTES = 100
 _NO_RESULT = ("system", "energy", "devices")
 # Keys that came after the first records: at their defaults they are no part of run_id either.
 YOUNGER_KEYS = {
-    "adapter": ("dropout",),
+    "adapter": ("dropout", "fused"),
     "federation": (
         *("server_optimizer", "server_lr"),
         *("server_momentum", "server_beta2", "server_tau"),
     ),
-    "model": ("attention",),
+    "model": ("attention", "packing", "dropout_masks"),
     "train": ("schedule", "round_schedule", "proximal_mu"),
 }
 

@@ -63,6 +63,10 @@ class AdapterConfig(Section):
     """LoRA dropout (PEFT's lora_dropout): in training each input of a low-rank branch is zero with
     this probability. Only for methods that have such branches."""
 
+    fused: bool = True
+    """Whether low-rank adapters have products and a backward pass of their own: in fp32 W0 + s B A
+    is formed once a step. If not, torch differentiates the plain products. Other last bits."""
+
     targets: str | list[str] = "all-linear"
     """Layers that get an adapter: "all-linear", or endings of layer names, such as ["query"]."""
 
@@ -99,9 +103,17 @@ class ModelConfig(Section):
     name: _Name = "minilm"
     """A built-in model (`fedara list models`), a transformers model's folder, or a hub name."""
 
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """transformers' attn_implementation. In bf16 on CPUs "eager" is faster, since the backward pass
-    of torch's own "sdpa" is slow there."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """How attention is computed: torch's "sdpa", or plain products, "eager". "auto": "eager" on
+    CPUs, where it is as fast in fp32 and faster in bf16, "sdpa" on GPUs. run.json tells which."""
+
+    packing: bool = True
+    """Whether the texts of a batch follow one another without padding, in models that allow it.
+    run.json tells whether they do."""
+
+    dropout_masks: Literal["words", "torch"] = "words"
+    """Where dropout's masks come from on a CPU: "words" of 16 random bits, or torch's slower
+    generator of probabilities."""
 
     pooling: Literal["model", "mean"] = "mean"
     """The head. "mean": a linear layer on the mean of the last hidden states; "model": the head

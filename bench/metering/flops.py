@@ -13,8 +13,9 @@ on every device; kernels that compute its scores anew in the backward pass do mo
 How: the model without its adapters runs forward once for each of six small batch shapes, and a tape
 notes its matmuls and on which parameters and adapters each operand depends. A wrapped layer is put
 on tape by itself on the meta device, whatever the form of its rows, once for each number of live
-rows. All counts are polynomials, of degree 1 in the number of examples n and of degree 2 in their
-padded length, so that six shapes give every other one.
+rows; a low-rank change as its paper's plain products, whatever kernel runs them. All counts are
+polynomials, of degree 1 in the number of examples n and of degree 2 in their padded length, so that
+six shapes give every other one.
 """
 
 import copy
@@ -194,7 +195,9 @@ def _on_meta(adapter: Adapter) -> Adapter:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
     for tensor in adapter.fixed.values():
         memo[id(tensor)] = torch.empty_like(tensor, device="meta")
-    return copy.deepcopy(adapter, memo)
+    layer = copy.deepcopy(adapter, memo)
+    layer.fused = False
+    return layer
 
 
 def _measure(layer: Adapter, num_rows: int, input_needs_gradient: bool) -> Counts:

@@ -5,31 +5,48 @@ tiny: a random BERT of two layers with a hashing tokeniser, for tests; toy: the 
 Any other name is a folder or a hub name for transformers' AutoModel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.config.sections import ModelConfig
-from bench.models import fit, toy
+from bench.models import fit, packing, toy
+from bench.models.packing import pack, pad_for_head
 from bench.models.source import DRAWN, load_config, load_tokenizer, loading, padding_id
+from fedara_core.dropout import with_fast_dropout
 from fedara_core.errors import InputError
 from fedara_core.seeds import derive
 
+_CPU = torch.device("cpu")
 _TOY_DROPOUT = 0.1  # BERT's
 _MEAN_HEAD = ("classifier.weight", "classifier.bias")
 
 
 class MeanPooled(nn.Module):
-    """A linear head on the mean of the last hidden states over the attention_mask."""
+    """A linear head on the mean of the last hidden states over the attention_mask.
+
+    packed: whether the encoder, one of transformers, reads the texts without padding.
+    """
 
     def __init__(self, encoder: nn.Module, hidden_size: int, num_classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Linear(hidden_size, num_classes)
+        self.packed = False
+        self.first_position = fit.first_position(encoder)
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.packed:
+            packing = pack(attention_mask)
+            inputs = packing.inputs(input_ids, self.first_position)
+            packed = self.encoder(**inputs)[0][0]  # (T, hidden)
+            return self.classifier(packing.mean(packed))  # type: ignore[no-any-return]
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         weights = attention_mask[..., None].to(hidden.dtype)  # (n, length, 1)
         pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)  # (n, hidden)
@@ -39,39 +56,78 @@ class MeanPooled(nn.Module):
 class OwnHead(nn.Module):
     """A transformers sequence classifier with the head that its architecture comes with.
 
-    A decoder's head looks at the last token of the attention_mask, whatever that token is."""
+    A decoder's head looks at the last token of the attention_mask, whatever that token is.
+    packed: whether the model reads the texts without padding; its head sees them padded again.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.packed = False
+        self.first_position = fit.first_position(model)
         fit.look_at_last(model)
+        pad_for_head(model)
+
+    @property
+    def transformer(self) -> Any:
+        return self.model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.packed:
+            inputs = pack(attention_mask).inputs(input_ids, self.first_position)
+            return self.model(**inputs).logits  # type: ignore[no-any-return]
         output = self.model(input_ids=input_ids, attention_mask=attention_mask)
         return output.logits  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """A model with forward(input_ids, attention_mask); `head` names its head's parameters."""
+    """A model with forward(input_ids, attention_mask); `head` names its head's parameters.
+
+    facts: how it computes, for the record.
+    """
 
     model: nn.Module
     head: tuple[str, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
-def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> Classifier:
-    """The pretrained encoder in float32, with a fresh head drawn from the seed. Raises InputError
-    if the model is missing, altered, or none that gives logits for texts of max_length."""
+def build_model(
+    config: ModelConfig, *, num_classes: int, seed: int, device: torch.device = _CPU
+) -> Classifier:
+    """The pretrained encoder in float32 on the CPU, with a fresh head drawn from the seed. Raises
+    InputError if the model is missing, altered, or none that gives logits for texts of max_length.
+
+    device: where it will run; model.attention = "auto" goes by it.
+    """
     torch.manual_seed(derive(seed, "head"))
     if config.name == "toy":
-        return _toy(config, num_classes)
+        classifier = _toy(config, num_classes)
+    else:
+        auto = "eager" if device.type == "cpu" else "sdpa"
+        attention = auto if config.attention == "auto" else config.attention
+        config = config.model_copy(update={"attention": attention})
+        classifier = _transformer(config, num_classes)
+    if config.dropout_masks == "words":
+        with_fast_dropout(classifier.model)
+    return classifier
+
+
+def _transformer(config: ModelConfig, num_classes: int) -> Classifier:
     auto_class = "AutoModelForSequenceClassification" if config.pooling == "model" else "AutoModel"
     model = _load(config, auto_class, num_classes)
     pad = 0 if config.name in DRAWN else _settle_padding(config, model)
     classifier = _with_own_head(model) if config.pooling == "model" else _pooled(model, num_classes)
     if config.name not in DRAWN:
         fit.require_logits(config, classifier.model, pad, num_classes)
-    return classifier
+    slow_masks = config.attention == "eager" and config.dropout_masks == "torch"
+    packed = config.packing and fit.reads_packed(
+        config,
+        classifier.model,
+        pad,
+        packing.register("eager_torch" if slow_masks else config.attention),
+    )
+    return replace(classifier, facts={"attention": config.attention, "packed": packed})
 
 
 def _toy(config: ModelConfig, num_classes: int) -> Classifier:

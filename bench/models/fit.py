@@ -15,6 +15,8 @@ ALLOWED = "allowed: an encoder such as BERT, or a decoder such as Llama"
 
 _SHORT = 3  # tokens
 _PADDING_ERROR = 0.01  # of the largest logit; rounding is far below
+_PACKING_ERROR = 1e-4  # likewise
+_LENGTHS = (0.4, 1.0, 0.1, 0.7)  # of max_length
 
 
 class FromConv1D(nn.Linear):
@@ -65,11 +67,23 @@ def num_positions(model: nn.Module, settings: Any) -> int | None:
     embedding hold 512 tokens. Such an embedding has a padding_idx.
     """
     limits = [getattr(settings.get_text_config(), "max_position_embeddings", None) or 0]
-    for name, layer in model.named_modules():
-        is_absolute = "position" in name.rpartition(".")[2] and "relative" not in name
-        if is_absolute and isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-            limits.append(layer.num_embeddings - layer.padding_idx - 1)
+    limits += [layer.num_embeddings - first_position(model) for layer in _shifted(model)]
     return min((limit for limit in limits if limit > 0), default=None)  # XLNet's is -1
+
+
+def first_position(model: nn.Module) -> int:
+    """The position id of a text's first token."""
+    return max((layer.padding_idx + 1 for layer in _shifted(model)), default=0)
+
+
+def _shifted(model: nn.Module) -> list[Any]:
+    """The embeddings of absolute positions that count from a padding id on."""
+    return [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None
+        if "position" in name.rpartition(".")[2] and "relative" not in name
+    ]
 
 
 def require_positions(config: ModelConfig, positions: int | None) -> None:
@@ -90,18 +104,13 @@ def require_logits(config: ModelConfig, model: nn.Module, pad: int, num_classes:
     ids = torch.full((2, config.max_length), 1 if pad == 0 else 0)
     attention_mask = torch.ones_like(ids)
     ids[1, _SHORT:], attention_mask[1, _SHORT:] = pad, 0
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        with torch.no_grad():
-            logits = model(ids, attention_mask)
-            alone = model(ids[1:, :_SHORT], attention_mask[1:, :_SHORT])
+        logits = _logits(model, ids, attention_mask)
+        alone = _logits(model, ids[1:, :_SHORT], attention_mask[1:, :_SHORT])
         problem = "" if logits.shape == (2, num_classes) else f"logits {tuple(logits.shape)}"
     except Exception as error:  # each architecture has its own
         text = " ".join(str(error).split())[:200]
         problem = f"{type(error).__name__}: {text}"
-    for module in in_training:
-        module.training = True
     if problem:
         raise InputError(
             f"model.name = {config.name!r} does not work on texts of {_SHORT} and of "
@@ -114,6 +123,47 @@ def require_logits(config: ModelConfig, model: nn.Module, pad: int, num_classes:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def reads_packed(config: ModelConfig, wrapper: Any, pad: int, implementation: str) -> bool:
+    """Let a model read packed texts, if its logits then are those of padded ones; whether it does.
+
+    wrapper: around the `transformer`, with a switch `packed`. pad: the padding id. implementation:
+    the packed attention's name. Of a model that does not, nothing is changed.
+    """
+    vocabulary = wrapper.transformer.config.get_text_config().vocab_size
+    known = torch.tensor([token_id for token_id in range(min(vocabulary, 1000)) if token_id != pad])
+    lengths = torch.tensor([max(1, round(share * config.max_length)) for share in _LENGTHS])
+    attention_mask = (torch.arange(config.max_length) < lengths[:, None]).long()
+    drawn = torch.randint(
+        len(known), attention_mask.shape, generator=torch.Generator().manual_seed(0)
+    )
+    ids = torch.where(attention_mask.bool(), known[drawn], pad)
+    padded = _logits(wrapper, ids, attention_mask)
+    before = wrapper.transformer.config._attn_implementation
+    try:
+        wrapper.transformer.set_attn_implementation(implementation)
+        wrapper.packed = True
+        error = (_logits(wrapper, ids, attention_mask) - padded).abs().max()
+        if error <= _PACKING_ERROR * padded.abs().max():
+            return True
+    except Exception:  # each architecture has its own
+        pass
+    wrapper.packed = False
+    wrapper.transformer.set_attn_implementation(before)
+    return False
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The model's logits without dropout; which of its modules are in training stays as it is."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return model(ids, attention_mask)  # type: ignore[no-any-return]
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 def look_at_last(model: Any) -> None:

@@ -98,7 +98,7 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
     if config.evaluate.split == "validation":
         evaluated_texts = [texts[i] for i in validation_index]
         evaluated_labels = labels[validation_index]
-    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed)
+    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed, device=device)
     weights = weights_digest(classifier)  # before adapters take their places
     model, method, state = adapt(config, classifier, device)
     client_lora_ranks = state.adapter.client_lora_ranks
@@ -136,9 +136,8 @@ def build(
     config: RunConfig, *, num_classes: int, device: torch.device
 ) -> tuple[AdaptedModel, Method, ServerState]:
     """The model with its adapters, the method, and the state before round 0. Raises InputError."""
-    return adapt(
-        config, build_model(config.model, num_classes=num_classes, seed=config.seed), device
-    )
+    classifier = build_model(config.model, num_classes=num_classes, seed=config.seed, device=device)
+    return adapt(config, classifier, device)
 
 
 def adapt(
@@ -147,7 +146,11 @@ def adapt(
     """As `build`, with a model that is there already. Raises InputError."""
     classifier.model.to(device)
     model = inject(
-        classifier.model, config.adapter.targets, classifier.head, config.adapter.dropout
+        classifier.model,
+        config.adapter.targets,
+        classifier.head,
+        dropout=config.adapter.dropout,
+        fused=config.adapter.fused,
     )
     adapter = AdapterSpec(
         lora_rank=config.adapter.lora_rank,

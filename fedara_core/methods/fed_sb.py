@@ -72,7 +72,7 @@ class Core:
         hidden = functional.linear(adapter.dropped(x), adapter.fixed["A"])  # (..., r)
         hidden = functional.linear(hidden, adapter.parts["R"])  # (..., r)
         change = functional.linear(hidden, adapter.fixed["B"]) * self.scale
-        return functional.linear(x, adapter.weight, adapter.base.bias) + change
+        return adapter.unchanged(x) + change
 
     def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         return adapter.fixed["A"], adapter.fixed["B"] @ adapter.parts["R"].detach()

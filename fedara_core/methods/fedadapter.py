@@ -99,9 +99,9 @@ class Bottleneck:
 
     def forward(self, adapter: Adapter, x: Tensor) -> Tensor:
         act = functional.gelu if self.activation == "gelu" else functional.relu
-        parts, y = adapter.parts, adapter.base(x)  # (..., d_out)
+        parts, y = adapter.parts, adapter.unchanged(x)  # (..., d_out)
         hidden = act(functional.linear(y, parts["down"], parts["bias"].squeeze(1)))  # (..., b)
-        return y + functional.linear(hidden, parts["up"].T)  # type: ignore[no-any-return]
+        return y + functional.linear(hidden, parts["up"].T)
 
     def pair(self, adapter: Adapter) -> None:
         return None

@@ -92,7 +92,7 @@ def layer_of(name: str) -> int:
 @pytest.mark.parametrize("name", method_names())
 def test_every_method_counts_as_torch_does(name: str) -> None:
     """In its first round and its last two: other forms, fewer triplets."""
-    job = make_tiny_job(f"method.name={name}", *SHORT)
+    job = make_tiny_job(f"method.name={name}", "adapter.fused=false", *SHORT)
     flops = StepFlops(job.model)
     for state in (job.state, *(played.after for played in play_rounds(job, num_rounds=2))):
         job.method.download(job.model, state, None)
@@ -224,7 +224,7 @@ def test_an_adapter_that_stays_without_triplets_costs_one_row() -> None:
 @pytest.mark.parametrize("name", ["adalora", "fedara", "lora_a2", "slora"])
 def test_a_local_step_counts_as_torch_does(name: str) -> None:
     """With its loss and optimiser; only a penalty on the factors is left out."""
-    job = make_tiny_job(f"method.name={name}", "train.local_steps=2")
+    job = make_tiny_job(f"method.name={name}", "train.local_steps=2", "adapter.fused=false")
     client = Client(client_id=0, num_examples=8, model=job.model)
     job.method.download(job.model, job.state, client)
     cost = StepFlops(job.model).now()

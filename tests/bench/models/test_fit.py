@@ -208,7 +208,7 @@ def test_code_beside_a_model_that_transformers_has_is_not_run(tmp_path: Path) ->
 
 
 def test_gpt2_has_adapters_and_keeps_its_function(tmp_path: Path) -> None:
-    config = write_model(tmp_path, GPT2)
+    config = write_model(tmp_path, GPT2).model_copy(update={"packing": False})
     classifier = build_model(config, num_classes=2, seed=0)
     encoder: Any = classifier.model.get_submodule("encoder")
     plain = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager")

@@ -271,7 +271,7 @@ def test_a_server_optimizer_acts_on_plain_means_only(complete: Complete) -> None
 
 
 def test_adapter_dropout_acts_on_low_rank_branches_in_training_only(complete: Complete) -> None:
-    """In every stage; where a method has no such branch, the config is refused."""
+    """In the form that a run ends with; where no layer has such a branch, the config is refused."""
     model, words = complete.job.model, (f"method.name={complete.name}", "adapter.dropout=0.5")
     if not complete.job.method.low_rank:
         with pytest.raises(InputError, match=r"^adapter.dropout = 0.5 .* allowed: 0$"):

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.metering.devices import Device, Precision, model_round
-from bench.metering.flops import StepCost, StepFlops
+from bench.metering.flops import BatchShape, StepCost, StepFlops
 from fedara_core.adapters import AdaptedModel
-from fedara_core.method import Client
+from fedara_core.method import Batch, Client
 
 MIX = "mix"  # the name of a federation whose clients have unlike devices
 
@@ -65,9 +65,9 @@ class ClientCounter:
             return None
 
     def counts(
-        self, client: Client, step: StepCost | None, shapes: Iterable[Sequence[int]]
+        self, client: Client, step: StepCost | None, shapes: Iterable[BatchShape]
     ) -> dict[str, Any]:
-        """The counted fields of ClientCost, of a client that has trained on batches (n, length)."""
+        """The counted fields of ClientCost, of a client that has trained on such batches."""
         parts = [p for adapter in self._adapters for p in adapter.parts.values()]
         counts: dict[str, Any] = {
             "adapter_bytes": sum(p.nbytes for p in parts),
@@ -78,6 +78,14 @@ class ClientCounter:
             for key in ("lowest", "num_layers", "num_backward_layers"):
                 counts[key] = getattr(step, key)
         return counts
+
+
+def batch_shape(module: nn.Module, batch: Batch) -> BatchShape:
+    """What the FLOPs of a batch depend on, by whether the model reads it without padding."""
+    num_examples, length = batch["input_ids"].shape
+    packed = getattr(module, "packed", False)
+    num_tokens = int(batch["attention_mask"].sum()) if packed else num_examples * length
+    return BatchShape(num_examples, length, num_tokens)
 
 
 def reduce_clients(parts: Iterable[Iterable[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ notes its matmuls and on which parameters and adapters each operand depends. A w
 on tape by itself on the meta device, whatever the form of its rows, once for each number of live
 rows; a low-rank change as its paper's plain products, whatever kernel runs them. All counts are
 polynomials, of degree 1 in the number of examples n and of degree 2 in their padded length, so that
-six shapes give every other one.
+six shapes give every other one. Texts that follow one another without padding cost less by the part
+of degree 1 in their length.
 """
 
 import copy
@@ -48,6 +49,17 @@ class Uncountable(ValueError):
     """A model whose FLOPs can not be counted this way; its records have none."""
 
 
+class BatchShape(NamedTuple):
+    """num_tokens: those that layers other than attention see; num_examples * length with padding.
+
+    Attention pads to `length` in any case.
+    """
+
+    num_examples: int
+    length: int
+    num_tokens: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
     """What a local step costs as long as the same parameters train.
@@ -62,26 +74,32 @@ class StepCost:
     num_backward_layers: int
     grid: Sequence[Sequence[Counts]]  # by _NUM_EXAMPLES, by _LENGTHS
 
-    def flops(self, num_examples: int, length: int) -> int:
-        """FLOPs of one batch, forward and backward."""
-        return self.forward_flops(num_examples, length) + self._at(1, num_examples, length)
+    def flops(self, num_examples: int, length: int, num_tokens: int | None = None) -> int:
+        """FLOPs of one batch, forward and backward. num_tokens: see BatchShape; None: with padding
+        to `length`."""
+        shape = BatchShape(num_examples, length, num_tokens or num_examples * length)
+        return self._at(0, shape) + self._at(1, shape)
 
     def forward_flops(self, num_examples: int, length: int) -> int:
-        """FLOPs of one batch's forward pass."""
-        return self._at(0, num_examples, length)
+        """FLOPs of one batch's forward pass, with padding to `length`."""
+        return self._at(0, BatchShape(num_examples, length, num_examples * length))
 
-    def total(self, shapes: Iterable[Sequence[int]]) -> int:
-        """FLOPs of the local steps on batches with input_ids of these shapes (n, length)."""
-        return sum(self.flops(num_examples, length) for num_examples, length in shapes)
+    def total(self, shapes: Iterable[BatchShape]) -> int:
+        """FLOPs of the local steps on such batches."""
+        return sum(self.flops(*shape) for shape in shapes)
 
-    def _at(self, part: int, num_examples: int, length: int) -> int:
-        """Newton's interpolation on the grid, exact in integers."""
-        i, j = num_examples - _NUM_EXAMPLES[0], length - _LENGTHS[0]
-        rows = []
+    def _at(self, part: int, shape: BatchShape) -> int:
+        """Newton's interpolation on the grid, exact in integers; less what padding would cost."""
+        i, j = shape.num_examples - _NUM_EXAMPLES[0], shape.length - _LENGTHS[0]
+        rows, per_token = [], []
         for counts in self.grid:
             f0, f1, f2 = (count[part] for count in counts)
-            rows.append(f0 + j * (f1 - f0) + j * (j - 1) // 2 * (f2 - 2 * f1 + f0))
-        return rows[0] + i * (rows[1] - rows[0])
+            square = (f2 - 2 * f1 + f0) // 2  # attention's, of length^2
+            rows.append(f0 + j * (f1 - f0) + j * (j - 1) * square)
+            per_token.append(f1 - f0 - square * (_LENGTHS[0] + _LENGTHS[1]))
+        padding = shape.num_examples * shape.length - shape.num_tokens
+        of_padding = padding * (per_token[1] - per_token[0])
+        return rows[0] + i * (rows[1] - rows[0]) - of_padding
 
 
 class StepFlops:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.metering.client_cost import ClientCost
+from bench.metering.client_cost import ClientCost, batch_shape
 from bench.metering.meter import Meter
 from bench.run.arrivals import Arrivals
 from bench.run.job import ClientState, Job
@@ -119,7 +119,7 @@ def train_client(
     shapes = []
     with meter.phase("local_train"):
         for batch in client_batches(job, state.round_index, client_id):
-            shapes.append(tuple(batch["input_ids"].shape))  # (n, length)
+            shapes.append(batch_shape(job.model.module, batch))
             job.method.local_step(client, batch)
     counts = job.counter.counts(client, step, shapes) if job.counter else {}
     counts["activation_bytes"] = meter.device_bytes_above_rest()

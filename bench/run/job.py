@@ -53,6 +53,7 @@ class Job:
     client_state: ClientState = field(default_factory=dict)  # what this process's clients keep
     counter: ClientCounter | None = None
     devices: dict[str, Device] = field(default_factory=dict)  # to model each round on
+    computes: dict[str, Any] = field(default_factory=dict)  # how the model does, for the record
     prepare_seconds: float = 0.0  # of this process
 
     @property
@@ -127,6 +128,7 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
         device=device,
         counter=counter,
         devices=devices,
+        computes=classifier.facts,
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)

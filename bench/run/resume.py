@@ -68,6 +68,7 @@ def resume_or_start(
             job.config,
             **job.digests,
             labels=list(job.labels),
+            **job.computes,
             comm=communicator.kind,
             **library_fact(communicator.kind, communicator.library),
             world_size=communicator.world_size,

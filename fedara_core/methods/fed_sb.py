@@ -32,7 +32,6 @@ class FedSb(Method):
     """No hyperparameters of its own: lora_rank, lora_alpha and targets are shared settings."""
 
     coded: ClassVar = ("down", "feedback")
-    plain_mean: ClassVar = True
 
     def init(self, start: Start) -> ServerState:
         lora_rank = start.adapter.lora_rank

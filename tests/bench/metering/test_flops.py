@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.metering.flops import StepFlops, Uncountable
+from bench.metering.client_cost import batch_shape
+from bench.metering.flops import BatchShape, StepFlops, Uncountable
 from bench.models.encoders import MeanPooled, OwnHead
 from fedara_core.adapters import AdaptedModel, LowRank, inject
 from fedara_core.method import Client, load_method, method_names
@@ -59,7 +60,8 @@ def assert_exact(flops: StepFlops, model: AdaptedModel) -> None:
     cost = flops.now()
     counted = [torch_counts(model, *shape) for shape in SHAPES]
     assert [(cost.forward_flops(*shape), cost.flops(*shape)) for shape in SHAPES] == counted
-    assert cost.total(SHAPES) == sum(step for _, step in counted)
+    shapes = [BatchShape(n, length, n * length) for n, length in SHAPES]
+    assert cost.total(shapes) == sum(step for _, step in counted)
 
 
 def pooled(architecture: str) -> AdaptedModel:
@@ -97,6 +99,25 @@ def test_every_method_counts_as_torch_does(name: str) -> None:
     for state in (job.state, *(played.after for played in play_rounds(job, num_rounds=2))):
         job.method.download(job.model, state, None)
         assert_exact(flops, job.model)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "model"])
+def test_texts_without_padding_count_as_torch_does(pooling: str) -> None:
+    job = make_tiny_job(
+        *("model.name=tiny", f"model.pooling={pooling}", "adapter.fused=false"), *SHORT
+    )
+    state = play_rounds(job, num_rounds=1)[0].after
+    job.method.download(job.model, state, None)
+    lengths = torch.tensor([3, 9, 1, 6])
+    batch = {
+        "input_ids": torch.full((4, 9), 5),
+        "attention_mask": (torch.arange(9) < lengths[:, None]).long(),
+    }
+    shape = batch_shape(job.model.module, batch)
+    assert shape == (4, 9, 19)
+    with FlopCounterMode(display=False) as counter:
+        job.model.module.train()(**batch).sum().backward()
+    assert StepFlops(job.model).now().flops(*shape) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("architecture", list(ENCODERS))

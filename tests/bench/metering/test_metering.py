@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from bench.config.load import load_runs
+from bench.config.sections import ModelConfig
 from bench.metering.client_cost import MIX, ClientCost, model_devices, reduce_clients
 from bench.metering.codecarbon import HostEnergy, NullEnergy
 from bench.metering.devices import load_devices
 from bench.metering.meter import PHASES, Meter
 from bench.metering.reduce import reduce_memory
+from bench.models.encoders import build_model
 from bench.run.job import prepare
 from bench.run.provenance import library_fact, surroundings
 from bench.run.record import Recorder
@@ -412,8 +414,10 @@ def test_the_keys_of_run_json_are_those_documented(
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     elsewhere = [surroundings(), library_fact("mpi-node", "MPICH"), library_fact("torch", "gloo")]
     found = {key for run in (*facts, *elsewhere) for key in run}
-    # An installed copy has no checkout, and so no commit; the toy model has no tokeniser's files.
+    # An installed copy has no checkout, and so no commit; the toy model has no tokeniser's files,
+    # and is none of transformers.
     found |= {"git_commit", "git_dirty", "tokenizer_digest"}
+    found |= build_model(ModelConfig(name="tiny"), num_classes=2, seed=0).facts.keys()
     assert found == documented("## run.json")
     processes = [process for run in facts for process in run["processes"]]
     assert {key for p in processes for key in p} == documented("### Entries of `processes`")

@@ -171,8 +171,10 @@ def test_a_killed_run_has_died(tmp_path: Path) -> None:
     (status,) = read_status(tmp_path)
     assert (status.state, status.rounds_done) == ("died", 3)
     assert status.reason.startswith(f"process {pid} on host {socket.gethostname()} is gone; ")
-    (folder / "DONE").touch()
-    assert [run.state for run in read_status(tmp_path)] == ["done"]
+    (make_run(tmp_path / "b", "alone", 20, done=True) / "LOCK").write_text(
+        (folder / "LOCK").read_text()
+    )
+    assert [run.state for run in read_status(tmp_path / "b")] == ["done"]
 
 
 def test_a_run_that_holds_its_folder_has_not_died(tmp_path: Path) -> None:
@@ -329,7 +331,7 @@ def make_plan_of_200(folder: Path) -> Plan:
     config = folder / "big.toml"
     seeds = ", ".join(map(str, range(200)))
     config.write_text(f"{TINY.read_text()}\n[sweep]\nseed = [{seeds}]\n")
-    return make_plan(config, folder / "out", [])
+    return make_plan(config, folder / "out", ["federation.num_rounds=20"])
 
 
 def test_200_runs_in_two_seconds(tmp_path: Path) -> None:

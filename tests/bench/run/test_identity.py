@@ -166,9 +166,12 @@ def test_processes_that_agree() -> None:
 DAMAGE = {
     "gone": (lambda rows: None, "holds 0 of 3 rounds"),
     "short": (lambda rows: rows[:2], "holds 2 of 3 rounds"),
-    "twice": (lambda rows: [rows[0], rows[0], rows[2]], "are not 0 to 2, each once"),
+    "twice": (
+        lambda rows: [rows[0], rows[0], rows[2]],
+        "rounds.jsonl:2: round_index = 0; allowed: 0 to 2, each once",
+    ),
     "cut": (lambda rows: [rows[0][:9], *rows[1:]], "rounds.jsonl:1: not valid JSON"),
-    "list": (lambda rows: ["[]\n", *rows[1:]], "rounds.jsonl:1: no object with round_index"),
+    "list": (lambda rows: ["[]\n", *rows[1:]], "rounds.jsonl:1: no JSON object"),
 }
 
 

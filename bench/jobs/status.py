@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -136,8 +135,9 @@ def show(runs: list[RunStatus], console: Console, problem: str = "") -> None:
     asked for jobs."""
     rows = table(sorted(runs, key=lambda run: STATES.index(run.state)))
     # One line for each run, however long its name and narrow the terminal: other programs read it.
-    width = Measurement.get(console, console.options.update(width=_MOST_COLUMNS), rows).maximum
-    console.print(rows, width=width, crop=False)
+    wide = console.options.update(width=_MOST_COLUMNS)
+    console.width = max(console.width, console.measure(rows, options=wide).maximum)
+    console.print(rows)
     for run in runs:
         if run.state in ("failed", "died"):
             console.print(Text(f"{run.run_id}: {run.reason}", "red"), soft_wrap=True)

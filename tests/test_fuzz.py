@@ -22,6 +22,7 @@ import torch
 from bench.cli import app
 from bench.jobs.plan import make_plan
 from support.launch import ROOT, TINY
+from support.stand_in import put_first, stand_in
 
 LIMIT_SECONDS = 30
 SLOW_SEEDS = [1, 2]  # of all mutations and commands; a seed takes 40 seconds
@@ -221,7 +222,11 @@ def wrong(ended: Ended) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hub, and without a Slurm, which may let each command wait."""
+    programs = put_first(tmp_path / "bin", monkeypatch)
+    for name in ("scontrol", "squeue"):
+        stand_in(programs, name, "exit 1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 

@@ -48,8 +48,8 @@ def main() -> None:
         return default_format(message, category, filename, *rest)
 
     warnings.formatwarning = format_warning  # type: ignore[assignment]
-    # Before torch is imported: its warnings of a socket are traces of C++.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Before torch is imported: it logs traces of C++ of what it raises as an exception, too.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     sys.stdout = guarded(sys.stdout)
     code: Any = 0
     try:

@@ -206,7 +206,7 @@ def test_the_launcher_s_environment_is_the_default(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_foreign_program_at_the_port_is_no_trace(port: int) -> None:
-    """Neither of Python nor of C++, which torch writes as a warning."""
+    """Neither of Python nor of C++, which torch logs."""
     with socket.create_server(("127.0.0.1", port)) as server:
 
         def answer() -> None:
@@ -226,6 +226,5 @@ def test_a_foreign_program_at_the_port_is_no_trace(port: int) -> None:
             check=False,
         )
     assert job.returncode == 2
-    *before, last = job.stderr.splitlines()
-    assert last.startswith(f"fedara: --comm torch: the store at 127.0.0.1:{port} does not")
-    assert len(before) <= 1, before  # torch's own line of an error
+    (line,) = job.stderr.splitlines()
+    assert line.startswith(f"fedara: --comm torch: the store at 127.0.0.1:{port} does not")

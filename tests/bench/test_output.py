@@ -35,7 +35,7 @@ def fedara(*words: object, stdout: object = subprocess.PIPE, **more: str):  # ty
     [
         ("--help",),
         ("list", "methods"),
-        ("list", "keys"),
+        pytest.param(("list", "keys"), marks=pytest.mark.slow),
         ("list", "datasets"),  # short: it fails when the buffer is written at the end
         ("sweep", TINY, "--dry-run"),
     ],

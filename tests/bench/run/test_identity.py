@@ -194,6 +194,40 @@ def test_rounds_that_are_not_there_are_never_done(damage: str, state: str, tmp_p
     assert wanted in said.err
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("uplink_bytes", "many", "rounds.jsonl:1: uplink_bytes = 'many'; allowed: a number"),
+        ("seconds", {}, "rounds.jsonl:1: missing seconds.total"),
+        ("flops", 10**400, "rounds.jsonl:1: not valid JSON: 1000"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_not_gone_on_with(
+    key: str, value: object, wanted: str, tmp_path: Path
+) -> None:
+    assert run(tmp_path).code == 0
+    run_dir = only_run(tmp_path)
+    interrupt(run_dir)
+    first, *others = (run_dir / "rounds.jsonl").read_text().splitlines(keepends=True)
+    changed = json.dumps(json.loads(first) | {key: value}) + "\n"
+    (run_dir / "rounds.jsonl").write_text("".join([changed, *others]))
+    said = run(tmp_path)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert wanted in said.err
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "rounds.jsonl", "run.json"])
+def test_a_folder_in_place_of_a_file_is_one_line(name: str, tmp_path: Path) -> None:
+    assert run(tmp_path).code == 0
+    run_dir = only_run(tmp_path)
+    interrupt(run_dir)
+    (run_dir / name).unlink()
+    (run_dir / name).mkdir()
+    said = run(tmp_path)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert f"{name}: Is a directory; allowed: " in said.err
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"\\ud800"'])
 @pytest.mark.parametrize("state", ["finished", "interrupted"])
 def test_a_damaged_run_json_is_one_line(text: str, state: str, tmp_path: Path) -> None:

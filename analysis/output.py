@@ -1,5 +1,9 @@
 """Files that appear in a folder all together, each of them whole, or not at all."""
 
+import os
+import re
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +22,10 @@ def together(out_dir: Path) -> Iterator[Path]:
     try:
         is_new = not out_dir.exists()
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".report-", dir=out_dir) as folder:
+        _remove_left_over(out_dir)
+        with tempfile.TemporaryDirectory(
+            prefix=f"{_prefix()}{os.getpid()}-", dir=out_dir
+        ) as folder:
             yield Path(folder)
             files = sorted(Path(folder).iterdir())
             _require_no_folder_in_the_way(files, out_dir)
@@ -32,6 +39,24 @@ def together(out_dir: Path) -> Iterator[Path]:
             f"{out_dir}: cannot be written: {error.strerror or error}; allowed: a folder with "
             "enough room, in which you may write"
         ) from None
+
+
+def _prefix() -> str:
+    return f".report-{socket.gethostname()}-"
+
+
+def _remove_left_over(out_dir: Path) -> None:
+    """Remove the folders of earlier reports of this host that were killed."""
+    for folder in out_dir.iterdir():
+        started = re.fullmatch(rf"{re.escape(_prefix())}(\d{{1,9}})-\w+", folder.name)
+        if started is None:
+            continue
+        try:
+            os.kill(int(started[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError:  # it runs, for another user
+            pass
 
 
 def _require_no_folder_in_the_way(files: list[Path], out_dir: Path) -> None:

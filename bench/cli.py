@@ -1,5 +1,6 @@
 """The `fedara` command: mounts the commands that live beside their code."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -47,6 +48,8 @@ def main() -> None:
         return default_format(message, category, filename, *rest)
 
     warnings.formatwarning = format_warning  # type: ignore[assignment]
+    # Before torch is imported: it logs traces of C++ of what it raises as an exception, too.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     sys.stdout = guarded(sys.stdout)
     code: Any = 0
     try:

@@ -7,6 +7,8 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from rich.console import Console
+
 from fedara_core.errors import JobError
 
 
@@ -43,6 +45,11 @@ class Output(io.TextIOWrapper):
         os.close(nowhere)
         self.problem = f"standard output: {error.strerror}"
         raise JobError(self.problem) from None
+
+
+def console(*, quiet: bool = False) -> Console:
+    """Shows texts as they are: a name may hold [bold] or :smile:."""
+    return Console(quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 def guarded(stream: TextIO) -> TextIO:

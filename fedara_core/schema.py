@@ -41,10 +41,13 @@ PHASES = (
 CODECS = ("fp32", "bf16", "fp16", "int8", "int4")
 
 
-def rounds_fault(round_indices: Sequence[int], num_rounds: int) -> str:
-    """What is wrong with the rounds of a record that should have so many; "" if nothing is."""
-    if list(round_indices) == list(range(num_rounds)):
-        return ""
-    if len(round_indices) != num_rounds:
-        return f"{ROUNDS_FILE} holds {len(round_indices)} of {num_rounds} rounds"
-    return f"the rounds in {ROUNDS_FILE} are not 0 to {num_rounds - 1}, each once"
+def rounds_fault(round_indices: Sequence[object], num_rounds: int) -> str:
+    """What is wrong with the rounds of a record that should have so many; "" if nothing is. One
+    round is on each line."""
+    for place, found in enumerate(round_indices):
+        if found != place or place >= num_rounds:
+            allowed = f"0 to {num_rounds - 1}, each once and in order"
+            return f"{ROUNDS_FILE}:{place + 1}: round_index = {found}; allowed: {allowed}"
+    if len(round_indices) < num_rounds:
+        return f"{ROUNDS_FILE}: holds {len(round_indices)} of {num_rounds} rounds"
+    return ""

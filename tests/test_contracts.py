@@ -29,7 +29,8 @@ from support.in_turn import in_turn
 from support.launch import TINY
 from support.rounds import Round, make_tiny_job, play_rounds, received, train_one_client
 
-SETTINGS = ("train.local_steps=2",)
+# 4 clients on 3 processes: one of them has two.
+SETTINGS = ("train.local_steps=2", "federation.cohort=4", "evaluate.every=100")
 NUM_ROUNDS = 6
 # The program's own name, and the method whose overhead is measured.
 ALLOWED_NAMES = {"cli.py": {"fedara"}, "overhead.py": {"lora"}}
@@ -196,7 +197,7 @@ def test_a_run_takes_every_merge_path(complete: Complete, path: str) -> None:
     if complete.job.method.combine == "gather":
         return
     words = (f"method.name={complete.name}", *SETTINGS, f"federation.merge_path={path}")
-    jobs = [make_tiny_job(*words, "evaluate.every=100") for _ in range(3)]
+    jobs = [make_tiny_job(*words) for _ in range(3)]
     state, kept = complete.states[3], complete.kept[3]
 
     def run(communicator: Communicator) -> tuple[ServerState, dict[str, Any]]:
@@ -333,7 +334,7 @@ def test_the_number_of_processes_changes_nothing(
     complete: Complete, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each process has a model of its own and its own clients; 7 processes leave some idle."""
-    overrides = (f"method.name={complete.name}", *SETTINGS, "evaluate.every=100")
+    overrides = (f"method.name={complete.name}", *SETTINGS)
     trained: dict[int, list[int]] = {}
 
     def noting(job: Job, state: ServerState, client_id: int, *rest: Any) -> Any:

@@ -14,7 +14,10 @@ ALL = "*"
 MAY_IMPORT = {
     "fedara_core": {},
     "analysis": {
-        "fedara_core": ("fedara_core.errors", "fedara_core.schema", "fedara_core.merge.cost")
+        "fedara_core": tuple(
+            f"fedara_core.{name}"
+            for name in ("errors", "schema", "shapes", "strict_json", "merge.cost")
+        )
     },
     "bench": {"fedara_core": (ALL,)},
 }

@@ -11,9 +11,9 @@ import pandas as pd
 from analysis.records import reader
 from analysis.records.names import shown
 from analysis.records.settings import differing_keys, setting_texts
-from analysis.records.shapes import REQUIRED_IN_ROUND
 from fedara_core.errors import InputError
 from fedara_core.schema import RUN_FILE
+from fedara_core.shapes import REQUIRED_IN_ROUND
 
 # What one panel of a figure, or one block of a table, shares; and what one line or row shares.
 PANEL = ["dataset", "partition"]

@@ -3,14 +3,14 @@
 It says what is wrong with a record: a file is missing or damaged, or DONE and the rounds disagree.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from analysis.records import shapes
 from analysis.records.names import printable, shown
+from fedara_core import shapes, strict_json
 from fedara_core.errors import InputError
 from fedara_core.schema import (
     DONE_FILE,
@@ -19,6 +19,7 @@ from fedara_core.schema import (
     ROWS_FILE,
     RUN_FILE,
     SCHEMA_VERSION,
+    rounds_fault,
 )
 
 NO_DONE = "no DONE"
@@ -120,9 +121,11 @@ def read_record(folder: Path) -> RunRecord:
     place = str(folder / RUN_FILE)
     shapes.require_keys(run, shapes.REQUIRED_IN_RUN, place)
     shapes.require_shape(run, shapes.RUN, place)
-    file = folder / ROUNDS_FILE
-    rounds = _read_rows(file, shapes.ROUND, shapes.REQUIRED_IN_ROUND)
-    _require_rounds(file, rounds, run["config"]["federation"]["num_rounds"])
+    rounds = _read_rows(folder / ROUNDS_FILE, shapes.ROUND, shapes.REQUIRED_IN_ROUND)
+    num_rounds = run["config"]["federation"]["num_rounds"]
+    # Cumulative bytes are wrong when a round is lost or written twice.
+    if fault := rounds_fault([row["round_index"] for row in rounds], num_rounds):
+        raise InputError(f"{folder}/{fault}; {DONE_FILE} says that it is whole")
     return RunRecord(run=run, rounds=rounds, partition=_read_partition(folder / PARTITION_FILE))
 
 
@@ -182,17 +185,6 @@ def _read_rows(
     return rows
 
 
-def _require_rounds(file: Path, rounds: list[dict[str, Any]], num_rounds: int) -> None:
-    """Cumulative bytes are wrong when a round is lost or written twice, so neither may pass."""
-    rule = f"DONE says that rounds 0 to {num_rounds - 1} are here, each once and in order"
-    for place, row in enumerate(rounds):
-        found = row["round_index"]
-        if found != place or place >= num_rounds:
-            raise InputError(f"{file}:{place + 1}: round_index = {found}; {rule}")
-    if len(rounds) < num_rounds:
-        raise InputError(f"{file}: {len(rounds)} rounds; {rule}")
-
-
 def _read_partition(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
@@ -218,16 +210,12 @@ def _text(file: Path) -> str:
 def _json(text: str, file: Path, first_line: int = 1) -> Any:
     """The value of a JSON text, its names fit to be shown."""
     try:
-        return _shown(json.loads(text, parse_constant=_no_number))
-    except json.JSONDecodeError as error:
+        return _shown(strict_json.loads(text))
+    except JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise InputError(f"{file}:{line}: not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of 5000 digits, [[[[[[
+    except ValueError as error:
         raise InputError(f"{file}:{first_line}: not valid JSON: {error}") from None
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name}; allowed: numbers")
 
 
 def _shown(value: Any) -> Any:

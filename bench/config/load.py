@@ -1,7 +1,6 @@
 """Reads configs: TOML files, overrides, [sweep] tables and records into RunConfigs."""
 
 import itertools
-import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from bench.config.schema import RunConfig
+from fedara_core import strict_json
 from fedara_core.errors import InputError
 
 Table = dict[str, Any]
@@ -44,7 +44,7 @@ def load_runs(path: Path, overrides: list[str]) -> list[RunConfig]:
 def load_record(path: Path, overrides: list[str]) -> RunConfig:
     """The config of a record's run.json, with overrides (a record does not say where data lie)."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))["config"]
+        table = strict_json.loads(path.read_text(encoding="utf-8-sig"))["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no record that can be read ({error!r})") from None
     return parse_run(_override(table, map(_parse_override, overrides)))
@@ -69,7 +69,7 @@ def read_toml(path: Path, what: str, allowed: str = "a readable TOML file") -> T
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of the second kind: 3000 brackets
         reason = f"is not valid TOML ({error})"
     raise InputError(f"{what} {path} {reason}; allowed: {allowed}")
 
@@ -119,6 +119,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()  # a bare word is a string: --set method.name=lora
+    except (ValueError, RecursionError) as error:  # 5000 digits; 3000 brackets
+        raise InputError(f"--set {key.strip()}: {error}; allowed: a value of TOML") from None
 
 
 def _override(table: Table, settings: Iterable[tuple[str, Any]]) -> Table:
@@ -153,4 +155,11 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
         return f"{key} is missing; it has no default"
     if item["type"] == "value_error":
         return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
-    return f"{key} = {item['input']!r} is not allowed: {item['msg']}"
+    return f"{key} = {_text(item['input'])} is not allowed: {item['msg']}"
+
+
+def _text(value: Any) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # 0x and 5000 letters f; --set a.a.a and so on
+        return "what is too large to show"

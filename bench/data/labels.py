@@ -4,7 +4,6 @@ A number in CSV is text that looks like one. So all labels of a set decide toget
 where two readings are possible and differ, the set is refused.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from bench.data.read import one_line
 from bench.data.texts import TextDataset, listed, shown
+from fedara_core import strict_json
 from fedara_core.errors import InputError
 
 # An integer as it is written by who means one: neither 01 nor -0 nor 1.0.
@@ -37,12 +37,12 @@ class Split:
 
 def names_in(path: Path) -> list[str] | None:
     """The label names of a labels.json, or None where there is no such file. Raises InputError."""
-    if not path.is_file():
+    if not path.exists():
         return None
     allowed = 'allowed: a JSON list of different names, or {"labels": [names]}'
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = strict_json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise InputError(
             f"dataset file {path}: cannot be read: {one_line(error)}; {allowed}"
         ) from None

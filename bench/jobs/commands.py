@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bench.commands import Overrides
+from bench.output import console
 
 Config = Annotated[Path, typer.Argument(help="A TOML file. Its [sweep] table makes it many runs.")]
 PlanResults = Annotated[
@@ -53,8 +53,7 @@ def sweep(
         for line in describe(plan):
             typer.echo(line)
         return
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not run_sweep(plan, processes, jobs, console):
+    if not run_sweep(plan, processes, jobs, console()):
         raise typer.Exit(1)
 
 
@@ -98,4 +97,4 @@ def status(
 
     queue = Queue()
     runs = read_status(results, queue)
-    show(runs, Console(highlight=False, markup=False, emoji=False), queue.problem)
+    show(runs, console(), queue.problem)

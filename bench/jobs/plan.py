@@ -13,6 +13,7 @@ from bench.jobs.status import log_file
 from bench.run.checkpoint import write_atomically
 from bench.run.finished import check_finished
 from bench.run.record import Recorder
+from fedara_core import strict_json
 from fedara_core.errors import InputError
 
 _SUFFIX = ".jsonl"
@@ -132,7 +133,8 @@ def _size(num_bytes: int) -> str:
 
 def _read(path: Path) -> list[RunConfig]:
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
+        lines = [strict_json.loads(line) for line in text.splitlines()]
         return [_parse(path, number, line) for number, line in enumerate(lines)]
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"

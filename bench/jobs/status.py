@@ -3,7 +3,6 @@ plan-*.jsonl (bench/jobs/plan.py), a folder for each run (bench/run/record.py), 
 log for each line of a plan, which says what started its run, and last whether it failed. Slurm is
 asked whether it still has the jobs of runs that have not ended."""
 
-import json
 import re
 import socket
 import time
@@ -18,7 +17,9 @@ from rich.text import Text
 
 from bench.jobs.slurm_job import Queue
 from bench.run import lock
+from fedara_core import strict_json
 from fedara_core.errors import InputError, Interrupted
+from fedara_core.schema import DONE_FILE, ROUNDS_FILE, ROWS_FILE, RUN_FILE, rounds_fault
 
 _STYLES = {
     "running": "cyan",
@@ -32,6 +33,7 @@ STATES = tuple(_STYLES)  # in the order of the table
 _TAIL_BYTES = 1 << 20  # of rounds.jsonl: hundreds of rounds, or a few with 10^5 clients
 _LOG_TAIL_BYTES = 1 << 14
 _MAX_LOG_BYTES = 1 << 24  # to find where a run started
+_MOST_COLUMNS = 1000  # of the table: names of folders have 255 letters at most
 _EXIT = "fedara: exit code "
 _STARTED = "fedara: started as "
 _PROCESS = re.compile(_STARTED + r"process (\d+) on host (\S+)$")
@@ -87,9 +89,9 @@ def read_status(results: Path, queue: Queue | None = None) -> list[RunStatus]:
     runs: dict[str, RunStatus] = {}
     for run_id, (num_rounds, logs) in _planned(results).items():
         runs[run_id] = look(results / run_id, num_rounds, logs, queue)
-    for file in sorted(results.glob("*/run.json")):
-        if file.parent.name not in runs and not (file.parent / "rows.jsonl").exists():
-            num_rounds = _num_rounds(_parse(file.read_text(encoding="utf-8", errors="replace")))
+    for file in sorted(results.glob(f"*/{RUN_FILE}")):
+        if file.parent.name not in runs and not (file.parent / ROWS_FILE).exists():
+            num_rounds = _num_rounds(_parse(_text(file)))
             runs[file.parent.name] = look(file.parent, num_rounds, [], queue)
     if not runs:
         raise InputError(f"{results}: no plan and no record here; allowed: the folder of --results")
@@ -102,19 +104,19 @@ def look(
     """The state of one run, from its folder and the newest of its logs. queue: to find out whether
     a run that has not ended is still there; None where that is known."""
     log = max((path for path in logs if path.exists()), key=_modified, default=None)
-    rounds_done, accuracy = _progress(run_dir / "rounds.jsonl")
-    signs = [p for p in (log, run_dir / "rounds.jsonl", run_dir / "run.json") if p and p.exists()]
+    rounds_done, accuracy = _progress(run_dir / ROUNDS_FILE)
+    signs = [p for p in (log, run_dir / ROUNDS_FILE, run_dir / RUN_FILE) if p and p.exists()]
     held = (run_dir / lock.FILE).exists()
     ended, reason = _end(log) if log else ("", "")
-    if (run_dir / "DONE").exists():
-        state, reason = "done", ""
+    if (run_dir / DONE_FILE).exists():
+        state, reason = _done(run_dir, num_rounds)
     elif ended:
         state = ended
     elif held or log:
         state = "running"
         if queue and (dead := _dead(run_dir / lock.FILE, log, queue)):
-            done = (run_dir / "DONE").exists()  # since it was looked for
-            state, reason = ("done", "") if done else ("died", dead)
+            done = (run_dir / DONE_FILE).exists()  # since it was looked for
+            state, reason = _done(run_dir, num_rounds) if done else ("died", dead)
     else:
         state = "interrupted" if signs else "waiting"
     return RunStatus(
@@ -131,7 +133,11 @@ def look(
 def show(runs: list[RunStatus], console: Console, problem: str = "") -> None:
     """Print the table, the reasons of failures, and the counts. problem: why Slurm could not be
     asked for jobs."""
-    console.print(table(sorted(runs, key=lambda run: STATES.index(run.state))))
+    rows = table(sorted(runs, key=lambda run: STATES.index(run.state)))
+    # One line for each run, however long its name and narrow the terminal: other programs read it.
+    wide = console.options.update(width=_MOST_COLUMNS)
+    console.width = max(console.width, console.measure(rows, options=wide).maximum)
+    console.print(rows)
     for run in runs:
         if run.state in ("failed", "died"):
             console.print(Text(f"{run.run_id}: {run.reason}", "red"), soft_wrap=True)
@@ -139,6 +145,20 @@ def show(runs: list[RunStatus], console: Console, problem: str = "") -> None:
     console.print(f"{len(runs)} runs: {', '.join(counts)}")
     if problem:
         console.print(f"whether Slurm's jobs still run is unknown: {problem}", soft_wrap=True)
+
+
+def _done(run_dir: Path, num_rounds: int | None) -> tuple[str, str]:
+    """The state of a run with DONE, and why it is not done all the same."""
+    indices = [
+        _parse(line).get("round_index") for line in _text(run_dir / ROUNDS_FILE).splitlines()
+    ]
+    if num_rounds is None:
+        fault = f"{RUN_FILE} does not say how many rounds there are"
+    else:
+        fault = rounds_fault(indices, num_rounds)
+    if not fault:
+        return "done", ""
+    return "failed", f"{DONE_FILE} is there, but {fault} (delete the folder to run again)"
 
 
 def _dead(lock_file: Path, log: Path | None, queue: Queue) -> str:
@@ -165,7 +185,7 @@ def _gone_by_log(log: Path, queue: Queue) -> tuple[bool, str]:
 def table(runs: list[RunStatus]) -> Table:
     """One row per run."""
     columns = Table(box=None, pad_edge=False)
-    columns.add_column("run", overflow="fold")
+    columns.add_column("run", no_wrap=True)
     columns.add_column("state", no_wrap=True)
     for title in ("rounds", "accuracy %", "last sign"):
         columns.add_column(title, justify="right", no_wrap=True)
@@ -189,22 +209,29 @@ def _planned(results: Path) -> dict[str, tuple[int | None, list[Path]]]:
     """run_id -> num_rounds and possible logs; plans may share runs."""
     found: dict[str, tuple[int | None, list[Path]]] = {}
     for plan in sorted(results.glob("plan-*.jsonl")):
-        for index, text in enumerate(
-            plan.read_text(encoding="utf-8", errors="replace").splitlines()
-        ):
+        for index, text in enumerate(_text(plan).splitlines()):
             line = _parse(text)
-            if "run_id" not in line:
+            run_id = _folder_name(line.get("run_id"))
+            if not run_id:
                 raise InputError(f"plan {plan}, line {index} is damaged; delete the file")
-            _, logs = found.setdefault(line["run_id"], (_num_rounds(line), []))
+            _, logs = found.setdefault(run_id, (_num_rounds(line), []))
             logs.append(log_file(results, plan.stem, index))
     return found
 
 
+def _folder_name(value: object) -> str:
+    """A value that can be the name of a folder; else nothing."""
+    if not isinstance(value, str) or set(value) & set("/\0"):
+        return ""
+    return value if len(value.encode(errors="replace")) < 256 else ""
+
+
 def _num_rounds(record: dict[str, Any]) -> int | None:
     try:
-        return int(record["config"]["federation"]["num_rounds"])
-    except (KeyError, TypeError, ValueError):
+        found = record["config"]["federation"]["num_rounds"]
+    except (KeyError, TypeError):
         return None
+    return found if isinstance(found, int) else None
 
 
 def _progress(rounds: Path) -> tuple[int, float | None]:
@@ -248,10 +275,18 @@ def _end(log: Path) -> tuple[str, str]:
 def _parse(text: str) -> dict[str, Any]:
     """A JSON object; empty for a line that is cut off."""
     try:
-        value = json.loads(text)
+        value = strict_json.loads(text)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _text(path: Path) -> str:
+    """What a file holds; nothing if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _tail(path: Path, num_bytes: int) -> str:

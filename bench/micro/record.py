@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
+from bench.output import console
 from bench.run.checkpoint import write_atomically
 from bench.run.provenance import library_fact, process_facts, surroundings, utc_now
 from bench.run.record import append_row, write_json
@@ -42,7 +43,7 @@ def record_rows(
     the same on every process; facts: more keys of run.json. Raises InputError on every process
     where the record's folder can not be made.
     """
-    console, start = progress(communicator), time.perf_counter()
+    shown, start = progress(communicator), time.perf_counter()
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
     stamp = communicator.broadcast(stamp.encode()).decode()  # world_rank 0's clock
     name = f"{benchmark}-{communicator.kind}-p{communicator.world_size}-{stamp}"
@@ -65,19 +66,19 @@ def record_rows(
     writes = communicator.world_rank == 0
     together(communicator, lambda: _write_start(run_dir, run) if writes else None)
     for row in rows:
-        console.print(describe(row), soft_wrap=True)
+        shown.print(describe(row), soft_wrap=True)
         if writes:
             append_row(run_dir / "rows.jsonl", row)
     if writes:
         end = {"end_time": utc_now(), "total_seconds": time.perf_counter() - start}
         write_json(run_dir / "run.json", {**run, **end})
         write_atomically(run_dir / "DONE", b"")
-    console.print(f"done, records in {run_dir}", soft_wrap=True)
+    shown.print(f"done, records in {run_dir}", soft_wrap=True)
 
 
 def progress(communicator: Communicator) -> Console:
     """Where world_rank 0 tells how far it is; the others are quiet."""
-    return Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+    return console(quiet=communicator.world_rank != 0)
 
 
 def _write_start(run_dir: Path, run: Mapping[str, Any]) -> None:

@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -80,15 +80,21 @@ def find_checkpoint(run_dir: Path) -> Found | None:
     """
     reasons = {}
     for name in (FILE, PREVIOUS):
-        with suppress(FileNotFoundError):
+        try:
             data = (run_dir / name).read_bytes()
-            try:
-                facts, _ = _load(data)
-            except Damaged as error:
-                reasons[name] = str(error)
-                continue
-            notice = "; ".join(f"{name} is damaged ({reason})" for name, reason in reasons.items())
-            return Found(data=data, round_index=int(facts["round_index"]), notice=notice)
+            facts, _ = _load(data)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InputError(
+                f"{run_dir / name}: {error.strerror}; allowed: a file that can be read, or none "
+                "(delete it to start over)"
+            ) from None
+        except Damaged as error:
+            reasons[name] = str(error)
+            continue
+        notice = "; ".join(f"{name} is damaged ({reason})" for name, reason in reasons.items())
+        return Found(data=data, round_index=int(facts["round_index"]), notice=notice)
     if not reasons:
         return None
     said = "; ".join(f"{name} is damaged ({reason})" for name, reason in reasons.items())
@@ -131,7 +137,7 @@ def _load(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         tensors = load(data)
         facts = _metadata(data)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise Damaged(str(error)) from None
     checksum, found = facts.pop("sha256", None), facts.get("format")
     whole = checksum == _checksum(facts, tensors)
@@ -157,7 +163,7 @@ def _checksum(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(sorted(facts.items())).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(tensor.contiguous().numpy().tobytes())
+        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 

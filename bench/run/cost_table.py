@@ -16,6 +16,7 @@ _SECONDS = {  # phase -> heading
     "aggregate": "aggregate s",
     "evaluate": "evaluate s",
 }
+_MODELLED = {"modelled_seconds", "modelled_joules"}  # of a device
 
 Row = Mapping[str, Any]
 Run = tuple[Row, Sequence[Row]]  # run.json, rounds
@@ -79,7 +80,7 @@ def _modelled(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
             _number(sum(by_device[device]["modelled_joules"] for by_device in found), 2, 1e3),
         )
         for device in (found[0] if found else ())
-        if all(device in by_device for by_device in found)
+        if all(by_device.get(device, {}).keys() >= _MODELLED for by_device in found)
     }
 
 
@@ -93,15 +94,16 @@ def _joules(run: Row, rows: Sequence[Row]) -> float | None:
 def _energy_note(run: Row, rows: Sequence[Row]) -> str:
     """Where the energy comes from, or why there is none."""
     if counted := _counted_source(rows):
-        return f"energy: {counted}, counted, {rows[0]['energy_scope']}"
+        return f"energy: {counted}, counted, {rows[0].get('energy_scope', 'scope unknown')}"
     if "energy_source" not in run:
         return f"energy: not measured here: {run.get('energy_missing', 'unknown')}"
     co2 = f", {run['co2_grams']:.3g} g CO2" if "co2_grams" in run else ""
-    return f"energy: {run['energy_source']}, {run['energy_scope']}{co2}"
+    return f"energy: {run['energy_source']}, {run.get('energy_scope', 'scope unknown')}{co2}"
 
 
 def _counted_source(rows: Sequence[Row]) -> str | None:
-    sources = {row.get("energy_source") for row in rows}
+    counted = ("total" in row.get("energy_joules", {}) for row in rows)
+    sources = {row.get("energy_source") for row in rows} if all(counted) else set()
     return sources.pop() if len(sources) == 1 else None
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.jobs.slurm_job import JobId, is_over, own_job
+from fedara_core import strict_json
 from fedara_core.errors import InputError
 
 FILE = "LOCK"
@@ -123,8 +124,8 @@ def _open_locked(path: Path) -> tuple[int, bool]:
 def _read(descriptor: int) -> dict[str, Any]:
     """What the holder wrote; empty if it has not written yet."""
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+        found = strict_json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):  # a folder; a text that is no JSON
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -10,6 +10,7 @@ from bench.config.schema import RunConfig
 from bench.metering.codecarbon import add_parts
 from bench.run.checkpoint import write_atomically
 from bench.run.provenance import utc_now
+from fedara_core import shapes, strict_json
 from fedara_core.errors import InputError
 from fedara_core.schema import DONE_FILE, PARTITION_FILE, ROUNDS_FILE, RUN_FILE
 
@@ -86,7 +87,7 @@ class Recorder:
 def read_run(run_dir: Path) -> dict[str, Any]:
     """A run's run.json. Raises InputError."""
     path = run_dir / RUN_FILE
-    return _parsed(_read(path), str(path), "config")
+    return _parsed(_read(path), str(path), shapes.RUN, ["config"])
 
 
 def read_rounds(run_dir: Path) -> list[dict[str, Any]]:
@@ -96,7 +97,10 @@ def read_rounds(run_dir: Path) -> list[dict[str, Any]]:
         return []
     whole, _, _ = _read(path).rpartition("\n")  # a whole line ends with a newline
     lines = whole.split("\n") if whole else []
-    return [_parsed(line, f"{path}:{n}", "round_index") for n, line in enumerate(lines, 1)]
+    return [
+        _parsed(line, f"{path}:{n}", shapes.ROUND, ["round_index", "seconds.total"])
+        for n, line in enumerate(lines, 1)
+    ]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -120,14 +124,16 @@ def _read(path: Path) -> str:
         raise _damaged(str(path), str(getattr(error, "strerror", None) or error)) from None
 
 
-def _parsed(text: str, place: str, key: str) -> dict[str, Any]:
-    """A JSON object with this key. Raises InputError, which names the place."""
+def _parsed(text: str, place: str, shape: shapes.Shape, keys: list[str]) -> dict[str, Any]:
+    """A JSON object of this shape with these keys. Raises InputError, which names the place."""
     try:
-        found = json.loads(text)
+        found = strict_json.loads(text)
     except ValueError as error:
         raise _damaged(place, f"not valid JSON: {error}") from None
-    if not isinstance(found, dict) or key not in found:
-        raise _damaged(place, f"no object with {key}")
+    if not isinstance(found, dict):
+        raise _damaged(place, "no JSON object")
+    shapes.require_keys(found, keys, place)
+    shapes.require_shape(found, shape, place)
     return found
 
 

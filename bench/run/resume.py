@@ -12,10 +12,11 @@ from bench.run.identity import require_same
 from bench.run.job import ClientState, Job
 from bench.run.provenance import library_fact, process_facts, provenance
 from bench.run.record import Recorder
+from fedara_core import shapes
 from fedara_core.comm.base import Communicator
 from fedara_core.comm.launch import together
 from fedara_core.errors import InputError, JobError
-from fedara_core.schema import rounds_fault
+from fedara_core.schema import RUN_FILE, rounds_fault
 from fedara_core.state import ServerState
 
 Notice = Callable[[str], None]
@@ -90,7 +91,9 @@ def _earlier_rounds(
     InputError unless all of them are there."""
     if communicator.world_rank != 0 or state.round_index == 0:
         return []
-    recorder.run()  # refuses a damaged run.json, which the resumed run goes on with
+    run = recorder.run()  # which the resumed run goes on with
+    place = str(recorder.run_dir / RUN_FILE)
+    shapes.require_keys(run, ["config.method.name", "config_hash"], place)
     rows = [row for row in recorder.rounds() if row["round_index"] < state.round_index]
     fault = rounds_fault([row["round_index"] for row in rows], state.round_index)
     if fault:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bench import output
 from bench.config.schema import RunConfig
 from bench.config.sections import EnergyConfig
 from bench.data.texts import load_texts
@@ -50,7 +51,7 @@ def run_all(
     if communicator.world_rank != 0:  # all have the same data and model, and one says so
         warnings.filterwarnings("ignore", module=r"bench\.(data|models)\.")
     points = _points(path, results, overrides, communicator, index)
-    console = Console(quiet=communicator.world_rank != 0, highlight=False, markup=False)
+    console = output.console(quiet=communicator.world_rank != 0)
     diverged: list[Diverged] = []
     finished: list[Recorder] = []
     meters = cache(partial(_meters, communicator))  # runs with equal settings share them

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bench.commands import Comm, Overrides, Results, as_job
+from bench.output import console
 from fedara_core.errors import InputError
 
 
@@ -82,4 +82,4 @@ def doctor() -> None:
     """
     from bench.tools.doctor import show
 
-    show(Console(markup=False, emoji=False))
+    show(console())

@@ -23,6 +23,7 @@ from bench.run.clients import without_residual
 from bench.run.identity import identity, weights_digest
 from bench.run.job import adapt
 from bench.run.record import read_run
+from fedara_core import shapes
 from fedara_core.adapters import AdaptedModel, Adapter
 from fedara_core.errors import InputError
 from fedara_core.method import Client
@@ -98,6 +99,7 @@ def load_trained(run_dir: Path, client_id: int | None = None) -> Trained:
         missing = checkpoint.FILE if run_json.exists() else "run.json"
         raise InputError(f"{run_dir} has no {missing}; allowed: the folder of a run with both")
     run = read_run(run_dir)
+    shapes.require_keys(run, ["labels"], str(run_json))
     config = parse_run(run["config"])
     num_classes = len(run["labels"])
     classifier = build_model(config.model, num_classes=num_classes, seed=config.seed)

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from analysis import stats
 from analysis.compare import changes
 from analysis.records import reader
 from analysis.records.campaign import SERIES, Campaign, load_campaign
 from analysis.records.per_run import per_run
 from bench.jobs.plan import load_points
+from bench.output import console
 from bench.run.finished import check_finished
 from bench.run.record import Recorder
 from bench.run.runner import run_all
@@ -31,8 +30,9 @@ def reproduce(
     record = run_dir / RUN_FILE
 
     def check() -> Campaign:
-        if not reader.is_finished(run_dir):
-            raise InputError(f"{run_dir}: no finished record (run.json and DONE)")
+        if reason := reader.problem(run_dir):
+            reason = reason.removeprefix(f"{run_dir}/")
+            raise InputError(f"{run_dir} is no finished record, which is what is allowed: {reason}")
         (config,), (own,) = load_points(record, overrides), load_points(record, [])
         if config.result_settings() != own.result_settings():
             raise InputError(
@@ -49,9 +49,9 @@ def reproduce(
     run_all(record, results, overrides, job)
     (config,) = load_points(record, overrides)
     lines, reproduced = compare(run_dir, Recorder(results, config).run_dir, within_points, beside)
-    console = Console(quiet=job.world_rank != 0, highlight=False, markup=False)
+    shown = console(quiet=job.world_rank != 0)
     for line in lines:
-        console.print(line, soft_wrap=True)
+        shown.print(line, soft_wrap=True)
     return reproduced
 
 

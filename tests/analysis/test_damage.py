@@ -67,14 +67,14 @@ def without(name: str) -> Callable[[Path], None]:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "rounds gone": (without("rounds.jsonl"), "rounds.jsonl: no such file"),
     "run.json gone": (without("run.json"), "run.json: no such file"),
-    "rounds empty": (put("rounds.jsonl", b""), "rounds.jsonl: 0 rounds; DONE says that rounds 0"),
-    "last round lost": (keep_rounds(0, 1), "rounds.jsonl: 2 rounds; DONE says that rounds 0 to 2"),
-    "a gap": (keep_rounds(0, 2), "rounds.jsonl:2: round_index = 2; DONE says"),
-    "a round twice": (keep_rounds(0, 1, 1, 2), "rounds.jsonl:3: round_index = 1; DONE says"),
+    "rounds empty": (put("rounds.jsonl", b""), "rounds.jsonl: holds 0 of 3 rounds; DONE says"),
+    "last round lost": (keep_rounds(0, 1), "rounds.jsonl: holds 2 of 3 rounds; DONE says"),
+    "a gap": (keep_rounds(0, 2), "rounds.jsonl:2: round_index = 2; allowed: 0 to 2"),
+    "a round twice": (keep_rounds(0, 1, 1, 2), "rounds.jsonl:3: round_index = 1; allowed: 0 to 2"),
     "a round too many": (set_in_config("federation", num_rounds=2), "rounds.jsonl:3: round_index"),
     "rounds without end": (
         set_in_config("federation", num_rounds=10**15),
-        "rounds.jsonl: 3 rounds",
+        "rounds.jsonl: holds 3 of 1000000000000000 rounds",
     ),
     "no rounds wanted": (set_in_config("federation", num_rounds=0), "num_rounds = 0; allowed: an"),
     "a truncated line": (
@@ -98,7 +98,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "not a number": (set_in_round(0, flops=float("nan")), "rounds.jsonl:1: not valid JSON: NaN"),
     "beyond floats": (
         put("rounds.jsonl", b'{"a": 1e999}\n'),
-        "rounds.jsonl:1: not valid JSON: a nu",
+        "rounds.jsonl:1: not valid JSON: 1e999; allowed: finite",
     ),
     "5000 digits": (
         put("rounds.jsonl", b'{"a": %s}\n' % (b"9" * 5000)),
@@ -172,7 +172,7 @@ def test_a_damaged_run_among_good_ones_is_named_everywhere_and_left_out(tmp_path
     write_record(records, "lora", 0)
     run = write_record(records, "fedara", 0)
     keep_rounds(0, 1)(run)
-    reason = f"{run.name}/rounds.jsonl: 2 rounds; DONE says that rounds 0 to 2 are here, each once"
+    reason = f"{run.name}/rounds.jsonl: holds 2 of 3 rounds; DONE says that it is whole"
     campaign = load_campaign(records)
     assert campaign.runs["method"].tolist() == ["lora"]
     assert campaign.damaged[0].startswith(reason)

@@ -114,3 +114,22 @@ def test_damaged_costs_are_refused(records: Path, tmp_path: Path) -> None:
     for content in (b"\xff", b"x =", b"x = " + b"[" * 5000, b'"a\\nb" = 1', b""):
         file.write_bytes(content)
         check_refused(report(records, "--costs", file), "costs.toml")
+
+
+def test_a_killed_report_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+    """And neither one that still runs, nor one of another host, whose processes are not seen."""
+    code = (
+        "import os, sys; from pathlib import Path; from analysis.output import together\n"
+        "with together(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').touch()\n    os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    (left,) = tmp_path.iterdir()
+    assert [file.name for file in left.iterdir()] == ["half"]
+    other = tmp_path / ".report-another-4194303-x"
+    other.mkdir()
+    with together(tmp_path) as mine, together(tmp_path):
+        assert other.exists()
+        assert mine.exists()
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == [other]

@@ -76,6 +76,21 @@ def test_the_command_is_this_suite_in_any_folder(foreign: Path) -> None:
     assert "a program of the user" in other.stderr  # what must not happen in a sweep
 
 
+def test_a_folder_bench_that_pythonpath_finds_is_not_run(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty entry of PYTHONPATH is the working folder, with and without -P."""
+    (foreign / "bench.py").unlink()
+    (foreign / "typer.py").unlink()
+    (foreign / "bench").mkdir()
+    (foreign / "bench" / "__init__.py").write_text("raise SystemExit('a program of the user')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep)
+    words = [*own_command(), "list", "methods"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fedara" in done.stdout
+
+
 def test_the_figures_command_is_this_suite_s(foreign: Path) -> None:
     words = [*own_command(), "report", str(foreign)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.ask import own_command
-from support.launch import TINY, environment
+from support.launch import ROOT, TINY, environment, fedara_here
 
 pytestmark = pytest.mark.xdist_group("jobs")
 
@@ -35,7 +35,7 @@ def fedara(*words: object, stdout: object = subprocess.PIPE, **more: str):  # ty
     [
         ("--help",),
         ("list", "methods"),
-        ("list", "keys"),
+        pytest.param(("list", "keys"), marks=pytest.mark.slow),
         ("list", "datasets"),  # short: it fails when the buffer is written at the end
         ("sweep", TINY, "--dry-run"),
     ],
@@ -155,3 +155,16 @@ def test_bytes_that_are_no_text_are_refused_in_any_locale() -> None:
     assert b"--set" in line
     assert b"allowed: UTF-8" in line
     assert sys.getfilesystemencoding() == "utf-8"
+
+
+def test_a_name_is_shown_as_it_is(tmp_path: Path) -> None:
+    """Neither as rich's markup nor as its code of an emoji."""
+    name = "[bold]x :smile:"
+    job = fedara_here("run", TINY, "--results", tmp_path / name, *ONE_ROUND)
+    assert job.code == 0, job.err
+    assert f"records in {tmp_path / name}/toy-fedara" in job.out
+
+
+def test_all_consoles_are_made_in_one_place() -> None:
+    files = [p for p in (ROOT / "bench").rglob("*.py") if " Console(" in p.read_text()]
+    assert [file.name for file in files] == ["output.py"]

@@ -223,6 +223,6 @@ def pretend_finished(run_dir: Path, num_rounds: int) -> None:
     """A finished run's files, as far as it takes to skip it."""
     run_dir.mkdir(parents=True)
     (run_dir / "run.json").write_text('{"config": {}}')
-    rounds = "".join(f'{{"round_index": {index}}}\n' for index in range(num_rounds))
-    (run_dir / "rounds.jsonl").write_text(rounds)
+    rows = [{"round_index": index, "seconds": {"total": 1.0}} for index in range(num_rounds)]
+    (run_dir / "rounds.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (run_dir / "DONE").touch()

@@ -407,3 +407,21 @@ def test_done_is_written_by_finish_and_the_last_state_stays(tmp_path: Path) -> N
     }
     facts = json.loads((recorder.run_dir / "run.json").read_text())
     assert (facts["schema_version"], facts["total_seconds"]) == (1, 1.0)
+
+
+@pytest.mark.parametrize(
+    "value", [3000 * "[", 5000 * "9", f"[{5000 * '9'}]"], ids=["brackets", "digits", "list"]
+)
+def test_what_python_can_not_read_is_no_toml(value: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f"seed = {value}\n")
+    with pytest.raises(InputError, match=f"config {config} is not valid TOML"):
+        load_runs(config, [])
+    with pytest.raises(InputError, match=r"--set seed: .*allowed: a value of TOML"):
+        load_runs(TINY, [f"seed={value}"])
+
+
+@pytest.mark.parametrize("override", ["train.lr=0x" + 5000 * "f", "train.lr" + 3000 * ".a" + "=1"])
+def test_what_python_can_not_write_is_refused(override: str) -> None:
+    with pytest.raises(InputError, match="too large to show is not allowed"):
+        load_runs(TINY, [override])

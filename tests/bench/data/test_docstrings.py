@@ -59,6 +59,7 @@ def test_docstrings_texts_are_clean_and_unique(docstrings: tuple[TextDataset, fl
     assert max(Counter(text.lower() for text in texts).values()) == 1
 
 
+@pytest.mark.slow
 def test_docstrings_are_the_same_twice(docstrings: tuple[TextDataset, float]) -> None:
     dataset, _ = docstrings
     assert load_dataset(DatasetConfig(name="docstrings")).digest == dataset.digest

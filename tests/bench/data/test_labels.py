@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from bench.config.sections import DatasetConfig
+from bench.data.labels import names_in
 from bench.data.texts import TextDataset, load_dataset
 from fedara_core.errors import InputError
 
@@ -202,6 +203,12 @@ def test_a_byte_order_mark_before_labels_is_skipped(tmp_path: Path) -> None:
 def test_half_a_character_in_a_name_is_refused(tmp_path: Path) -> None:
     message = refused(write_csv(tmp_path, ["a"], ["a"], ["a", "b\ud83d"]))
     assert r"labels.json: name 1: 'b\ud83d' holds a lone surrogate" in message
+
+
+def test_a_folder_for_labels_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").mkdir()
+    with pytest.raises(InputError, match=r"labels.json: cannot be read: .*Is a directory"):
+        names_in(tmp_path / "labels.json")
 
 
 def test_brackets_without_end_are_refused(tmp_path: Path) -> None:

@@ -171,8 +171,10 @@ def test_a_killed_run_has_died(tmp_path: Path) -> None:
     (status,) = read_status(tmp_path)
     assert (status.state, status.rounds_done) == ("died", 3)
     assert status.reason.startswith(f"process {pid} on host {socket.gethostname()} is gone; ")
-    (folder / "DONE").touch()
-    assert [run.state for run in read_status(tmp_path)] == ["done"]
+    (make_run(tmp_path / "b", "alone", 20, done=True) / "LOCK").write_text(
+        (folder / "LOCK").read_text()
+    )
+    assert [run.state for run in read_status(tmp_path / "b")] == ["done"]
 
 
 def test_a_run_that_holds_its_folder_has_not_died(tmp_path: Path) -> None:
@@ -260,6 +262,61 @@ def test_names_are_shown_as_they_are(tmp_path: Path, name: str) -> None:
     assert f"process {name} on host" in said.stdout
 
 
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        (None, "rounds.jsonl: holds 0 of 20 rounds"),
+        ("", "rounds.jsonl: holds 0 of 20 rounds"),
+        (7 * '{"round_index": 0}\n', "rounds.jsonl:2: round_index = 0; allowed: 0 to 19"),
+        ('{"round_index": 0}\n[1]\n', "rounds.jsonl:2: round_index = None"),
+    ],
+)
+def test_done_without_the_rounds_is_not_done(tmp_path: Path, rounds: str | None, said: str) -> None:
+    folder = make_run(tmp_path, "alone", 20, done=True)
+    (folder / "rounds.jsonl").unlink()
+    if rounds is not None:
+        (folder / "rounds.jsonl").write_text(rounds)
+    (status,) = read_status(tmp_path)
+    assert status.state == "failed"
+    assert status.reason.startswith(f"DONE is there, but {said}")
+
+
+def test_done_without_a_number_of_rounds_is_not_done(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "alone", 20, done=True)
+    (folder / "run.json").write_text("{}")
+    (status,) = read_status(tmp_path)
+    assert (status.state, status.num_rounds) == ("failed", None)
+    assert "run.json does not say how many rounds" in status.reason
+
+
+def test_a_long_name_stays_on_one_line(tmp_path: Path) -> None:
+    name = 240 * "n"
+    make_run(tmp_path, name, 2)
+    make_run(tmp_path, "short", 3)
+    said = CliRunner().invoke(app, ["status", str(tmp_path)], env={"COLUMNS": "40"})
+    lines = said.stdout.splitlines()
+    assert [line.split() for line in lines[1:3]] == [
+        [name, "interrupted", "2/20", "0.0", "0", "s", "ago"],
+        ["short", "interrupted", "3/20", "1.0", "0", "s", "ago"],
+    ]
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("run_id", ["[]", "7", '""', '"a/b"', '"\\u0000"', f'"{300 * "x"}"'])
+def test_a_plan_whose_run_has_no_name_is_refused(tmp_path: Path, run_id: str) -> None:
+    (tmp_path / f"{PLAN}.jsonl").write_text(f'{{"run_id": {run_id}}}\n')
+    with pytest.raises(InputError, match="line 0 is damaged"):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["run.json", "rounds.jsonl", "LOCK"])
+def test_a_folder_in_place_of_a_file_is_no_traceback(tmp_path: Path, file: str) -> None:
+    folder = make_run(tmp_path, "alone", 3)
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).mkdir()
+    assert [run.run_id for run in read_status(tmp_path)] == ["alone"]
+
+
 @pytest.mark.parametrize("file", ["run.json", "rounds.jsonl", "LOCK"])
 @pytest.mark.parametrize("damage", [b"", b"\xff\x00{", b"[1, 2]\n", b'{"round_index": "x"}\n'])
 def test_a_damaged_file_is_no_traceback(tmp_path: Path, file: str, damage: bytes) -> None:
@@ -329,7 +386,7 @@ def make_plan_of_200(folder: Path) -> Plan:
     config = folder / "big.toml"
     seeds = ", ".join(map(str, range(200)))
     config.write_text(f"{TINY.read_text()}\n[sweep]\nseed = [{seeds}]\n")
-    return make_plan(config, folder / "out", [])
+    return make_plan(config, folder / "out", ["federation.num_rounds=20"])
 
 
 def test_200_runs_in_two_seconds(tmp_path: Path) -> None:

@@ -166,9 +166,12 @@ def test_processes_that_agree() -> None:
 DAMAGE = {
     "gone": (lambda rows: None, "holds 0 of 3 rounds"),
     "short": (lambda rows: rows[:2], "holds 2 of 3 rounds"),
-    "twice": (lambda rows: [rows[0], rows[0], rows[2]], "are not 0 to 2, each once"),
+    "twice": (
+        lambda rows: [rows[0], rows[0], rows[2]],
+        "rounds.jsonl:2: round_index = 0; allowed: 0 to 2, each once",
+    ),
     "cut": (lambda rows: [rows[0][:9], *rows[1:]], "rounds.jsonl:1: not valid JSON"),
-    "list": (lambda rows: ["[]\n", *rows[1:]], "rounds.jsonl:1: no object with round_index"),
+    "list": (lambda rows: ["[]\n", *rows[1:]], "rounds.jsonl:1: no JSON object"),
 }
 
 
@@ -189,6 +192,40 @@ def test_rounds_that_are_not_there_are_never_done(damage: str, state: str, tmp_p
     said = run(tmp_path)
     assert (said.code, said.err.count("\n")) == (2, 1)
     assert wanted in said.err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("uplink_bytes", "many", "rounds.jsonl:1: uplink_bytes = 'many'; allowed: a number"),
+        ("seconds", {}, "rounds.jsonl:1: missing seconds.total"),
+        ("flops", 10**400, "rounds.jsonl:1: not valid JSON: 1000"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_not_gone_on_with(
+    key: str, value: object, wanted: str, tmp_path: Path
+) -> None:
+    assert run(tmp_path).code == 0
+    run_dir = only_run(tmp_path)
+    interrupt(run_dir)
+    first, *others = (run_dir / "rounds.jsonl").read_text().splitlines(keepends=True)
+    changed = json.dumps(json.loads(first) | {key: value}) + "\n"
+    (run_dir / "rounds.jsonl").write_text("".join([changed, *others]))
+    said = run(tmp_path)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert wanted in said.err
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "rounds.jsonl", "run.json"])
+def test_a_folder_in_place_of_a_file_is_one_line(name: str, tmp_path: Path) -> None:
+    assert run(tmp_path).code == 0
+    run_dir = only_run(tmp_path)
+    interrupt(run_dir)
+    (run_dir / name).unlink()
+    (run_dir / name).mkdir()
+    said = run(tmp_path)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert f"{name}: Is a directory; allowed: " in said.err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"\\ud800"'])

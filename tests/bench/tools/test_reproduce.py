@@ -93,5 +93,13 @@ def test_what_is_refused(record: Path) -> None:
     other = again(record)
     assert other.code == 2
     assert 'dataset_digest is "0123" there' in other.err
+    rows = (record / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (record / "rounds.jsonl").write_text("".join(rows[:2]))
+    short = again(record)
+    assert (short.code, short.err.count("\n")) == (2, 1)
+    assert f"{record} is no finished record" in short.err
+    assert "allowed: rounds.jsonl: holds 2 of 6 rounds; DONE says that it is whole" in short.err
+    (record / "run.json").write_text("{")
+    assert "allowed: run.json:1: not valid JSON" in again(record).err
     (record / "DONE").unlink()
-    assert "no finished record" in again(record).err
+    assert "allowed: no DONE" in again(record).err

@@ -4,10 +4,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
+from bench.ask import own_command
 from fedara_core.comm.rendezvous import SECONDS_KEY, check_interfaces, read_place
 from fedara_core.errors import InputError
 from support.launch import TINY, environment
@@ -199,3 +202,29 @@ def test_the_launcher_s_environment_is_the_default(monkeypatch: pytest.MonkeyPat
     for key, value in PLACE.items():
         monkeypatch.setenv(key, value)
     assert str(read_place(os.environ)) == str(read_place()) == "n1:29500"
+
+
+@pytest.mark.slow
+def test_a_foreign_program_at_the_port_is_no_trace(port: int) -> None:
+    """Neither of Python nor of C++, which torch logs."""
+    with socket.create_server(("127.0.0.1", port)) as server:
+
+        def answer() -> None:
+            with suppress(OSError):  # closed
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), SECONDS_KEY: "5"}
+        job = subprocess.run(
+            [*own_command(), "run", str(TINY), "--comm", "torch"],
+            env=environment() | place,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert job.returncode == 2
+    (line,) = job.stderr.splitlines()
+    assert line.startswith(f"fedara: --comm torch: the store at 127.0.0.1:{port} does not")

@@ -1,4 +1,4 @@
-"""What each key of a record must be, where analysis uses it; results/README.md says what it means.
+"""What each key of a record must be, where it is read; results/README.md says what it means.
 
 A shape is a Kind, a dict of shapes by key ("*": any other key), or a list with the shape of its
 entries. Keys without a shape may be anything.
@@ -26,7 +26,7 @@ Shape = Kind | dict[str, Any] | list[Any]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _is_whole(value: Any) -> bool:
@@ -95,8 +95,13 @@ RUN: dict[str, Shape] = {
     "total_seconds": AMOUNT,
     "energy_joules": {"*": NUMBER},
     "energy_source": TEXT,
+    "labels": [WORDS],
+    "config_hash": TEXT,
+    "prepare_seconds": AMOUNT,
+    "co2_grams": NUMBER,
     "device_profiles": {"*": {}},
     "parts": [{"world_size": COUNT}],
+    "energy_parts": [{"energy_joules": {"*": NUMBER}, "energy_source": TEXT, "co2_grams": NUMBER}],
 }
 # Keys of run.json, nested ones joined by a dot, without which no figure knows where a run belongs.
 REQUIRED_IN_RUN = [
@@ -177,7 +182,7 @@ def require_shape(value: Any, shape: Shape, place: str, name: str = "") -> None:
 def require_keys(row: dict[str, Any], keys: list[str], place: str) -> None:
     """Raises InputError unless all keys are there; those of nested objects are joined by a dot."""
     if missing := [key for key in keys if not _has(row, key)]:
-        raise InputError(f"{place}: missing {', '.join(missing)}")
+        raise InputError(f"{place}: missing {', '.join(missing)}; allowed: a whole record")
 
 
 def _has(row: Any, key: str) -> bool:

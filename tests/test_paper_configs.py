@@ -95,7 +95,7 @@ def test_summary_names_the_methods_paper(name: str) -> None:
 
 # The authors' lora_dropout, and whose learning rate they let decay linearly in each round.
 DROPOUT = dict.fromkeys(["fed_sb", "fedsa_lora", "fedsvd", "flexlora", "flora", "lora"], 0.05)
-DROPOUT["fedex_lora"] = 0.1
+DROPOUT |= {"fedrot_lora": 0.05, "fedex_lora": 0.1, "fslora": 0.1}
 LINEAR = {"bitfit", "fedadapter", "fedex_lora", "flexlora", "flora", "full", "lora"}
 
 

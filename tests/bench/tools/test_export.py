@@ -62,7 +62,8 @@ def base_model(auto: str, config: object) -> nn.Module:
         cls = getattr(transformers, auto)
         model = cls.from_pretrained(config.model.name, **({} if auto == "AutoModel" else LABELS))
         return model.eval()
-    classifier = build_model(config.model, num_classes=4, seed=config.seed)
+    padded = config.model.model_copy(update={"packing": False})  # what transformers itself reads
+    classifier = build_model(padded, num_classes=4, seed=config.seed)
     found = classifier.model.encoder if auto == "AutoModel" else classifier.model.model
     return found.eval()
 
@@ -118,6 +119,7 @@ def test_an_exported_run_has_the_same_logits(
         return
     said = export(run_dir, tmp_path / "out", chosen)
     assert f"{method_name} after round 3 of 3" in said
+    assert "packed" not in "".join(p.read_text() for p in (tmp_path / "out").glob("*.json"))
     logits = logits_of(tmp_path / "out", trained.config)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     untrained = build_model(trained.config.model, num_classes=4, seed=trained.config.seed).model

@@ -5,7 +5,7 @@ into parts (LoRA's A and B) and says which of them do not train. An adapter may 
 that are no rows and never train, such as a change of W0 from earlier rounds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,7 +128,9 @@ class AdaptedModel:
 
     module: the model itself; adapters: its adapters by name, in name order, the one order in which
     they are ever walked; vector (index.size,) float32: adapters' parts and whole parameters are
-    views of it; gradient (index.num_trained,): their gradients are views of it.
+    views of it; gradient (index.num_trained,): their gradients are views of it; fixed: the tensors
+    that it was given besides the vector; above_prefix: gives the logits where layers are not run
+    (fedara_core/prefix.py).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -140,7 +142,15 @@ class AdaptedModel:
         self.vector = torch.zeros(0)
         self.gradient = torch.zeros(0)
         self._layout: tuple[Index, AdapterForm, bool] | None = None
-        self._fixed = NOTHING_FIXED
+        self.fixed = NOTHING_FIXED
+        self.above_prefix: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits (n, num_classes) of a batch: input_ids, attention_mask (n, length), texts (n,)."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if self.above_prefix is None:
+            return self.module(ids, mask)  # type: ignore[no-any-return]
+        return self.above_prefix(ids, mask, batch["texts"])
 
     @property
     def whole_parameters(self) -> dict[str, nn.Parameter]:
@@ -176,7 +186,7 @@ class AdaptedModel:
         """
         if self._layout != (index, form, keep_dead):
             self._lay_out(index, form, keep_dead)
-        if fixed is not self._fixed:  # a change of W0 is added once a round, not once a client
+        if fixed is not self.fixed:  # a change of W0 is added once a round, not once a client
             self._fix(fixed)
         self.vector.copy_(vector)
 
@@ -215,7 +225,7 @@ class AdaptedModel:
             if "delta" in adapter.fixed:
                 delta = adapter.fixed.pop("delta")
                 adapter.fixed["weight"] = adapter.base.weight.detach() + delta
-        self._fixed = fixed
+        self.fixed = fixed
 
 
 def inject(

@@ -27,7 +27,7 @@ from fedara_core.state import ServerState, Start, relaid, truncated
 from fedara_core.wire import Header, Upload, make_upload, message_bytes
 
 _NORM_VALUES = 1 << 16  # of a chunk of the gradient's norm
-Batch = Mapping[str, Tensor]  # input_ids, attention_mask (n, length); labels (n,)
+Batch = Mapping[str, Tensor]  # input_ids, attention_mask (n, length); labels, texts (n,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Client:
         self.gradient.zero_()
         device = batch["input_ids"].device.type
         with torch.autocast(device, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            logits = self.model.module(batch["input_ids"], batch["attention_mask"])
+            logits = self.model.logits(batch)
         loss = functional.cross_entropy(logits.float(), batch["labels"])  # logits (n, num_classes)
         loss.backward()  # type: ignore[no-untyped-call]
         self.losses.append(loss.detach())

@@ -64,11 +64,15 @@ def decay(schedule: Schedule, done: int, total: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Tokenised examples: input_ids (n, max_length) int32, padded; lengths, labels (n,) int64."""
+    """Tokenised examples: input_ids (n, max_length) int32, padded; lengths, labels (n,) int64.
+
+    first_text: the number of the first of them among all texts of a run.
+    """
 
     input_ids: Tensor
     lengths: Tensor
     labels: Tensor
+    first_text: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,6 +86,7 @@ class Encoded:
             "input_ids": self.input_ids[index, :longest].long().to(device),  # (n, longest)
             "attention_mask": (positions < lengths[:, None]).long().to(device),  # (n, longest)
             "labels": self.labels[index].to(device),  # (n,)
+            "texts": index + self.first_text,  # (n,)
         }
 
 

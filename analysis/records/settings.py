@@ -21,6 +21,7 @@ USUAL_SETTINGS: dict[str, float | str | bool] = {
     "model.attention": "sdpa",
     "model.dropout_masks": "words",
     "model.packing": True,
+    "train.frozen_prefix": "recompute",
     "train.proximal_mu": 0.0,
     "train.round_schedule": "constant",
     "train.schedule": "constant",

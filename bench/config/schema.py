@@ -28,7 +28,7 @@ YOUNGER_KEYS = {
         *("server_momentum", "server_beta2", "server_tau"),
     ),
     "model": ("attention", "packing", "dropout_masks"),
-    "train": ("schedule", "round_schedule", "proximal_mu"),
+    "train": ("schedule", "round_schedule", "proximal_mu", "frozen_prefix"),
 }
 
 

@@ -299,6 +299,11 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward and backward pass; parameters stay in fp32."""
 
+    frozen_prefix: Literal["recompute", "cache"] = "recompute"
+    """Layers below the lowest one that trains: "recompute" runs them in every step. "cache" runs
+    them once for each text, without dropout, and keeps the hidden states. In models that read
+    packed texts (model.packing)."""
+
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.local_steps is None) == (self.local_epochs is None):
@@ -334,6 +339,10 @@ class SystemConfig(Section):
 
     checkpoint_every: int = Field(default=1, ge=1)
     """Rounds between two checkpoints. A job that was killed repeats the rounds after the last."""
+
+    prefix_mb: int = Field(default=1024, ge=1)
+    """Most megabytes of each process for train.frozen_prefix = "cache". The bits do not depend on
+    it."""
 
     @model_validator(mode="after")
     def _threads_positive(self) -> "SystemConfig":

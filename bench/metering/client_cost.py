@@ -55,26 +55,32 @@ class ClientCounter:
     def counts_flops(self) -> bool:
         return self._flops is not None
 
-    def step_cost(self) -> StepCost | None:
-        """The cost of a local step on the model as it is now, after a download."""
+    def step_cost(self, depth: int = 0) -> StepCost | None:
+        """The cost of a local step on the model as it is now, after a download. depth: of the
+        layers that do not run in it."""
         try:
-            return self._flops.now() if self._flops else None
+            return self._flops.now(depth) if self._flops else None
         except Exception as error:  # as above
             self._flops = None
             _warn_no_flops(error)
             return None
 
     def counts(
-        self, client: Client, step: StepCost | None, shapes: Iterable[BatchShape]
+        self,
+        client: Client,
+        step: StepCost | None,
+        shapes: Iterable[BatchShape],
+        alone: Iterable[BatchShape] = (),
     ) -> dict[str, Any]:
-        """The counted fields of ClientCost, of a client that has trained on such batches."""
+        """The counted fields of ClientCost, of a client that has trained on such batches. alone:
+        texts for which the layers ran that do not run in a step."""
         parts = [p for adapter in self._adapters for p in adapter.parts.values()]
         counts: dict[str, Any] = {
             "adapter_bytes": sum(p.nbytes for p in parts),
             "optimizer_bytes": _optimizer_bytes(client),
         }
         if step is not None:
-            counts["flops"] = step.total(shapes)
+            counts["flops"] = step.total(shapes) + step.prefix_total(alone)
             for key in ("lowest", "num_layers", "num_backward_layers"):
                 counts[key] = getattr(step, key)
         return counts

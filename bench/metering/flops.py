@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fedara_core.adapters import AdaptedModel, Adapter, AdapterForm
+from fedara_core.prefix import layer_stack
 from fedara_core.values import Shape
 
 _NUM_EXAMPLES = (2, 3)  # the grid of shapes; in steps of 1, for `_at`
@@ -43,6 +44,7 @@ _ATEN = torch.ops.aten
 _MATMULS = frozenset([_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm])
 
 Counts = tuple[int, int]  # FLOPs of the forward pass, of the backward pass
+_Grid = Sequence[Sequence[Counts]]  # by _NUM_EXAMPLES, by _LENGTHS
 
 
 class Uncountable(ValueError):
@@ -72,7 +74,8 @@ class StepCost:
     lowest: str | None
     num_layers: int
     num_backward_layers: int
-    grid: Sequence[Sequence[Counts]]  # by _NUM_EXAMPLES, by _LENGTHS
+    grid: _Grid
+    prefix_grid: _Grid  # of the layers that do not run in a step
 
     def flops(self, num_examples: int, length: int, num_tokens: int | None = None) -> int:
         """FLOPs of one batch, forward and backward. num_tokens: see BatchShape; None: with padding
@@ -88,11 +91,15 @@ class StepCost:
         """FLOPs of the local steps on such batches."""
         return sum(self.flops(*shape) for shape in shapes)
 
-    def _at(self, part: int, shape: BatchShape) -> int:
+    def prefix_total(self, shapes: Iterable[BatchShape]) -> int:
+        """FLOPs of the layers that do not run in a step, on such batches."""
+        return sum(self._at(0, shape, self.prefix_grid) for shape in shapes)
+
+    def _at(self, part: int, shape: BatchShape, grid: _Grid | None = None) -> int:
         """Newton's interpolation on the grid, exact in integers; less what padding would cost."""
         i, j = shape.num_examples - _NUM_EXAMPLES[0], shape.length - _LENGTHS[0]
         rows, per_token = [], []
-        for counts in self.grid:
+        for counts in self.grid if grid is None else grid:
             f0, f1, f2 = (count[part] for count in counts)
             square = (f2 - 2 * f1 + f0) // 2  # attention's, of length^2
             rows.append(f0 + j * (f1 - f0) + j * (j - 1) * square)
@@ -121,18 +128,24 @@ class StepFlops:
         self._tapes = [[record(n, length) for length in _LENGTHS] for n in _NUM_EXAMPLES]
         self._check(record(*_OFF_GRID))
 
-    def now(self) -> StepCost:
-        """The cost of a local step on the model as it stands, such as after a download."""
+    def now(self, depth: int = 0) -> StepCost:
+        """The cost of a local step on the model as it stands, such as after a download. depth: how
+        many layers do not run in it, since their outputs are kept."""
         layers = [_layer(adapter) for adapter in self._adapters]
         trains = [layer.trains for layer in layers] + [p.requires_grad for p in self._whole]
         live = sum(1 << i for i, trained in enumerate(trains) if trained)
-        key = (live, *layers)
+        key = (live, depth, *layers)
         if key not in self._costs:
-            self._costs[key] = self._cost(live, layers)
+            self._costs[key] = self._cost(live, layers, depth)
         return self._costs[key]
 
-    def _cost(self, live: int, layers: Sequence["_Layer"]) -> StepCost:
-        grid = [[self._count(tape, live, layers) for tape in tapes] for tapes in self._tapes]
+    def _cost(self, live: int, layers: Sequence["_Layer"], depth: int = 0) -> StepCost:
+        whole = [[self._count(tape, live, layers) for tape in tapes] for tapes in self._tapes]
+        below = [[self._count(tape, live, layers, depth) for tape in ts] for ts in self._tapes]
+        grid = [
+            [(all_f - f, all_b - b) for (all_f, all_b), (f, b) in zip(*rows, strict=True)]
+            for rows in zip(whole, below, strict=True)
+        ]
         tape = self._tapes[0][0]
         order = [source for source in tape.order if live & source]
         reached = [c for c in tape.calls if live & (c.depends | c.source) and tape.reaches & c.bit]
@@ -141,15 +154,19 @@ class StepFlops:
             num_layers=len(tape.calls),
             num_backward_layers=len(reached),
             grid=grid,
+            prefix_grid=below,
         )
 
-    def _count(self, tape: "_Tape", live: int, layers: Sequence["_Layer"]) -> Counts:
-        """FLOPs of one traced shape if the sources `live` train."""
+    def _count(
+        self, tape: "_Tape", live: int, layers: Sequence["_Layer"], depth: int | None = None
+    ) -> Counts:
+        """FLOPs of one traced shape if the sources `live` train. depth: of so many layers alone."""
+        num_matmuls, num_calls = (None, None) if depth is None else tape.ends[depth]
         forward = backward = 0
-        for matmul in tape.matmuls:
+        for matmul in tape.matmuls[:num_matmuls]:
             forward += matmul.flops
             backward += matmul.backward(live, tape.reaches)
-        for call in tape.calls:
+        for call in tape.calls[:num_calls]:
             one, two = self._layer_counts(call.adapter, layers, bool(live & call.depends))
             more = call.num_rows - 1  # both counts are linear in the rows of x
             forward += one[0] + more * (two[0] - one[0])
@@ -264,6 +281,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.matmuls: list[_Matmul] = []
         self.calls: list[_Call] = []
         self.order: dict[int, None] = {}  # bits of sources, by first use
+        self.ends = [(0, 0)]  # matmuls and calls before the first layer, then after each
         self.reaches = 0
         self._sources = sources  # id of a parameter -> its bit
         self._bits: dict[int, int] = {}  # id of a tensor -> its bits
@@ -287,6 +305,10 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self.write(tensor, bits)
         return out
+
+    def layer_ends(self, *_: Any) -> None:
+        """Note that one of the model's layers has run; a forward hook."""
+        self.ends.append((len(self.matmuls), len(self.calls)))
 
     def call(self, adapter: int, x: Tensor, out: Tensor) -> None:
         """Note the call of a wrapped layer on x, with this output."""
@@ -342,8 +364,11 @@ def _record(
     for module in bare.modules():
         if isinstance(module, _Bare):
             module.tape = tape
+    hooks = [layer.register_forward_hook(tape.layer_ends) for layer in layer_stack(bare)]
     device = next(bare.parameters()).device
     ids = torch.ones(num_examples, length, dtype=torch.int64, device=device)
     with sdpa_kernel([SDPBackend.MATH]), torch.no_grad(), tape:
         tape.reaches = tape.bits(bare(ids, torch.ones_like(ids)))
+    for hook in hooks:
+        hook.remove()
     return tape

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.metering.client_cost import ClientCost, batch_shape
+from bench.metering.flops import BatchShape
 from bench.metering.meter import Meter
 from bench.run.arrivals import Arrivals
 from bench.run.job import ClientState, Job
@@ -115,13 +116,19 @@ def train_client(
         client = make_client(job, client_id)
         size = job.method.download(job.model, state, client)
         start_client(client, job.method, job.training, state)
-    step = job.counter.step_cost() if job.counter else None
+    depth = 0
+    if job.prefix:
+        job.prefix.settle()
+        job.prefix.computed.clear()
+        depth = job.prefix.depth
+    step = job.counter.step_cost(depth) if job.counter else None
     shapes = []
     with meter.phase("local_train"):
         for batch in client_batches(job, state.round_index, client_id):
             shapes.append(batch_shape(job.model.module, batch))
             job.method.local_step(client, batch)
-    counts = job.counter.counts(client, step, shapes) if job.counter else {}
+    alone = [BatchShape(1, n, n) for n in job.prefix.computed] if job.prefix else []
+    counts = job.counter.counts(client, step, shapes, alone) if job.counter else {}
     counts["activation_bytes"] = meter.device_bytes_above_rest()
     with meter.phase("pack"):
         upload = job.method.upload(client, state)

@@ -150,7 +150,7 @@ class Evaluator:
         self.model.module.eval()
         batch = self.data.batch(piece, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model.module(batch["input_ids"], batch["attention_mask"]).float()
+            logits = self.model.logits(batch).float()
         loss = float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
         counts = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
         predicted = logits.argmax(dim=1).cpu().numpy()

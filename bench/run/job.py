@@ -26,6 +26,7 @@ from fedara_core.compression import Compression
 from fedara_core.dropout import with_fast_dropout
 from fedara_core.errors import InputError
 from fedara_core.method import Method
+from fedara_core.prefix import FrozenPrefix
 from fedara_core.state import ServerState, Start
 from fedara_core.train import Encoded, LocalTraining
 
@@ -52,6 +53,7 @@ class Job:
     device: torch.device
     client_state: ClientState = field(default_factory=dict)  # what this process's clients keep
     counter: ClientCounter | None = None
+    prefix: FrozenPrefix | None = None  # with train.frozen_prefix = "cache"
     devices: dict[str, Device] = field(default_factory=dict)  # to model each round on
     computes: dict[str, Any] = field(default_factory=dict)  # how the model does, for the record
     prepare_seconds: float = 0.0  # of this process
@@ -118,9 +120,12 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
         state=state,
         fleet=fleet,
         labels=dataset.labels,
-        training=LocalTraining(**config.train.model_dump()),
+        training=LocalTraining(**config.train.model_dump(exclude={"frozen_prefix"})),
         train=encode(config.model, [texts[i] for i in train_index], labels[train_index]),
-        evaluated=encode(config.model, evaluated_texts, evaluated_labels),
+        evaluated=replace(
+            encode(config.model, evaluated_texts, evaluated_labels), first_text=len(train_index)
+        ),
+        prefix=_open_prefix(config, model),
         shards=shards,
         label_counts=label_counts(labels[train_index], shards, num_classes),
         partition_summary=[entry | fleet.facts(entry["client_id"]) for entry in partition_summary],
@@ -133,6 +138,19 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return replace(job, prepare_seconds=perf_counter() - start)
+
+
+def _open_prefix(config: RunConfig, model: AdaptedModel) -> FrozenPrefix | None:
+    """What keeps the states of the frozen layers, where the config says so. Raises InputError."""
+    if config.train.frozen_prefix == "recompute":
+        return None
+    if not getattr(model.module, "packed", False):
+        raise InputError(
+            f"train.frozen_prefix = 'cache': model.name = {config.model.name!r} does not read "
+            "texts without padding here; allowed: recompute, or a model that does and "
+            "model.packing = true"
+        )
+    return FrozenPrefix(model, config.system.prefix_mb * 10**6)
 
 
 def build(

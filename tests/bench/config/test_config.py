@@ -65,6 +65,7 @@ OTHER_VALUES = {
     "train.max_grad_norm": "2.0",
     "train.local_steps": "5",
     "train.batch_size": "9",
+    "train.frozen_prefix": "cache",
     "train.precision": "bf16",
     "evaluate.every": "2",
     "evaluate.split": "validation",

@@ -161,6 +161,18 @@ class Method:
         Returns what a server would send for it.
         """
         model.load(state.vector, state.index, self.form(state), fixed=state.fixed)
+        return self.message_size(state, client)
+
+    def message_size(self, state: ServerState, client: Client | None) -> Size:
+        """What a server would send to the client, by one rule for all methods: what the seed and
+        the pretrained model give is free. Before the first upload that is the whole start, its
+        head and rank_masks too."""
+        if client is None or state.is_start:
+            return Size(num_values=0)
+        return self.downlink(state, client.client_id)
+
+    def downlink(self, state: ServerState, client_id: int) -> Size:
+        """What a server would send to a client once an upload has come."""
         return Size(num_values=state.index.num_sent)
 
     def local_step(self, client: Client, batch: Batch) -> None:
@@ -213,11 +225,10 @@ class Alternating(Method):
         resting = "B" if state.round_index % 2 else "A"
         return LowRank(scale=state.adapter.scale, frozen=(resting,))
 
-    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        """The half that rests in this round, which the last one trained, travels; both to a client
-        that missed that, and in round 0."""
-        super().download(model, state, client)
-        if client is None or state.round_index == 0 or state.rounds_behind(client.client_id) > 1:
+    def downlink(self, state: ServerState, client_id: int) -> Size:
+        """The half that rests in this round, which the last one trained; both to a client that
+        missed that, as soon as both have trained."""
+        if state.round_index > 1 and state.rounds_behind(client_id) > 1:
             return Size(num_values=state.index.size)
         rested = sum(t.numel() for p in self.form(state).frozen for t in state.parts[p].values())
         return Size(num_values=rested + state.index.num_sent - state.index.num_row_values)
@@ -235,6 +246,15 @@ def with_mean(state: ServerState, mean: Tensor) -> Tensor:
     num_sent = state.index.num_sent
     rest = state.vector[num_sent:]
     return torch.cat([mean[:num_sent], rest]) if len(rest) else mean[:num_sent]
+
+
+def mean_with_unsent(state: ServerState, received: Received, zero: str = "") -> Tensor:
+    """The clients' mean (num_sent,) where they send triplets of their own choice: one that a client
+    has not sent counts as it was in the state, but for the part `zero`, which counts as zero."""
+    absent = state.index.per_value(1 - received.share_of_bits(), whole=0.0)  # share of the clients
+    if zero in state.index.runs:
+        absent[state.index.runs[zero]] = 0
+    return (received.mean.double() + absent * state.sent.double()).float()
 
 
 def missed_values(state: ServerState, client_id: int) -> int:

@@ -94,6 +94,9 @@ class FedAra(Method):
         if client is not None:
             client.notes["votes"] = self.votes(state)
             client.notes["importance"] = ImportanceMeter(self.importance)
+        return self.message_size(state, client)
+
+    def downlink(self, state: ServerState, client_id: int) -> Size:
         num_bits = state.num_triplets if self.rank_allocation else 0
         return Size(num_values=state.index.num_sent, num_bits=num_bits)
 

@@ -46,6 +46,6 @@ class FeDeRA(Method):
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         size = super().download(model, state, client)
-        if client is not None and state.round_index and state.first_time(client.client_id):
+        if client is not None and state.first_time(client.client_id):
             return replace(size, num_exact=state.index.num_row_values)  # A0 and B0
         return size

@@ -14,12 +14,11 @@ Deviation: means are weighted by num_examples (the authors' code takes plain one
     [p_k (A_k - mean(A))], K r rows; these sum to zero over k, so that (K - 1) r rows would do.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from fedara_core.adapters import AdaptedModel
 from fedara_core.merge.received import Received
-from fedara_core.method import Client, Method, Size, missed_values
+from fedara_core.method import Method, Size, missed_values
 from fedara_core.state import ServerState, Start, with_added_delta, with_zero_delta
 
 
@@ -33,11 +32,9 @@ class FedExLora(Method):
     def init(self, start: Start) -> ServerState:
         return with_zero_delta(super().init(start))
 
-    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        size = super().download(model, state, client)
-        if client is None:
-            return size
-        return replace(size, num_exact=missed_values(state, client.client_id))
+    def downlink(self, state: ServerState, client_id: int) -> Size:
+        num_exact = missed_values(state, client_id)
+        return Size(num_values=state.index.num_sent, num_exact=num_exact)
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         after = super().aggregate(state, received)

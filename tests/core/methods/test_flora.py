@@ -147,14 +147,11 @@ def entropy_rank(matrix: Tensor) -> float:
 
 
 def test_the_stack_spans_more_than_one_clients_rows() -> None:
-    """What the downlink pays for. Mean entropy rank of the merged changes of a round of eight
-    clients of lora_rank 4: with one A for all 2.1, at most 4."""
-    job = make_tiny_job(FLORA, "federation.cohort=8", "train.lr=2e-2", "train.local_steps=20")
-    (played,) = play_rounds(job, num_rounds=1)
-    deltas = played.after.fixed["delta"].values()
-    assert all(torch.linalg.matrix_rank(delta, rtol=1e-4) > 4 for delta in deltas)
-    ranks = [entropy_rank(delta) for delta in deltas]
-    print(sum(ranks) / len(ranks))
+    """What the downlink pays for: the mean entropy rank of the merged changes of one round of eight
+    clients of lora_rank 4 is 5.4; with one A for all of them it was 2.5."""
+    (played,) = play_rounds(make_tiny_job(FLORA, "federation.cohort=8"), num_rounds=1)
+    ranks = [entropy_rank(delta) for delta in played.after.fixed["delta"].values()]
+    assert np.mean(ranks) > 5
 
 
 def test_one_client_is_lora_for_a_round() -> None:

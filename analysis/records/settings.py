@@ -11,6 +11,9 @@ USUAL_SETTINGS = {
     "clients.dropout": 0.0,
     "clients.over_selection": 1.0,
     "clients.speed_spread": 0.0,
+    "method.e_lr_factor": 1.0,
+    "method.freeze_head": False,
+    "method.rounding": "floor",
 }
 
 # Sections of the config that change results. Others, such as [system], do not; dotted columns of

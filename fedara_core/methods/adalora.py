@@ -13,7 +13,7 @@ Equations: W = W0 + scale B diag(E) A (the paper's P Lambda Q), all trained; A, 
 Up: the client's own b(t) triplets, d_in + 1 + d_out floats each, the head, and one mask bit per
     live triplet.
 Down: live triplets (the union of the last uploads), the head, and the rank_mask, one bit per
-    triplet.
+    triplet; in round 0 nothing.
 Shapes: A (r, d_in), E (r,), B (d_out, r); row i = [A[i], E[i], B[:, i]].
 Regrowth: a client trains the whole union, so a triplet that it pruned may come back to it while
     another client keeps it; what the whole cohort prunes is gone.

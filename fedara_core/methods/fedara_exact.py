@@ -9,7 +9,8 @@ Equations: clients train W = W0 + scale B diag(E) A; A, B Gaussian, E = 0 at the
     update least. b(t) is the cubic of arXiv 2303.10512 over rounds; clients score and vote nothing.
     A = V^T, B = U, E = S / scale: A and B orthonormal, all of the magnitude in E.
 Up: live triplets, d_in + 1 + d_out floats each, and the head.
-Down: live triplets, the head, and the rank_mask, one bit per triplet (a client may be new).
+Down: live triplets, the head, and the rank_mask, one bit per triplet (a client may be new);
+    in round 0 nothing.
 Shapes: A (r, d_in), E (r,), B (d_out, r); row i = [A[i], E[i], B[:, i]].
 Rank-deficient sums: a singular value within float32's rounding of zero has no vectors of its own;
     its triplet is dead, a row of zeros, whatever the budget (so an adapter whose E never moved is

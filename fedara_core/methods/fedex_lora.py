@@ -7,7 +7,7 @@ goes into the base weight, so that the server's model is exactly the mean of the
 Up: r (d_in + d_out) floats per adapter, and the head.
 Down: r (d_in + d_out) floats per adapter, K r (d_in + d_out) of the last residual's factors for a
     cohort of K, and the head. A client that missed more rounds gets their residuals, too; where the
-    dense change is less, it gets that, d_in d_out. In round 0 there is no residual.
+    dense change is less, it gets that, d_in d_out. In round 0 nothing.
 Shapes: A (r, d_in), B (d_out, r), row i = [A[i], B[:, i]]; delta (d_out, d_in) is W - W0.
 Deviation: means are weighted by num_examples (the authors' code takes plain ones). What a client
     has to catch up on, and the dense limit, are ours. The residual's factors are [B_k] and

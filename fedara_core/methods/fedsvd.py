@@ -6,7 +6,7 @@ Equations: W = W0 + scale B A. Clients train B with A fixed, so its mean B = sum
 The row space of A never changes (B A lies in it): the SVD turns the basis within. SGD can not tell,
     its steps on B turn along; what AdamW does with each weight depends on the basis.
 Up: r d_out floats per adapter, and the head.
-Down: r (d_in + d_out) floats per adapter, and the head.
+Down: r (d_in + d_out) floats per adapter, and the head; in round 0 nothing.
 Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]]; U (d_out, r), S (r,), V^T (r, d_in).
 Deviation: A's random draw is orthonormal too (the authors' code starts from LoRA's draw, B = 0, and
     has orthonormal rows from the first SVD on); the head trains and is averaged, so that heads are

@@ -9,14 +9,14 @@ arXiv 2401.06432.
    weights S_k / sum S, S_k = ||B_k A_k||_F. (Equal S_k make it FedAvg of LoRA with equal weights.)
 Up: r_k (d_in + d_out) floats per adapter (floor(gamma r_k) for r_k in a round of pruning), and the
     head.
-Down: r_k (d_in + d_out) floats per adapter, and the head.
+Down: r_k (d_in + d_out) floats per adapter, and the head; in round 0 nothing.
 Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
 Deviation: the head is averaged by num_examples, as in all methods here. The paper writes one layer;
     over all adapters S_k is the norm of all B_k A_k together and the tail's norm a sum, so that a
     client has one weight and one r_k. r_k stays at 1 or above. Rows that no client of the cohort
     holds keep their values, since a row of zeros could never train again, and are pruned once they
     are beyond every client's r_k. How gamma r_k becomes a whole number could not be checked in the
-    paper: floor drops a triplet at every pruning, "nearest" none below r_k = 50 at gamma = 0.99.
+    paper: floor drops a triplet at every pruning, "nearest" none below r_k = 51 at gamma = 0.99.
     scale is lora_alpha / lora_rank at every client, whatever its r_k. The default of `penalty` is
     ours.
 """

@@ -12,8 +12,8 @@ Equations: W = W0 + scale B A. Even rounds (from 0) train B with A fixed, odd ro
 Up: the trained half of the chosen triplets, r_k d_out floats per adapter on average in even rounds
     and r_k d_in in odd ones, the head, and one mask bit per triplet.
 Down: the half that the last round trained, r d_in floats per adapter in even rounds and r d_out in
-    odd ones, and the head; r (d_in + d_out) to a client that was not in the last round's cohort,
-    and in round 0.
+    odd ones, and the head; from round 2 on r (d_in + d_out) to a client that was not in the last
+    round's cohort. In round 0 nothing.
 Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
 Deviation: the paper probes for one epoch and then, by its Algorithm 2, trains 5 from the start;
     here the probe is the first local steps of the round, so that all methods train equally long,

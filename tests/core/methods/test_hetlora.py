@@ -280,6 +280,17 @@ def test_a_client_prunes_where_its_tail_shrank() -> None:
     assert after.adapter.client_lora_ranks == ranks
 
 
+@pytest.mark.parametrize(
+    ("rounding", "kept"), [("floor", {1: 1, 10: 9, 49: 48, 50: 49}), ("nearest", {10: 10, 49: 49})]
+)
+def test_rounding_decides_whether_small_ranks_prune(rounding: str, kept: dict[int, int]) -> None:
+    """0.99 r to the nearest whole number is r below 50, so that such a client has no tail."""
+    method = HetLora(gamma=0.99, rounding=rounding)
+    assert {lora_rank: method._kept(lora_rank) for lora_rank in kept} == kept
+    assert HetLora(gamma=0.99, rounding="nearest")._kept(51) == 50
+    assert HetLora(gamma=0.5, rounding="nearest")._kept(1) == 1
+
+
 def test_pruning_keeps_the_first_rows() -> None:
     """And only where the tail's norm is below the downloaded one, not where it equals it."""
     job = make_tiny_job(HETLORA)

@@ -261,7 +261,9 @@ def test_it_learns(complete: Complete) -> None:
             break
     assert learnt, (losses, rounds[-1].row["accuracy"])
     first, last = _rows(rounds[0].before), _rows(rounds[-1].after)
-    assert not [name for name in last if torch.equal(first[name], last[name])]
+    still = [name for name in last if torch.equal(first[name], last[name])]
+    # Clients that choose rows may all leave out an adapter.
+    assert len(still) < len(last) / 2 if job.method.combine == "masked" else not still
 
 
 def test_a_run_resumes_with_the_same_bits(complete: Complete, tmp_path: Path) -> None:

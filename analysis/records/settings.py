@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.records.names import shown
 
 # The values at which records ran that are older than these keys. Most runs have them.
-USUAL_SETTINGS = {
+USUAL_SETTINGS: dict[str, float | bool | str] = {
     "clients.dropout": 0.0,
     "clients.over_selection": 1.0,
     "clients.speed_spread": 0.0,

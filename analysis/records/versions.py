@@ -10,15 +10,22 @@ def with_versions(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with the columns results_version and method_version, and their method marked where
     others of the same method are newer: "lora_a2 (v1)"."""
     versions = runs.reindex(columns=[*_MARKS]).astype(float).fillna(1).astype(int)
-    marks = pd.Series("", index=runs.index)
-    for _, group in versions.groupby(runs["method"]):
-        newest = max(group.itertuples(index=False, name=None))
+    runs = runs.assign(**{key: versions[key] for key in _MARKS})
+    for method, group in runs.groupby("method"):
+        pairs = list(zip(*(group[key] for key in _MARKS), strict=True))
         differing = [key for key in _MARKS if group[key].nunique() > 1]
-        for run, row in group.iterrows():
-            if tuple(row) != newest:
-                texts = [f"{_MARKS[key]}{row[key]}" for key in differing]
-                marks[run] = f" ({', '.join(texts)})"
-    return runs.assign(**versions, method=runs["method"] + marks)
+        names = [
+            str(method) if pair == max(pairs) else f"{method} ({_mark(pair, differing)})"
+            for pair in pairs
+        ]
+        runs.loc[group.index, "method"] = names
+    return runs
+
+
+def _mark(pair: tuple[int, ...], keys: list[str]) -> str:
+    """The values of these keys, such as "results v1, v2"."""
+    values = dict(zip(_MARKS, pair, strict=True))
+    return ", ".join(f"{_MARKS[key]}{values[key]}" for key in keys)
 
 
 def version_sentences(panel: str, runs: pd.DataFrame) -> list[str]:

@@ -23,12 +23,13 @@ from fedara_core.merge.received import Received, mean_of_whole
 from fedara_core.method import Client, Method, Size, missed_values, next_state
 from fedara_core.seeds import derive
 from fedara_core.state import ServerState, Start, with_added_delta, with_zero_delta
+from fedara_core.values import Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class FLora(Method):
     """No hyperparameters of its own; capacities are adapter.client_lora_ranks, a shared setting.
-    The rows of the server's state stay at the start, B = 0: what was learnt is in the delta."""
+    The server's own rows start afresh, too, B = 0: what was learnt is in the delta."""
 
     combine: ClassVar = "gather"
     version: ClassVar[int] = 2
@@ -42,10 +43,9 @@ class FLora(Method):
             return super().download(model, state, client)
         own = self.own_state(state, client.client_id)
         vector = own.vector.clone()
-        seed = derive(state.seed, "restart", state.round_index, client.client_id)
-        fresh = lora_parts(state.adapter, seed)["A"]
+        drawn = fresh(state, state.round_index, client.client_id)["A"]
         for name, a in own.index.parts(vector)["A"].items():  # (r_k, d_in)
-            a.copy_(fresh[name][: len(a)])
+            a.copy_(drawn[name][: len(a)])
         return super().download(model, replace(own, vector=vector), client)
 
     def downlink(self, state: ServerState, client_id: int) -> Size:
@@ -57,8 +57,13 @@ class FLora(Method):
             self.own_state(state, upload.client_id).index.parts(upload.values)
             for upload in received.uploads
         ]
-        vector = state.vector.clone()
+        vector = state.index.pack(fresh(state, state.round_index + 1), state.whole)
         vector[state.index.runs[""]] = mean_of_whole(received.uploads, state.index)
         after = next_state(state, received, vector=vector)
         num_rows = sum(state.adapter.client_lora_ranks[k] for k in received.client_ids)
         return with_added_delta(after, zip(clients, received.shares, strict=True), num_rows)
+
+
+def fresh(state: ServerState, *numbers: int) -> dict[str, Tensors]:
+    """LoRA's start, drawn from the seed and from the round and, for a client's, the client_id."""
+    return lora_parts(state.adapter, derive(state.seed, "restart", *numbers))

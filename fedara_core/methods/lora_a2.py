@@ -19,9 +19,10 @@ Deviation: the paper probes for one epoch and then, by its Algorithm 2, trains 5
     here the probe is the first local steps of the round, so that all methods train equally long,
     and the chosen triplets keep its progress. The paper's dB_i is what the epoch changed: after few
     steps of Adam every change is about as large as the learning rate, and all clients would choose
-    by ||A_i||; a sum of gradients is the change that SGD would make. The others are put back after
-    each step: Adam's momentum and weight decay would move them even without gradients. The head
-    trains and is averaged, so that heads are alike in all methods; the paper freezes it
+    by ||A_i||; a sum of gradients is the change that SGD would make. Other than Adam's it tells
+    layers of large gradients from those of small ones, which may stay unchosen for good. The other
+    triplets are put back after each step: Adam's momentum and weight decay would move them even
+    without gradients. The head trains and is averaged, so that heads are alike in all methods; the paper freezes it
     (freeze_head = true).
 """
 
@@ -44,8 +45,8 @@ from fedara_core.wire import Upload
 class LoraA2(Alternating):
     """budget: r_k as a share of the client's capacity in adapter.client_lora_ranks (the paper: 1,
     2, 4 or 8 of 16); probe_steps: local steps before the choice (the paper: an epoch); b_lr_factor:
-    factor on B's learning rate (the paper: 5); freeze_head: leave the head at its start, unsent (the
-    paper: true).
+    factor on B's learning rate (the paper: 5); freeze_head: leave the head at its start, unsent
+    (the paper: true).
     """
 
     combine: ClassVar = "masked"

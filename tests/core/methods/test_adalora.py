@@ -244,7 +244,10 @@ def test_of_a_triplet_not_sent_e_alone_counts_as_zero() -> None:
     kept0, kept1 = 2 + 74.25, 3 + 24.75
     rows = join_rows(after.parts)
     assert rows["a"].tolist() == [[5.0] * 6, [kept0] * 2 + [2.0] + [kept0] * 3]
-    assert rows["b"].tolist() == [[kept1] * 4 + [3.0] + [kept1] * 2, [kept0] * 4 + [2.0] + [kept0] * 2]
+    assert rows["b"].tolist() == [
+        [kept1] * 4 + [3.0] + [kept1] * 2,
+        [kept0] * 4 + [2.0] + [kept0] * 2,
+    ]
     assert after.whole["head"].tolist() == [50.0, 50.0]
     live = {name: mask.tolist() for name, mask in after.rank_masks.items()}
     assert live == {"a": [True, True, False], "b": [True, False, True]}

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from bench.models.encoders import build_model
 from bench.run.clients import draw_cohort
 from fedara_core.adapters import AdapterSpec, LowRank, inject
-from fedara_core.factors import lora_parts
 from fedara_core.merge.received import Received
 from fedara_core.method import Client, missed_values
-from fedara_core.methods.flora import FLora
-from fedara_core.seeds import derive
+from fedara_core.methods.flora import FLora, fresh
 from fedara_core.state import ServerState, Start, with_parts
 from fedara_core.wire import Upload, make_upload
 from support.pairs import model_parts, sent_pairs, update
@@ -115,8 +113,7 @@ def test_the_servers_model_computes_the_mean() -> None:
 
 def drawn_a(state: ServerState, client_id: int) -> Mapping[str, Tensor]:
     """The A that a client draws from (seed, round, client_id)."""
-    seed = derive(state.seed, "restart", state.round_index, client_id)
-    return lora_parts(state.adapter, seed)["A"]
+    return fresh(state, state.round_index, client_id)["A"]
 
 
 def test_every_client_starts_every_round_afresh() -> None:

@@ -19,8 +19,9 @@ def data(campaign: Campaign) -> pd.DataFrame:
     (of the last LATE evaluations; missing where a run has fewer), client_accuracy_percent_mean
     (each client's on its own label mix, mean over clients and runs), run_ids; of the pairs with
     FedARA by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus this),
-    p_value, p_holm (over all tests of the table). Ablations are tested, too. There is no test below 3 pairs,
-    or where the whole FedARA has several settings. Raises NotDrawn without an evaluated run.
+    p_value, p_holm (over all tests of the table). Ablations are tested, too. There is no test below
+    3 pairs, or where the whole FedARA has several settings. Raises NotDrawn without an evaluated
+    run.
     """
     runs = per_run(campaign).dropna(subset=["accuracy_percent"])
     if runs.empty:

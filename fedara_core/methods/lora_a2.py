@@ -22,8 +22,8 @@ Deviation: the paper probes for one epoch and then, by its Algorithm 2, trains 5
     by ||A_i||; a sum of gradients is the change that SGD would make. Other than Adam's it tells
     layers of large gradients from those of small ones, which may stay unchosen for good. The other
     triplets are put back after each step: Adam's momentum and weight decay would move them even
-    without gradients. The head trains and is averaged, so that heads are alike in all methods; the paper freezes it
-    (freeze_head = true).
+    without gradients. The head trains and is averaged, so that heads are alike in all methods; the
+    paper freezes it (freeze_head = true).
 """
 
 from dataclasses import dataclass

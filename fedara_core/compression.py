@@ -33,8 +33,11 @@ class Compression:
         return self.error_feedback and self.up != "fp32"
 
     def send_down(self, state: ServerState) -> tuple[ServerState, Tensor | None]:
-        """The state as clients get it, and the residual (None without error feedback)."""
-        if self.down == "fp32":
+        """The state as clients get it, and the residual (None without error feedback).
+
+        The start does not travel (Method.download), so that it is not coded.
+        """
+        if self.down == "fp32" or state.is_start:
             return state, None
         values = _with_residual(state.sent, state.extra.get(RESIDUAL))
         widths = message_widths(len(values))

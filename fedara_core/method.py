@@ -182,6 +182,18 @@ class Method:
         Returns what a server would send for it.
         """
         model.load(state.vector, state.index, self.form(state), fixed=state.fixed)
+        return self.message_size(state, client)
+
+    def message_size(self, state: ServerState, client: Client | None) -> Size:
+        """What a server would send to the client, by one rule for all methods: what the seed and
+        the pretrained model give is free. Before the first upload that is the whole start, its
+        head and rank_masks too."""
+        if client is None or state.is_start:
+            return Size(num_values=0)
+        return self.downlink(state, client.client_id)
+
+    def downlink(self, state: ServerState, client_id: int) -> Size:
+        """What a server would send to a client once an upload has come."""
         return Size(num_values=state.index.num_sent)
 
     def local_step(self, client: Client, batch: Batch) -> None:
@@ -234,11 +246,10 @@ class Alternating(Method):
         resting = "B" if state.round_index % 2 else "A"
         return LowRank(scale=state.adapter.scale, frozen=(resting,))
 
-    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        """The half that rests in this round, which the last one trained, travels; both to a client
-        that missed that, and in round 0."""
-        super().download(model, state, client)
-        if client is None or state.round_index == 0 or state.rounds_behind(client.client_id) > 1:
+    def downlink(self, state: ServerState, client_id: int) -> Size:
+        """The half that rests in this round, which the last one trained; both to a client that
+        missed that, as soon as both have trained."""
+        if state.round_index > 1 and state.rounds_behind(client_id) > 1:
             return Size(num_values=state.index.size)
         rested = sum(t.numel() for p in self.form(state).frozen for t in state.parts[p].values())
         return Size(num_values=rested + state.index.num_sent - state.index.num_row_values)
@@ -258,12 +269,17 @@ def with_mean(state: ServerState, mean: Tensor) -> Tensor:
     return torch.cat([mean[:num_sent], rest]) if len(rest) else mean[:num_sent]
 
 
-def with_unsent(state: ServerState, received: Received, share: Tensor) -> Received:
+def with_unsent(
+    state: ServerState, received: Received, share: Tensor, *, zero: str = ""
+) -> Received:
     """A masked mean in which a row that a client did not send counts as unchanged, not as zero.
 
-    share: (live triplets,) float64, of the examples whose clients have sent each.
+    share: (live triplets,) float64, of the examples whose clients have sent each. zero: the part of
+    a row that counts as zero all the same.
     """
     absent = state.index.per_value(1 - share, whole=0.0)
+    if zero in state.index.runs:
+        absent[state.index.runs[zero]] = 0
     mean = (received.mean.double() + absent * state.sent.double()).float()
     return Received(received.headers, mean=mean)
 

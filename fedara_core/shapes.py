@@ -89,6 +89,8 @@ RUN: dict[str, Shape] = {
         "devices": {"shares": {"*": NUMBER}},
     },
     "dataset_digest": WORDS,
+    "results_version": COUNT,
+    "method_version": COUNT,
     "python": WORDS,
     "package_versions": {"*": WORDS},
     "gpu": WORDS,

@@ -77,6 +77,11 @@ class ServerState:
         """All triplets, live or dead: the bits of a rank_mask message."""
         return sum(len(mask) for mask in self.rank_masks.values())
 
+    @property
+    def is_start(self) -> bool:
+        """Whether no upload has come yet, so that all values are those before round 0."""
+        return int(self.last_round.max()) < 0
+
     def rounds_behind(self, client_id: int) -> int:
         """Rounds since the client last downloaded: 1 if it was in the last round's cohort,
         round_index + 1 if it never took part (so 1 for all in round 0). What a method that sends

@@ -134,8 +134,8 @@ def test_bytes_of_the_first_round_are_known_before_training(complete: Complete) 
 
 
 def test_downlink_bytes_are_what_download_says_under_the_codec(complete: Complete) -> None:
-    """Of each client of the cohort; and in the first round not less than what trains and travels,
-    unless clients draw it from the seed."""
+    """Of each client of the cohort; nothing that the seed gives, and later not less than what
+    trains whole."""
     job = complete.job
     for played, kept in zip(complete.rounds, complete.kept, strict=False):
         job.client_state.clear()
@@ -151,9 +151,12 @@ def test_downlink_bytes_are_what_download_says_under_the_codec(complete: Complet
         costs = sorted(played.row["clients"], key=lambda cost: cost.client_id)
         assert [cost.downlink_bytes for cost in costs] == by_client
         assert played.row["downlink_bytes"] == sum(by_client)
+        if state.is_start:
+            assert all(size.num_values == size.num_bits == 0 for size in sizes)
+            continue
         num_whole = state.index.num_sent - state.index.num_row_values
         assert all(size.num_values >= num_whole for size in sizes)
-        if type(job.method).download is Method.download:
+        if type(job.method).downlink is Method.downlink and not job.method.uses_client_lora_ranks:
             assert {size.num_values for size in sizes} == {state.index.num_sent}
 
 
@@ -305,7 +308,9 @@ def test_it_learns(complete: Complete) -> None:
             break
     assert learnt, (losses, rounds[-1].row["accuracy"])
     first, last = _rows(rounds[0].before), _rows(rounds[-1].after)
-    assert not [name for name in last if torch.equal(first[name], last[name])]
+    still = [name for name in last if torch.equal(first[name], last[name])]
+    # Clients that choose rows may all leave out an adapter.
+    assert len(still) < len(last) / 2 if job.method.combine == "masked" else not still
 
 
 def test_a_run_resumes_with_the_same_bits(complete: Complete, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 from analysis.records import reader
 from analysis.records.names import shown
 from analysis.records.settings import differing_keys, setting_texts
+from analysis.records.versions import with_versions
 from fedara_core.errors import InputError
 from fedara_core.schema import RUN_FILE
 from fedara_core.shapes import REQUIRED_IN_ROUND
@@ -56,7 +57,8 @@ class Campaign:
 
     runs: one row per finished run. Columns are the keys of run.json. Nested keys are joined by a
         dot, and keys of the config lose "config.": "train.lr", "federation.cohort", "comm". Added:
-        method, dataset, partition: labels.
+        method, dataset, partition: labels. A method is marked, as "lora_a2 (v1)", where the
+        records hold a newer version of its results (results_version, method_version: 1 if absent).
         setting: what tells runs of one method apart within a panel, seeds aside; often "".
         device: cpu, cuda, or both.
         world_size: "2 then 4" where a run was resumed on another number of processes.
@@ -226,7 +228,7 @@ def _energy(run: dict[str, Any], rounds: pd.DataFrame) -> dict[str, Any]:
 def _runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
     if not runs:
         return pd.DataFrame(columns=["run_id", "seed", *SERIES, "partition.scheme", *_RUN_COLUMNS])
-    frame = _with_columns(pd.DataFrame(runs), _RUN_COLUMNS)
+    frame = with_versions(_with_columns(pd.DataFrame(runs), _RUN_COLUMNS))
     frame["setting"] = ""
     for _, group in frame.groupby([*PANEL, "method"]):
         frame.loc[group.index, "setting"] = setting_texts(group, differing_keys(group))

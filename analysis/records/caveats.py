@@ -6,6 +6,7 @@ from functools import lru_cache
 import pandas as pd
 
 from analysis.records.campaign import Campaign, by_panel, by_series, series_name
+from analysis.records.versions import version_sentences
 
 # What seconds, memory and joules depend on besides the method.
 _MACHINE = {
@@ -64,6 +65,7 @@ def sentences(campaign: Campaign) -> list[str]:
                 f"{name}: runs shared processes, so that the peak memory of a later run holds what "
                 "earlier ones left behind, and does not compare methods."
             )
+        lines += version_sentences(name, runs)
         if devices := _unlike_devices(runs):
             lines.append(
                 f"{name}: runs were modelled on unlike numbers of {', '.join(devices)}, so that "

@@ -16,10 +16,12 @@ def data(campaign: Campaign) -> pd.DataFrame:
     """One row per data set, partition, method and setting.
 
     Columns: those, alpha, num_runs, accuracy_percent_{mean,low,high}, late_accuracy_percent_mean
-    (of the last LATE evaluations; missing where a run has fewer), run_ids; of the pairs with FedARA
-    by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus this), p_value,
-    p_holm (over all tests of the table). Ablations are tested, too. There is no test below 3 pairs,
-    or where the whole FedARA has several settings. Raises NotDrawn without an evaluated run.
+    (of the last LATE evaluations; missing where a run has fewer), client_accuracy_percent_mean
+    (each client's on its own label mix, mean over clients and runs), run_ids; of the pairs with
+    FedARA by seed num_pairs, paired_run_ids (of both), difference_points (FedARA minus this),
+    p_value, p_holm (over all tests of the table). Ablations are tested, too. There is no test below
+    3 pairs, or where the whole FedARA has several settings. Raises NotDrawn without an evaluated
+    run.
     """
     runs = per_run(campaign).dropna(subset=["accuracy_percent"])
     if runs.empty:
@@ -29,8 +31,10 @@ def data(campaign: Campaign) -> pd.DataFrame:
         num_runs=("run_id", "nunique"),
         **stats.mean_and_interval("accuracy_percent"),
         late_accuracy_percent_mean=("late_accuracy_percent", mean_of_all),
+        client_accuracy_percent_mean=("client_accuracy_mean", mean_of_all),
         run_ids=("run_id", joined),
     )
+    frame["client_accuracy_percent_mean"] *= 100
     tests = pd.DataFrame([_test(row, runs) for _, row in frame.iterrows()], index=frame.index)
     columns = ["num_pairs", "paired_run_ids", "difference_points", "p_value"]
     frame = frame.join(tests.reindex(columns=columns))
@@ -49,6 +53,7 @@ def table(campaign: Campaign) -> Table:
         for _, row in frame.iterrows()
     ]
     cells[f"last {LATE} evaluations %"] = rounded(frame["late_accuracy_percent_mean"], 1)
+    cells["own labels %"] = rounded(frame["client_accuracy_percent_mean"], 1)
     cells["fedara minus this"] = rounded(frame["difference_points"], 1)
     cells["pairs"] = rounded(frame["num_pairs"], 0)
     cells["p (Holm)"] = rounded(frame["p_holm"], 3)
@@ -63,6 +68,8 @@ def table(campaign: Campaign) -> Table:
         "Accuracy of the last evaluated round, mean over n runs; pairs: seeds that fedara shares.",
         f"Last {LATE} evaluations: the mean of each run's, which may be on fewer examples (see the "
         "figures' conditions).",
+        "Own labels: the mean over clients of the accuracy on test examples of each client's own "
+        "label mix, with its own model where the method has one for each client.",
         *(stats.SENTENCE, tests, "accuracy.csv names the runs behind each row."),
     ]
     title = "Accuracy by method, data set and partition"

@@ -94,20 +94,20 @@ def load_points(path: Path, overrides: list[str], index: int | None = None) -> l
 
 
 def describe(plan: Plan) -> Iterator[str]:
-    """The lines of --dry-run: what each run will do and send (the first round's bytes times the
-    number of rounds), and the total of what is left. Raises InputError."""
-    from bench.tools.estimate import round_bytes
+    """The lines of --dry-run: what each run will do and send (the first round's bytes, and those
+    of the second for every other one), and the total of what is left. Raises InputError."""
+    from bench.tools.estimate import run_bytes
 
     left = set(plan.left())
     total, known = [0, 0], True
     for index, run in enumerate(plan.runs):
-        num_rounds, sent = run.federation.num_rounds, round_bytes(run)
+        num_rounds, sent = run.federation.num_rounds, run_bytes(run)
         text = f"{index:>4}  {run.run_id:<44} {num_rounds} rounds x {run.num_drawn} clients, "
         if sent is None:
             known = False
             text += "bytes unknown"
         else:
-            up, down = (num_rounds * num_bytes for num_bytes in sent)
+            up, down = sent
             text += f"up {_size(up)}, down {_size(down)}"
             if index in left:
                 total = [total[0] + up, total[1] + down]
@@ -119,7 +119,7 @@ def describe(plan: Plan) -> Iterator[str]:
         f"{sum(run.federation.num_rounds * run.num_drawn for run in runs)} times a client trains, "
         f"up {_size(total[0])}, down {_size(total[1])}"
     )
-    yield "bytes: as in the first round; methods that prune send less later"
+    yield "bytes: later rounds as the second one; methods that prune send less"
     if not known:
         yield "unknown where model or data are not on this machine"
 

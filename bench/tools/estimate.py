@@ -1,4 +1,4 @@
-"""What a run will send, before it runs: the messages of its first round, without training."""
+"""What a run will send, before it runs: the messages of its first rounds, without training."""
 
 import json
 from functools import lru_cache
@@ -14,7 +14,9 @@ from bench.metering.meter import Meter
 from bench.models.source import BUILT_IN
 from bench.run.arrivals import make_fleet
 from bench.run.clients import draw_cohort, train_client
+from bench.run.exchange import open_exchange
 from bench.run.job import Job, build
+from fedara_core.comm.base import Communicator
 from fedara_core.train import Encoded, LocalTraining
 
 
@@ -44,9 +46,20 @@ def null_job(config: RunConfig, *, num_classes: int) -> Job:
     )
 
 
-def round_bytes(config: RunConfig) -> tuple[int, int] | None:
-    """Bytes up and down of round 0, all clients of its cohort. None where that needs a model or
-    data that is not on this machine. Raises InputError."""
+def run_bytes(config: RunConfig) -> tuple[int, int] | None:
+    """Bytes up and down of all rounds, if those after the first are like round 1. None as for
+    `round_bytes`. Raises InputError."""
+    first, num_later = round_bytes(config), config.federation.num_rounds - 1
+    if first is None or not num_later:
+        return first
+    later = round_bytes(config, round_index=1)
+    assert later is not None
+    return first[0] + num_later * later[0], first[1] + num_later * later[1]
+
+
+def round_bytes(config: RunConfig, round_index: int = 0) -> tuple[int, int] | None:
+    """Bytes up and down of round 0 or 1, all clients of its cohort. None where that needs a model
+    or data that is not on this machine. Raises InputError."""
     name = config.model.name
     if name not in BUILT_IN and not Path(name).expanduser().is_dir():
         return None
@@ -58,18 +71,26 @@ def round_bytes(config: RunConfig) -> tuple[int, int] | None:
     if config.adapter.client_lora_ranks:
         decides.append("seed")  # who has which
     kept = {key: settings[key] for key in decides}
-    return _round_bytes(json.dumps(kept | {"train": {"local_steps": 1}}, sort_keys=True))
+    kept["train"] = {"local_steps": 1}
+    return _first_rounds(json.dumps(kept, sort_keys=True))[round_index]
 
 
 @lru_cache(maxsize=64)
-def _round_bytes(settings: str) -> tuple[int, int]:
-    """The points of a sweep mostly share what decides this."""
+def _first_rounds(settings: str) -> list[tuple[int, int]]:
+    """Of rounds 0 and 1. The points of a sweep mostly share what decides this."""
     config = parse_run(json.loads(settings))
     job = null_job(config, num_classes=len(load_texts(config.dataset).labels))
-    state, _ = job.compression.send_down(job.state)
-    meter = Meter(job.device)
-    costs = [
-        train_client(job, state, client_id, meter, lambda upload: None)
-        for client_id in draw_cohort(job, 0)
-    ]
-    return sum(c.uplink_bytes for c in costs), sum(c.downlink_bytes for c in costs)
+    state, sums = job.state, []
+    for round_index in range(2):
+        sent, _ = job.compression.send_down(state)
+        exchange = open_exchange(job, sent, Communicator())
+        costs = [
+            train_client(job, sent, client_id, Meter(job.device), exchange.add)
+            for client_id in draw_cohort(job, round_index)
+        ]
+        sums.append((sum(c.uplink_bytes for c in costs), sum(c.downlink_bytes for c in costs)))
+        exchange.exchange()
+        received = exchange.result()
+        assert received is not None
+        state = job.method.aggregate(sent, received)
+    return sums

@@ -5,7 +5,7 @@ Equations: y = W0 x + b and layer_norm(x) * g + b, with every b of the encoder t
     frozen. Biases are parameters that train whole; no adapter has a row.
 Up: d_out floats per adapter, all other biases (of layer norms, and of linear layers outside
     adapter.targets), and the head.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 Shapes: b (d_out,), or (d,) in a layer norm.
 """
 

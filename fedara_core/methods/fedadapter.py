@@ -8,7 +8,7 @@ Placement: "houlsby" after attention's output projection and after the feed-forw
 Start: as Houlsby's, Down and Up Gaussian of deviation 0.01 cut at two deviations, bias = 0: nearly
     the identity.
 Up: b (2 d_out + 1) floats per adapter at those places, and the head.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 Shapes: y (..., d_out), Down (b, d_out), bias (b,), Up (d_out, b); row i = [Down[i], bias[i],
     Up[:, i]]. A live row is a unit of the bottleneck, so live_triplets is b per adapter.
 Deviation: Up has no bias of its own; layer norms stay frozen (Houlsby trains them); y is the

@@ -9,7 +9,8 @@ Models", arXiv 2501.14406 (IEEE Transactions on Computers, 10.1109/TC.2026.36551
 3. Rank-based module pruning: an adapter without live triplets leaves the model and the traffic.
 Up: d_in + 1 + d_out floats per live triplet, and the head; in rounds with a vote one bit per live
     triplet (arbitration "budget": also one float score each).
-Down: live triplets, the head, and the rank_mask, one bit per triplet (a client may be new).
+Down: live triplets, the head, and the rank_mask, one bit per triplet (a client may be new);
+    in round 0 nothing.
 Shapes: A (r, d_in), E (r,), B (d_out, r); row i = [A[i], E[i], B[:, i]].
 Deviation (public text silent): init_std 0.1 (AdaLoRA's 0.02 stalls small encoders); no
     orthogonality penalty; no scores kept between rounds; the defaults below; arbitration "budget".
@@ -94,6 +95,9 @@ class FedAra(Method):
         if client is not None:
             client.notes["votes"] = self.votes(state)
             client.notes["importance"] = ImportanceMeter(self.importance)
+        return self.message_size(state, client)
+
+    def downlink(self, state: ServerState, client_id: int) -> Size:
         num_bits = state.num_triplets if self.rank_allocation else 0
         return Size(num_values=state.index.num_sent, num_bits=num_bits)
 

@@ -9,7 +9,8 @@ Equations: clients train W = W0 + scale B diag(E) A; A, B Gaussian, E = 0 at the
     update least. b(t) is the cubic of arXiv 2303.10512 over rounds; clients score and vote nothing.
     A = V^T, B = U, E = S / scale: A and B orthonormal, all of the magnitude in E.
 Up: live triplets, d_in + 1 + d_out floats each, and the head.
-Down: live triplets, the head, and the rank_mask, one bit per triplet (a client may be new).
+Down: live triplets, the head, and the rank_mask, one bit per triplet (a client may be new);
+    in round 0 nothing.
 Shapes: A (r, d_in), E (r,), B (d_out, r); row i = [A[i], E[i], B[:, i]].
 Rank-deficient sums: a singular value within float32's rounding of zero has no vectors of its own;
     its triplet is dead, a row of zeros, whatever the budget (so an adapter whose E never moved is
@@ -18,18 +19,18 @@ Deviation: all of this, but for the clients' local training, differs from FedARA
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedara_core.adapters import AdaptedModel, LowRank
+from fedara_core.adapters import LowRank
 from fedara_core.errors import require
 from fedara_core.factors import svd_parts, truncated_product
 from fedara_core.importance import scheduled_budget, top_k
 from fedara_core.merge.received import Received
-from fedara_core.method import Client, Method, Size, next_state
+from fedara_core.method import Method, Size, next_state
 from fedara_core.state import ServerState, Start, with_parts
 from fedara_core.values import Tensors
 
@@ -63,9 +64,8 @@ class FedAraExact(Method):
     def lr_factor(self, part: str) -> float:
         return self.e_lr_factor if part == "E" else 1.0
 
-    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        size = super().download(model, state, client)
-        return replace(size, num_bits=state.num_triplets)
+    def downlink(self, state: ServerState, client_id: int) -> Size:
+        return Size(num_values=state.index.num_sent, num_bits=state.num_triplets)
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         whole = state.index.whole(received.mean)

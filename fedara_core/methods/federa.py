@@ -7,8 +7,8 @@ Start: from W0 = U S V^T come A0 = sqrt(S_r / scale) V_r^T and B0 = U_r sqrt(S_r
 Then LoRA under FedAvg: W = W0 + scale B A; A and B are averaged separately.
 Up: r (d_in + d_out) floats per adapter, and the head.
 Down: r (d_in + d_out) floats per adapter, and the head. At its first participation a client also
-    gets A0 and B0, r (d_in + d_out) more, and forms the new W0 from them; in round 0 they are A and
-    B themselves. Clients take no SVD: its signs and last bits differ between machines.
+    gets A0 and B0, r (d_in + d_out) more, and forms the new W0 from them; in round 0 it gets them
+    alone, as A and B. Clients take no SVD: its signs and last bits differ between machines.
 Shapes: W0, delta = -scale B0 A0 (d_out, d_in); A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
 Deviation: how S is shared between A and B, and where scale enters, could not be checked in the
     paper; here evenly, with scale divided out.
@@ -47,6 +47,6 @@ class FeDeRA(Method):
 
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         size = super().download(model, state, client)
-        if client is not None and state.round_index and state.first_time(client.client_id):
+        if client is not None and state.first_time(client.client_id):
             return replace(size, num_exact=state.index.num_row_values)  # A0 and B0
         return size

@@ -7,19 +7,18 @@ goes into the base weight, so that the server's model is exactly the mean of the
 Up: r (d_in + d_out) floats per adapter, and the head.
 Down: r (d_in + d_out) floats per adapter, K r (d_in + d_out) of the last residual's factors for a
     cohort of K, and the head. A client that missed more rounds gets their residuals, too; where the
-    dense change is less, it gets that, d_in d_out. In round 0 there is no residual.
+    dense change is less, it gets that, d_in d_out. In round 0 nothing.
 Shapes: A (r, d_in), B (d_out, r), row i = [A[i], B[:, i]]; delta (d_out, d_in) is W - W0.
 Deviation: means are weighted by num_examples (the authors' code takes plain ones). What a client
     has to catch up on, and the dense limit, are ours. The residual's factors are [B_k] and
     [p_k (A_k - mean(A))], K r rows; these sum to zero over k, so that (K - 1) r rows would do.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from fedara_core.adapters import AdaptedModel
 from fedara_core.merge.received import Received
-from fedara_core.method import Client, Method, Size, missed_values
+from fedara_core.method import Method, Size, missed_values
 from fedara_core.state import ServerState, Start, with_added_delta, with_zero_delta
 
 
@@ -33,11 +32,9 @@ class FedExLora(Method):
     def init(self, start: Start) -> ServerState:
         return with_zero_delta(super().init(start))
 
-    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        size = super().download(model, state, client)
-        if client is None:
-            return size
-        return replace(size, num_exact=missed_values(state, client.client_id))
+    def downlink(self, state: ServerState, client_id: int) -> Size:
+        num_exact = missed_values(state, client_id)
+        return Size(num_values=state.index.num_sent, num_exact=num_exact)
 
     def aggregate(self, state: ServerState, received: Received) -> ServerState:
         after = super().aggregate(state, received)

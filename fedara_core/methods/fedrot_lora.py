@@ -10,7 +10,7 @@ Equations: W = W0 + scale B A. For any orthogonal R, (B R)(R^T A) = B A: clients
     separately, as in FedIT (arXiv 2305.05644).
 Softened by lambda: R' is the orthogonal matrix next to (1 - lambda) I + lambda R.
 Up: r (d_in + d_out) floats per adapter, and the head.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 Shapes: A, A_k (r, d_in), B, B_k (d_out, r), R (r, r); row i = [A[i], B[:, i]].
 Deviation: means are weighted by num_examples. The head trains and is averaged; it is not turned.
     R may mirror, as in the authors' code without lambda; where lambda is below 1, a mirror image

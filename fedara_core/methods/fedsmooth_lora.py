@@ -18,7 +18,7 @@ this decay for others).
 Up: r (d_in + d_out) floats per adapter, and the head.
 Down: r (d_in + d_out) floats per adapter, the last round's change, and the head. A client that
     missed more rounds gets their changes, too; where the dense change is less, it gets that,
-    d_in d_out. In round 0 there is none.
+    d_in d_out. In round 0 nothing, as the start is free.
 Shapes: A (r, d_in), B (d_out, r), row i = [A[i], B[:, i]]; a client keeps A and B^T of all adapters
     as one vector; delta (d_out, d_in) is W - W0 without the last round's change.
 Deviation: the gradient is of the round's first batch, on which the client then also trains (the
@@ -78,11 +78,13 @@ class FedSmoothLora(Redistributing):
     def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
         if client is None:
             return super().download(model, state, client)
-        super().download(model, merged(state), client)
         client.notes["scale"] = state.adapter.scale
         client.notes["matching"] = self._matching(state, client)
+        return super().download(model, merged(state), client)
+
+    def downlink(self, state: ServerState, client_id: int) -> Size:
         num_whole_values = state.index.num_sent - state.index.num_row_values
-        return Size(num_values=num_whole_values, num_exact=missed_values(state, client.client_id))
+        return Size(num_values=num_whole_values, num_exact=missed_values(state, client_id))
 
     def _matching(self, state: ServerState, client: Client) -> dict[str, Pair]:
         """Rows A (2 r, d_in) and B^T (2 r, d_out) of M by adapter; none if there is nothing to

@@ -6,11 +6,11 @@ Equations: W = W0 + scale B A. Clients train B with A fixed, so its mean B = sum
 The row space of A never changes (B A lies in it): the SVD turns the basis within. SGD can not tell,
     its steps on B turn along; what AdamW does with each weight depends on the basis.
 Up: r d_out floats per adapter, and the head.
-Down: r (d_in + d_out) floats per adapter, and the head.
+Down: r (d_in + d_out) floats per adapter, and the head; in round 0 nothing.
 Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]]; U (d_out, r), S (r,), V^T (r, d_in).
 Deviation: A's random draw is orthonormal too (the authors' code starts from LoRA's draw, B = 0, and
-    has orthonormal rows from the first SVD on); the head trains (their code freezes it); no
-    differential privacy.
+    has orthonormal rows from the first SVD on); the head trains and is averaged, so that heads are
+    alike in all methods (their code freezes it: freeze_head = true); no differential privacy.
 """
 
 from dataclasses import dataclass, replace
@@ -18,20 +18,26 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedara_core.adapters import AdaptedModel, LowRank
+from fedara_core.adapters import LowRank
 from fedara_core.factors import lora_parts, signed_svd, truncated_product
 from fedara_core.merge.received import Received
-from fedara_core.method import Client, Method, Size
+from fedara_core.method import Method, Size
 from fedara_core.state import ServerState, Start
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedSvd(Method):
-    """No hyperparameters of its own: the SVD runs after every round, the authors' default."""
+    """freeze_head: leave the head at its random start, untrained and unsent (their code: true). The
+    SVD runs after every round, the authors' default.
+    """
 
     coded: ClassVar = ("down",)  # the basis is another after each SVD
 
+    freeze_head: bool = False
+
     def init(self, start: Start) -> ServerState:
+        if self.freeze_head:
+            start.model.freeze_head()
         parts = lora_parts(start.adapter, start.seed)
         for name, a in parts["A"].items():
             _, _, vt = signed_svd(a, len(a))
@@ -41,8 +47,7 @@ class FedSvd(Method):
     def form(self, state: ServerState) -> LowRank:
         return LowRank(scale=state.adapter.scale, frozen=("A",))
 
-    def download(self, model: AdaptedModel, state: ServerState, client: Client | None) -> Size:
-        super().download(model, state, client)
+    def downlink(self, state: ServerState, client_id: int) -> Size:
         num_sent = state.index.num_sent
         return Size(num_values=num_sent, num_exact=state.index.size - num_sent)  # A has changed
 

@@ -3,7 +3,7 @@
 Equations: W = W0 + scale B A with A fixed at its random draw; B trains, from B = 0. As A is common,
     sum_k p_k scale B_k A = scale (sum_k p_k B_k) A: the mean of B gives the exact mean update.
 Up: r d_out floats per adapter, and the head.
-Down: the same. A never travels: each client draws it from the seed.
+Down: the same; in round 0 nothing. A never travels: each client draws it from the seed.
 Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
 Deviation: the head trains and is averaged, so that heads are alike in all methods; the paper
     freezes it (freeze_head = true). The learning rate is a shared setting: mind that B alone wants

@@ -8,7 +8,7 @@ Equations: a client of capacity r_k draws a sketch S_k in every round, r_k of th
     that a client does not have counts as unchanged. Its own model is W0 + scale B A.
 Up: r_k (d_in + d_out) floats per adapter, and the head. Server and client both draw the sketch from
     the seed, so it does not travel.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 Shapes: A (r, d_in), B (d_out, r), S_k (r, r); row i = [A[i], B[:, i]].
 Deviation: built from the paper, as the authors' code compares layers' names with "lora_A" and
     "lora_B" alone, which never holds, so that nothing is sketched. Weights are num_examples

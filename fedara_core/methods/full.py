@@ -5,7 +5,7 @@ Equations: w <- sum_k p_k w_k over all parameters w of the model, embeddings and
     Each is trained whole; no adapter has a row.
 Up: d_in d_out floats per adapter, all other parameters (biases, layer norms, embeddings), and the
     head.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 Shapes: those of the model's parameters. A parameter that two layers share is one, sent once.
 """
 

@@ -3,7 +3,7 @@
 Source: the usual linear-probing baseline, under FedAvg (arXiv 1602.05629).
 Equations: softmax(W h + b) with h the frozen encoder's output; W, b averaged.
 Up: the head. No adapter has a row, so the encoder runs without backward.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 """
 
 from dataclasses import dataclass

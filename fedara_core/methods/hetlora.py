@@ -9,17 +9,20 @@ arXiv 2401.06432.
    weights S_k / sum S, S_k = ||B_k A_k||_F. (Equal S_k make it FedAvg of LoRA with equal weights.)
 Up: r_k (d_in + d_out) floats per adapter (floor(gamma r_k) for r_k in a round of pruning), and the
     head.
-Down: r_k (d_in + d_out) floats per adapter, and the head.
+Down: r_k (d_in + d_out) floats per adapter, and the head; in round 0 nothing.
 Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
 Deviation: the head is averaged by num_examples, as in all methods here. The paper writes one layer;
     over all adapters S_k is the norm of all B_k A_k together and the tail's norm a sum, so that a
     client has one weight and one r_k. r_k stays at 1 or above. Rows that no client of the cohort
     holds keep their values, since a row of zeros could never train again, and are pruned once they
-    are beyond every client's r_k. The default of `penalty` is ours.
+    are beyond every client's r_k. How gamma r_k becomes a whole number could not be checked in the
+    paper: floor drops a triplet at every pruning, "nearest" none below r_k = 51 at gamma = 0.99.
+    scale is lora_alpha / lora_rank at every client, whatever its r_k. The default of `penalty` is
+    ours.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,6 +44,7 @@ class HetLora(Method):
     """penalty: lambda, the weight of the tail's norm; 0 leaves all of rank self-pruning out.
 
     gamma: share of its triplets that a client keeps when it prunes (paper: 0.99); 1 leaves no tail.
+    rounding: how gamma r_k becomes a whole number; halves go up.
     """
 
     combine: ClassVar = "masked"
@@ -49,6 +53,7 @@ class HetLora(Method):
 
     penalty: float = 1e-3
     gamma: float = 0.99
+    rounding: Literal["floor", "nearest"] = "floor"
 
     def __post_init__(self) -> None:
         require(self, "0 or above", "penalty")
@@ -105,8 +110,9 @@ class HetLora(Method):
         return relaid(after, self.form(after), rank_masks)
 
     def _kept(self, client_lora_rank: int) -> int:
-        """Triplets that pruning leaves, and where the tail begins: floor(gamma r_k)."""
-        return max(1, int(self.gamma * client_lora_rank))
+        """Triplets that pruning leaves, and where the tail begins: gamma r_k, rounded."""
+        half = 0.5 if self.rounding == "nearest" else 0.0
+        return max(1, int(self.gamma * client_lora_rank + half))
 
     def _tail_norm(self, model: AdaptedModel) -> Tensor:
         """Sum over adapters of ||B_tail|| ||A_tail||; 0 where there is no tail."""

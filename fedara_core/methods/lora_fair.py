@@ -7,7 +7,7 @@ product comes near to the mean of the products, and stays near to mean(B), from 
     A <- mean(A), B <- mean(B) + dB;  W = W0 + scale B A.
 With G = sum_k p_k B_k A_k - mean(B) mean(A), A = mean(A):  dB = G A^T (A A^T + lambda I)^-1.
 Up: r (d_in + d_out) floats per adapter, and the head.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 Shapes: A (r, d_in), B, dB (d_out, r), G (d_out, d_in), never formed; row i = [A[i], B[:, i]].
 Deviation: the paper's distance is a similarity of the two products, in its experiments the cosine,
     its pull to mean(B) is lambda ||dB||, and it takes steps of SGD on the server, how many and of

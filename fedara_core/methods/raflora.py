@@ -8,7 +8,7 @@ neighbouring capacities, N_h = sum of n_k over the clients with r_k above block 
     Delta = sum_h sum_{k has h} n_k / N_h scale B_k[:, h] A_k[h, :] = U S V^T;
     B = U S / scale, A = V^T;  a client of capacity r_k gets and trains the first r_k triplets.
 Up: r_k (d_in + d_out) floats per adapter, and the head.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 Shapes: Delta (d_out, d_in), never formed; A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
 Start: LoRA's, A Kaiming-uniform and B = 0 (arXiv 2106.09685, section 4.1).
 Deviation: built from the paper's rule; its code is not public. Blocks that no client of the cohort

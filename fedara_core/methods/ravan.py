@@ -8,7 +8,8 @@ Start: H_i = 0 and s_i = 1. "orthogonal" (the paper's Gram-Schmidt): all rows of
     orthonormal, and all columns of all B_i; "normal": normal draws, of such deviations that they
     are nearly so.
 Up: h r^2 floats per adapter, and the head.
-Down: the same. Each client draws A_i and B_i from the seed, and each round starts from s_i = 1.
+Down: the same; in round 0 nothing, as the start is free. Each client draws A_i and B_i from the
+    seed, and each round starts from s_i = 1.
 Shapes: A_i (r, d_in), B_i (d_out, r), H_i (r, r), s_i a number; row i = [H_i, s_i]. Rows are no
     triplets here: a live row is a head, so live_triplets is h per adapter.
 Deviation: built from the paper's rule; its code is not public. scale = lora_alpha / lora_rank is

@@ -6,8 +6,8 @@ Equations: W = W0 + scale B A. Even rounds (from 0) train B with A fixed, odd ro
     so the mean of the other half gives the exact mean update, sum_k p_k scale B_k A_k.
 Up: r d_out floats per adapter in even rounds, r d_in in odd ones, and the head.
 Down: the half that the last round trained, r d_in floats per adapter in even rounds and r d_out in
-    odd ones, and the head; r (d_in + d_out) to a client that was not in the last round's cohort,
-    and in round 0.
+    odd ones, and the head; from round 2 on r (d_in + d_out) to a client that was not in the last
+    round's cohort. In round 0 nothing.
 Shapes: A (r, d_in), B (d_out, r); row i = [A[i], B[:, i]].
 Deviation: clients may miss rounds, and then catch up on both halves; the head trains every round.
 """

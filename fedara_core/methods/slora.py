@@ -7,7 +7,7 @@ Stage 2, the rest: LoRA that starts from the SVD of the accumulated change Delta
     rank-r approximation. W0 stays W0.
 Up: stage 1 density d_in d_out floats per adapter, stage 2 r (d_in + d_out); and the head. Stage 1
     counts in every total.
-Down: the same.
+Down: the same; in round 0 nothing, as the start is free.
 Shapes: Delta (d_out, d_in), its values one row (1, nnz); A (r, d_in), B (d_out, r).
 Deviation: R1 is a fraction of all rounds (the paper stops stage 1 by a budget of its own); the
     paper leaves open how S is shared between A and B, here evenly.

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis.figures import accuracy_bytes, accuracy_rounds, caption, style
+from analysis.records import caveats
 from analysis.records.campaign import load_campaign
 from analysis.records.energy import one_energy_source
 from analysis.tables import summary
@@ -278,3 +279,47 @@ def test_energy_of_different_sources_is_refused_and_the_rest_goes_on(tmp_path: P
     markdown = (tmp_path / "out" / "summary.md").read_text()
     assert "No energy: energy of different sources" in markdown
     assert "energy J" not in markdown
+
+
+# ---- versions of the results ----
+
+
+def set_versions(run: Path, **versions: int) -> None:
+    file = run / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | versions))
+
+
+def test_older_versions_of_a_method_are_marked_and_not_averaged(tmp_path: Path) -> None:
+    """A record without the keys is of version 1."""
+    for seed in (0, 1):
+        write_record(tmp_path / "old", "fedara", seed)
+        write_record(tmp_path / "both", "lora", seed)
+        set_versions(write_record(tmp_path / "new", "fedara", seed, new={}), method_version=2)
+    campaign = load_campaign(tmp_path)
+    frame = summary.data(campaign)
+    assert frame["method"].tolist() == ["fedara", "fedara (v1)", "lora"]
+    assert frame["num_runs"].tolist() == [2, 2, 2]
+    assert frame["setting"].tolist() == [""] * 3
+    (sentence,) = caveats.sentences(campaign)
+    assert sentence == (
+        "synthetic, dirichlet, alpha 0.1: fedara (v1): runs of an older version of the code, whose "
+        "results are others; they are shown apart."
+    )
+    out = tmp_path / "out"
+    done = run_command(tmp_path, "--out", out)
+    assert f"warning: {sentence}" in done.stdout
+    assert "fedara (v1)" in (out / "summary.md").read_text(encoding="utf-8")
+
+
+def test_versions_of_the_suite_are_told_apart(tmp_path: Path) -> None:
+    """One method at both, another at one of them: the first is split, and the panel warned of."""
+    write_record(tmp_path / "old", "fedara", 0)
+    write_record(tmp_path / "old", "lora", 0)
+    new = write_record(tmp_path / "new", "fedara", 0, new={})
+    set_versions(new, results_version=2, method_version=1)
+    campaign = load_campaign(tmp_path)
+    assert sorted(campaign.runs["method"]) == ["fedara", "fedara (results v1)", "lora"]
+    _, suite = caveats.sentences(campaign)
+    assert suite.endswith(
+        "runs are of results_version 1 and 2, so that their accuracies do not compare methods."
+    )

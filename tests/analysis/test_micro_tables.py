@@ -145,4 +145,4 @@ def test_a_row_without_a_number_is_damage_with_its_line(benchmark: str, tmp_path
     del row["ratio_to_bare_loop"]
     make_launch(tmp_path, benchmark, 0, row)
     (reason,) = load(tmp_path, benchmark).damaged
-    assert reason.endswith("jsonl:1: missing ratio_to_bare_loop")
+    assert reason.endswith("jsonl:1: missing ratio_to_bare_loop; allowed: a whole record")

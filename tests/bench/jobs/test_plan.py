@@ -124,8 +124,8 @@ def test_a_dry_run_counts_what_is_left(tmp_path: Path) -> None:
     dry = fedara("sweep", config, "--results", plan.results, "--dry-run")
     assert dry.exit_code == 0, dry.stderr
     assert dry.stdout == text_of(plan) + "\n"
-    (first,) = play_rounds(make_tiny_job(), num_rounds=1)
-    up, down = (6 * first.row[key] / 1e3 for key in ("uplink_bytes", "downlink_bytes"))
+    first, second = (played.row for played in play_rounds(make_tiny_job(), num_rounds=2))
+    up, down = ((first[key] + 5 * second[key]) / 1e3 for key in ("uplink_bytes", "downlink_bytes"))
     each = f"up {up:.3g} kB, down {down:.3g} kB"
     assert dry.stdout.splitlines()[1].endswith(f"6 rounds x 5 clients, {each}, done")
     both = f"up {2 * up:.3g} kB, down {2 * down:.3g} kB"

@@ -233,21 +233,50 @@ def sent(client_id: int, num_examples: int, value: float, bits: Sequence[int], n
     )
 
 
-def test_a_triplet_not_sent_counts_as_zero() -> None:
+def test_of_a_triplet_not_sent_e_alone_counts_as_zero() -> None:
     uploads = [
         sent(0, 1, 8.0, [1, 1, 0, 0, 0, 1], 2 * 6 + 7),
         sent(1, 3, 4.0, [1, 0, 0, 1, 0, 0], 6 + 7),
     ]
     after = aggregate(two_adapters(), uploads)
-    # shares 1/4, 3/4: both sent a0 (2 + 3), only client 0 sent a1 and b2 (2), client 1 b0 (3).
+    # shares 1/4, 3/4: both sent a0 (2 + 3), only client 0 sent a1 and b2 (2), client 1 b0 (3); the
+    # server's A and B, 99 each, take the place of the others' (3/4 of 99, 1/4 of 99).
+    kept0, kept1 = 2 + 74.25, 3 + 24.75
     rows = join_rows(after.parts)
-    assert rows["a"].tolist() == [[5.0] * 6, [2.0] * 6]
-    assert rows["b"].tolist() == [[3.0] * 7, [2.0] * 7]
+    assert rows["a"].tolist() == [[5.0] * 6, [kept0] * 2 + [2.0] + [kept0] * 3]
+    assert rows["b"].tolist() == [
+        [kept1] * 4 + [3.0] + [kept1] * 2,
+        [kept0] * 4 + [2.0] + [kept0] * 2,
+    ]
     assert after.whole["head"].tolist() == [50.0, 50.0]
     live = {name: mask.tolist() for name, mask in after.rank_masks.items()}
     assert live == {"a": [True, True, False], "b": [True, False, True]}
     assert after.round_index == 6
     assert after.last_round.tolist() == [5, 5, -1]
+
+
+def test_a_triplet_that_half_sent_keeps_half_of_its_norm() -> None:
+    """||B_i E_i A_i|| as each sender has it, and at the server: half of it, not (1/2)^3 = 0.125."""
+    state = two_adapters()
+    uploads = [
+        sent(0, 1, 99.0, [1, 1, 1, 1, 1, 1], 3 * 6 + 3 * 7),
+        sent(1, 1, 99.0, [0, 1, 1, 1, 1, 1], 2 * 6 + 3 * 7),
+    ]
+    after = aggregate(state, uploads)
+    norms = [
+        float(torch.stack([parts[part]["a"][0].norm() for part in "AEB"]).prod())
+        for parts in (state.parts, after.parts)
+    ]
+    assert norms[1] / norms[0] == pytest.approx(0.5)
+
+
+def test_e_may_have_a_learning_rate_of_its_own() -> None:
+    """AdamW's first step moves a weight by its learning rate."""
+    job = make_tiny_job(*ADALORA, "method.e_lr_factor=10.0", "train.lr=1e-3", "train.local_steps=1")
+    train_one_client(job, job.state, 0)
+    moved = job.model.vector - job.state.vector
+    assert moved[job.state.index.runs["E"]].abs().max().item() == pytest.approx(1e-2, rel=1e-3)
+    assert moved[job.state.index.runs[""]].abs().max().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_bits_are_about_live_triplets_only() -> None:
@@ -256,7 +285,8 @@ def test_bits_are_about_live_triplets_only() -> None:
     after = aggregate(two_adapters(dead=[1, 3, 5]), uploads)
     rows = join_rows(after.parts)
     assert rows["a"].tolist() == [[6.0] * 6]
-    assert rows["b"].tolist() == [[2.0] * 7]
+    kept = 2 + 0.5 * 99
+    assert rows["b"].tolist() == [[kept] * 4 + [2.0] + [kept] * 2]
     live = {name: mask.tolist() for name, mask in after.rank_masks.items()}
     assert live == {"a": [False, False, True], "b": [False, True, False]}
 
@@ -296,7 +326,8 @@ def test_bytes_of_a_run_by_hand() -> None:
                 union[name] |= masks[name]
         floats = sum(n * (sum(shapes[name]) + 1) for name, n in before.live_triplets.items())
         assert row["uplink_bytes"] == sum(up)
-        assert row["downlink_bytes"] == 5 * (24 + 4 * (floats + NUM_HEAD) + 48 // 8)
+        down = 24 + 4 * (floats + NUM_HEAD) + 48 // 8 if row["round_index"] else 24
+        assert row["downlink_bytes"] == 5 * down
         ragged.append(len(set(up)) > 1)
         for name, mask in played.after.rank_masks.items():
             assert torch.equal(mask, union[name])

@@ -103,10 +103,13 @@ def test_the_start_factors_travel_once_to_each_client() -> None:
     num_late = []
     for played in play_rounds(make_tiny_job(*FEDERA)):
         cohort = set(played.row["cohort"])
-        late = cohort - seen if played.row["round_index"] else set()
+        round_index = played.row["round_index"]
+        late = cohort - seen if round_index else set()
         num_late.append(len(late))
         assert played.row["uplink_bytes"] == 5 * usual
-        assert played.row["downlink_bytes"] == 5 * usual + len(late) * factors
+        first = 24 + factors  # the head's start is the seed's
+        down = 5 * (usual if round_index else first)
+        assert played.row["downlink_bytes"] == down + len(late) * factors
         seen |= cohort
     assert num_late[0] == 0
     assert sum(num_late) == 3  # 8 clients, 5 of them in round 0

@@ -110,7 +110,20 @@ def test_without_an_update_a_stays_orthonormal() -> None:
 
 
 def test_b_goes_up_and_both_come_down() -> None:
-    """To new clients as to those that come back."""
+    """To new clients as to those that come back; in round 0 nothing."""
     for played in play_rounds(make_tiny_job(*FEDSVD), num_rounds=3):
         assert played.row["uplink_bytes"] == 5 * (24 + 4 * (NUM_B + NUM_HEAD))
-        assert played.row["downlink_bytes"] == 5 * (24 + 4 * (NUM_A + NUM_B + NUM_HEAD))
+        num_values = NUM_A + NUM_B + NUM_HEAD if played.row["round_index"] else 0
+        assert played.row["downlink_bytes"] == 5 * (24 + 4 * num_values)
+
+
+def test_the_authors_head_stays() -> None:
+    job = make_tiny_job(*FEDSVD, "method.freeze_head=true")
+    head = {name: p for name, p in job.model.module.named_parameters() if "classifier" in name}
+    before = {name: parameter.detach().clone() for name, parameter in head.items()}
+    rounds = play_rounds(job, num_rounds=2)
+    assert [played.row["uplink_bytes"] for played in rounds] == [5 * (24 + 4 * NUM_B)] * 2
+    assert rounds[1].row["downlink_bytes"] == 5 * (24 + 4 * (NUM_A + NUM_B))
+    assert rounds[1].after.whole == {}
+    assert len(before) == 2
+    assert all(torch.equal(parameter, before[name]) for name, parameter in head.items())

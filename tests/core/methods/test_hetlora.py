@@ -170,7 +170,7 @@ def test_clients_train_their_first_rows() -> None:
     for client_id, client_lora_rank in enumerate(job.state.adapter.client_lora_ranks):
         client = Client(client_id=client_id, num_examples=1, model=job.model)
         size = job.method.download(job.model, job.state, client)
-        assert size.num_bytes("fp32") == 24 + 4 * (client_lora_rank * ROW_FLOATS + NUM_HEAD)
+        assert size.num_bytes("fp32") == 24  # the seed gives the start
         own = model_parts(job.model)
         for part, name in product("AB", job.state.adapter.shapes):
             assert torch.equal(own[part][name], job.state.parts[part][name][:client_lora_rank])
@@ -181,13 +181,14 @@ def test_clients_train_their_first_rows() -> None:
 
 
 def test_bytes_of_a_run() -> None:
-    """Up and down r_k rows, in a client's first round and in later ones."""
+    """Up and down r_k rows, whether or not it is the client's first round; down none in round 0."""
     job = make_tiny_job(HETLORA, UNEQUAL, "method.penalty=0.0", "train.local_steps=2")
     ranks = job.state.adapter.client_lora_ranks
     for played in play_rounds(job):
         num_rows = sum(ranks[client_id] for client_id in played.row["cohort"])
         expected = 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
-        assert played.row["uplink_bytes"] == played.row["downlink_bytes"] == expected
+        assert played.row["uplink_bytes"] == expected
+        assert played.row["downlink_bytes"] == (expected if played.row["round_index"] else 5 * 24)
     assert played.row["live_triplets"] == 3 * 12  # nobody has a fourth row
 
 
@@ -277,6 +278,17 @@ def test_a_client_prunes_where_its_tail_shrank() -> None:
     num_rows = sum(expected[client_id] for client_id in played.row["cohort"])
     assert played.row["downlink_bytes"] == 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
     assert after.adapter.client_lora_ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("rounding", "kept"), [("floor", {1: 1, 10: 9, 49: 48, 50: 49}), ("nearest", {10: 10, 49: 49})]
+)
+def test_rounding_decides_whether_small_ranks_prune(rounding: str, kept: dict[int, int]) -> None:
+    """0.99 r to the nearest whole number is r below 50, so that such a client has no tail."""
+    method = HetLora(gamma=0.99, rounding=rounding)
+    assert {lora_rank: method._kept(lora_rank) for lora_rank in kept} == kept
+    assert HetLora(gamma=0.99, rounding="nearest")._kept(51) == 50
+    assert HetLora(gamma=0.5, rounding="nearest")._kept(1) == 1
 
 
 def test_pruning_keeps_the_first_rows() -> None:

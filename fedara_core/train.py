@@ -34,6 +34,7 @@ class LocalTraining:
     local_epochs: int | None = None
     batch_size: int = 16
     precision: Literal["fp32", "bf16"] = "fp32"
+    frozen_prefix: Literal["recompute", "cache"] = "recompute"
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps of a client with so many examples in one round."""

@@ -120,7 +120,7 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
         state=state,
         fleet=fleet,
         labels=dataset.labels,
-        training=LocalTraining(**config.train.model_dump(exclude={"frozen_prefix"})),
+        training=LocalTraining(**config.train.model_dump()),
         train=encode(config.model, [texts[i] for i in train_index], labels[train_index]),
         evaluated=replace(
             encode(config.model, evaluated_texts, evaluated_labels), first_text=len(train_index)

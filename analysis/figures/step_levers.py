@@ -13,7 +13,7 @@ from analysis.tables.step import PLACE, data
 
 NAME = "step_levers"
 _COLORS = {"fp32": style.BLUE, "bf16": style.ORANGE}
-_HEIGHT = 0.38  # of a bar; the levers are 1 apart
+_HEIGHT = 0.76  # of the bars of a lever; levers are 1 apart
 
 
 @style.context()
@@ -22,34 +22,36 @@ def draw(step: Launches, out_dir: Path) -> list[Path]:
     frame = data(step)
     panels = list(frame.groupby(PLACE, sort=False, dropna=False))
     levers = list(dict.fromkeys(frame["levers"]))
+    shown = [precision for precision in _COLORS if precision in set(frame["precision"])]
     fig = Figure(figsize=(4.6, (0.36 * len(levers) + 0.8) * len(panels) + 0.4))
     axes = fig.subplots(len(panels), 1, squeeze=False)[:, 0]
     for (place, rows), ax in zip(panels, axes, strict=True):
-        _draw_panel(ax, rows, levers)
+        _draw_panel(ax, rows, levers, shown)
         ax.set_title(_title(dict(zip(PLACE, place, strict=True))), loc="left")
     axes[-1].set_xlabel("Seconds of a step / those of the PEFT loop")
-    shown = [precision for precision in _COLORS if precision in set(frame["precision"])]
     handles = [Patch(color=_COLORS[precision], label=precision) for precision in shown]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(shown))
     return style.save(fig, out_dir / NAME, _caption(step, frame))
 
 
-def _draw_panel(ax: Any, rows: pd.DataFrame, levers: list[str]) -> None:
-    for number, (precision, color) in enumerate(_COLORS.items()):
+def _draw_panel(ax: Any, rows: pd.DataFrame, levers: list[str], shown: list[str]) -> None:
+    height = _HEIGHT / len(shown)
+    for number, precision in enumerate(shown):
         bars = rows[rows["precision"] == precision]
         ratio = bars["ratio_to_bare_loop"]
         low, high = bars["lower_ratio_to_bare_loop"], bars["upper_ratio_to_bare_loop"]
         ax.barh(
-            [levers.index(lever) + (number - 0.5) * _HEIGHT for lever in bars["levers"]],
+            [levers.index(lever) + number * height for lever in bars["levers"]],
             ratio,
-            height=_HEIGHT,
-            color=color,
+            height=height,
+            color=_COLORS[precision],
             xerr=[ratio - low, high - ratio],
             error_kw={"elinewidth": 0.8},
         )
     ax.axvline(1, color=style.BLACK, linewidth=0.8)
-    ax.set_yticks(range(len(levers)), levers)
-    ax.set_ylim(len(levers) - 0.5, -0.5)  # the first on top
+    middle = (len(shown) - 1) * height / 2
+    ax.set_yticks([place + middle for place in range(len(levers))], levers)
+    ax.set_ylim(len(levers) - 0.5 + middle, middle - 0.5)  # the first on top
     ax.grid(axis="y", visible=False)
     ax.set_xlim(left=0)
 

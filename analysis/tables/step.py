@@ -66,7 +66,7 @@ def table(step: Launches) -> Table:
     notes = [
         "Forward, backward, clipping and optimiser on one batch, one process, one thread: medians",
         "over launches (quartiles) of each one's median over steps. PEFT loop: transformers'",
-        "classifier, its default attention, PEFT's LoRA; texts are padded to as many tokens as given.",
+        "classifier, its default attention and PEFT's LoRA; texts are padded to as many tokens.",
         "ratio: median over turns, in each of which all loops took a step on the same texts.",
         "levers: which were on; none is the suite before them. filled: tokens of texts in all",
         "tokens of a batch. peak: resident memory in a step above that before it.",

@@ -85,8 +85,10 @@ def run_step(settings: Settings, results: Path, communicator: Communicator) -> N
         raise InputError("--model toy: transformers does not know it; allowed: other models")
     set_threads(1, communicator)
     keep_freed_memory()  # as in every run of the suite; PEFT's loop gains as much
-    # First, so that wrong input leaves no record.
+    # First all that can be refused, so that wrong input leaves no record.
     batches = {name: make_batches(settings, name) for name in settings.lengths}
+    for method in settings.methods:
+        suite_step(make_config(settings, FULL, method, PRECISIONS[0], {}), _NUM_CLASSES)
     rows = _rows(settings, batches)
     record_rows(BENCHMARK, settings, results, communicator, rows, describe)
 
@@ -189,7 +191,7 @@ def make_config(
 
 def make_batches(settings: Settings, lengths: str) -> Batches:
     """A batch for each turn. Raises InputError for a model or data that is not there."""
-    config = make_config(settings, lengths, settings.methods[0], settings.precisions[0], {})
+    config = make_config(settings, lengths, settings.methods[0], PRECISIONS[0], {})
     text_settings = load_config(config.model).get_text_config()
     num_examples = (_WARM_UP + settings.repeats) * BATCH_SIZE
     draw = generator(config.seed, "step")

@@ -39,18 +39,31 @@ def build_peft_model(config: ModelConfig, *, num_classes: int, lora_rank: int) -
     settings = load_config(config)
     settings.num_labels = num_classes
     text_settings = settings.get_text_config()
-    if text_settings.pad_token_id is None:  # decoders refuse batches without one
+    if getattr(text_settings, "pad_token_id", None) is None:  # decoders refuse batches without one
         text_settings.pad_token_id = 0
     if config.name in DRAWN:
         model = auto.from_config(settings)  # type: ignore[no-untyped-call]
     else:
         with loading(config.name) as source:
             model = auto.from_pretrained(source, config=settings, dtype=torch.float32)
+    body = model.base_model_prefix
+    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
     lora = peft.LoraConfig(
-        task_type="SEQ_CLS", r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear"
+        r=lora_rank,
+        lora_alpha=lora_rank,
+        target_modules=[
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, linear) and name.startswith(f"{body}.")
+        ],
+        modules_to_save=[
+            name
+            for name, part in model.named_children()
+            if name != body and any(True for _ in part.parameters())
+        ],
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about names that PEFT uses, not we
+        warnings.simplefilter("ignore")  # of what PEFT settles by itself
         return peft.get_peft_model(model, lora).train()
 
 

@@ -82,7 +82,9 @@ def run_step(settings: Settings, results: Path, communicator: Communicator) -> N
     """Measure every combination and record them. Raises InputError."""
     require_peft()
     if settings.model == "toy":
-        raise InputError("--model toy: transformers does not know it; allowed: other models")
+        raise InputError(
+            "--model toy: it is none of transformers; allowed: minilm, tiny, a folder or a hub name"
+        )
     set_threads(1, communicator)
     keep_freed_memory()  # as in every run of the suite; PEFT's loop gains as much
     # First all that can be refused, so that wrong input leaves no record.
@@ -210,7 +212,7 @@ def make_batches(settings: Settings, lengths: str) -> Batches:
     order = torch.randperm(len(examples), generator=draw)
     index = order[torch.arange(num_examples) % len(order)]  # a small set comes round again
     suite = [examples.batch(part, _CPU) for part in torch.split(index, BATCH_SIZE)]
-    pad = text_settings.pad_token_id or 0
+    pad = getattr(text_settings, "pad_token_id", None) or 0
     return Batches(
         suite=suite,
         padded=[_padded(batch, settings.max_length, pad) for batch in suite],

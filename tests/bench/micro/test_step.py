@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -29,6 +30,9 @@ from bench.micro.step import (
 from fedara_core.method import Client
 from support.documented import check_documented
 from support.launch import launch
+from support.models import GPT2, SIZES, write_model
+
+pytestmark = pytest.mark.xdist_group("jobs")
 
 STEP = ("micro", "step", "--model", "tiny", "--max-length", "16", "--repeats", "2")
 SETTINGS = Settings(
@@ -148,6 +152,31 @@ def test_all_loops_train_the_same_function(name: str, lengths: str) -> None:
         step(batches.suite[0])
     assert [float(loss) for loss in client.losses] == pytest.approx(expected, abs=1e-4)
     assert expected[-1] < expected[0] - 5e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        transformers.DistilBertConfig(
+            **{"vocab_size": 20, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 16}
+        ),
+        transformers.RobertaConfig(**SIZES),
+        transformers.LlamaConfig(**SIZES),
+        GPT2,
+    ],
+    ids=["distilbert", "roberta", "llama", "gpt2"],
+)
+def test_both_loops_train_as_much_of_other_models(settings: Any, tmp_path: Path) -> None:
+    write_model(tmp_path, settings, pad_token="!", eos_token="<end>")
+    own = replace(SETTINGS, model=str(tmp_path))
+    batches = make_batches(own, "full")
+    config = make_config(own, "full", "lora", "bf16", {})
+    step, _ = suite_step(config, batches.num_classes)
+    step(batches.suite[0])
+    theirs = build_peft_model(config.model, num_classes=batches.num_classes, lora_rank=LORA_RANK)
+    peft_step(theirs, lr=LR, precision="bf16")(batches.padded[0])
+    num_trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert step.args[0].vector.numel() == num_trained
 
 
 def start_alike(theirs: nn.Module, client: Client) -> None:

@@ -59,8 +59,8 @@ def main(
 
     Each figure is written as .pdf, .png and .txt (its caption), each table as .md, .csv and .tex,
     and report.html shows them all. A figure that the records do not allow is named, with the
-    reason. Records of fedara micro collectives and fedara micro scaling have figures of their own.
-    The same records give the same bytes.
+    reason. Records of fedara micro collectives, scaling and step have figures of their own. The
+    same records give the same bytes.
 
     --compare puts two campaigns side by side: accuracy, uplink bytes and seconds by data set,
     partition, method and setting, paired by seed. It writes compare.md, .csv and .tex and prints

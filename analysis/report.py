@@ -22,6 +22,7 @@ from analysis.figures import (
     partition,
     phases,
     scaling,
+    step_levers,
     style,
     target,
     target_modelled,
@@ -42,6 +43,7 @@ from analysis.tables import (
     modelled,
     overhead,
     roundtrip,
+    step,
     summary,
 )
 from analysis.tables.render import Table, write
@@ -65,11 +67,12 @@ class Records:
     scaling: Launches | None = None
     roundtrip: Launches | None = None
     overhead: Launches | None = None
+    step: Launches | None = None
 
     @property
     def micro(self) -> list[Launches]:
         """Of every micro-benchmark that there is a record of."""
-        kinds = (self.collectives, self.scaling, self.roundtrip, self.overhead)
+        kinds = (self.collectives, self.scaling, self.roundtrip, self.overhead, self.step)
         return [kind for kind in kinds if kind is not None]
 
     @property
@@ -163,6 +166,9 @@ def _makers(
         yield roundtrip.NAME, partial(roundtrip.table, launches)
     if launches := _any(records.overhead):
         yield overhead.NAME, partial(overhead.table, launches)
+    if launches := _any(records.step):
+        yield step_levers.NAME, partial(step_levers.draw, launches, out_dir)
+        yield step.NAME, partial(step.table, launches)
 
 
 def _any(launches: Launches | None) -> Launches | None:
@@ -200,6 +206,7 @@ def _load(directory: Path) -> Records:
         scaling=load_scaling(directory),
         roundtrip=load_launches(directory, roundtrip.BENCHMARK, roundtrip.REQUIRED),
         overhead=load_launches(directory, overhead.BENCHMARK, overhead.REQUIRED),
+        step=load_launches(directory, step.BENCHMARK, step.REQUIRED),
     )
     # Without any record this says so.
     if not records.micro or reader.run_folders(directory):

@@ -149,15 +149,19 @@ _SIZES = ("payload_bytes", "part_bytes", "layout_bytes", "union_bytes")
 ROW: dict[str, Shape] = {
     "scaling": Kind("strong or weak", lambda value: value in ("strong", "weak")),
     **dict.fromkeys(("method", "call", "path", "codec", "bare_call"), TEXT),
+    **dict.fromkeys(("precision", "lengths", "levers", "attention"), TEXT),
     **dict.fromkeys(("cohort", "num_clients", "local_steps", "max_length"), COUNT),
+    **dict.fromkeys(("batch_size", "lora_rank"), COUNT),
     **dict.fromkeys((*_SECONDS, *_BARE, "bare_allgather_median_seconds"), POSITIVE),
     **dict.fromkeys(("ratio", "sizes_first_ratio"), POSITIVE),
     **dict.fromkeys(("ratio_to_bare_loop", "ratio_to_bare_messages"), POSITIVE),
     **dict.fromkeys((*_SIZES, "density", "messages_per_second"), POSITIVE),
     **dict.fromkeys(("num_rows", "counted_bytes_received", "model_bytes"), AMOUNT),
     **dict.fromkeys(("measured_bytes", "peak_memory_bytes", "meter_share"), AMOUNT),
+    **dict.fromkeys(("step_peak_bytes", "bare_loop_step_peak_bytes"), AMOUNT),
     "uplink_bytes_per_client": AMOUNT,
-    "overlap": SHARE,
+    **dict.fromkeys(("overlap", "token_share"), SHARE),
+    "packed": FLAG,
     "phase_seconds": {"*": AMOUNT},
 }
 

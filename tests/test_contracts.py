@@ -32,8 +32,13 @@ from support.rounds import Round, make_tiny_job, play_rounds, received, train_on
 # 4 clients on 3 processes: one of them has two.
 SETTINGS = ("train.local_steps=2", "federation.cohort=4", "evaluate.every=100")
 NUM_ROUNDS = 6
-# The program's own name, and the method whose overhead is measured.
-ALLOWED_NAMES = {"cli.py": {"fedara"}, "overhead.py": {"lora"}}
+# The program's own name, the method that is measured if none is named, and texts of full length.
+ALLOWED_NAMES = {
+    "cli.py": {"fedara"},
+    "overhead.py": {"lora"},
+    "commands.py": {"lora", "full"},
+    "step.py": {"full"},
+}
 HEAD = {"classifier.bias", "classifier.weight"}
 
 

@@ -1,6 +1,8 @@
 """Peak memory of a process and of its GPU, by phase and in all."""
 
+import ctypes
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,18 @@ class _ProcessPeak:
                 os.pwrite(self._clear_refs, b"5", 0)  # resets VmHWM, proc(5)
         found = text.partition(b"VmHWM:")[2].split(maxsplit=1)
         return int(found[0]) * 1024 if found else None  # the file says kB
+
+
+def peak_bytes_above_rest(call: Callable[[], object]) -> int | None:
+    """Peak resident bytes of this process during a call, above those before it. None where the
+    platform does not tell."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # freed memory that glibc keeps would hide what the call needs
+    peak = _ProcessPeak()
+    before = peak.read_and_reset()
+    call()
+    after = peak.read_and_reset()
+    return None if before is None or after is None or not peak.resets else after - before
 
 
 def proportional_bytes() -> int | None:

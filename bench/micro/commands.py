@@ -35,6 +35,47 @@ def overhead(
 
 
 @app.command()
+def step(
+    model: Annotated[str, typer.Option(help="The model to train.")] = "minilm",
+    methods: Methods = "lora",
+    precision: Annotated[str, typer.Option(help="Precisions of both loops.")] = "fp32,bf16",
+    lengths: Annotated[
+        str,
+        typer.Option(
+            help='"full": every text has max_length tokens; or data sets, such as docstrings or '
+            "file:DIR, whose texts have the lengths that they have."
+        ),
+    ] = "full",
+    max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed steps of each loop.")] = 10,
+    results: Results = RESULTS,
+) -> None:
+    """Compare a local step with a bare PEFT loop, lever by lever.
+
+    The loop trains transformers' classifier with PEFT's LoRA layers on the same texts, padded to
+    max_length. The suite's step runs with all that makes it fast, with each lever off, and with
+    none. All take turns in one process. Each launch is one record: launch again for a replicate,
+    into the same folder; fedara report makes a table and a figure of them. It needs PEFT.
+
+    \b
+      fedara micro step --lengths full,docstrings
+    """
+    from bench.micro.record import least, names
+    from bench.micro.step import PRECISIONS, Settings, run_step
+    from fedara_core.method import method_names
+
+    settings = Settings(
+        model=model,
+        methods=names("--methods", methods, tuple(method_names())),
+        precisions=names("--precision", precision, PRECISIONS),
+        lengths=tuple(lengths.split(",")),
+        max_length=max_length,
+        repeats=least("--repeats", repeats, 1),
+    )
+    as_job("serial", lambda communicator: run_step(settings, results, communicator))
+
+
+@app.command()
 def collectives(
     runs: Annotated[
         str,

@@ -77,12 +77,26 @@ def package_versions() -> dict[str, str]:
 
 def cpu_name() -> str | None:
     """The processor's name as Linux reports it."""
+    names = _cpu_lines("model name")
+    if names is None:
+        return platform.processor() or None
+    return names[0] if names else platform.machine()
+
+
+def cpu_flags() -> set[str] | None:
+    """What the processor can do, by Linux's names; None on other systems."""
+    lines = _cpu_lines("flags", "Features")  # the second on ARM
+    return None if lines is None else {flag for line in lines[:1] for flag in line.split()}
+
+
+def _cpu_lines(*keys: str) -> list[str] | None:
+    """The values of these keys, of each core; None where the platform does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or None
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return None
+    pairs = [line.partition(":") for line in lines]
+    return [value.strip() for key, _, value in pairs if key.strip() in keys]
 
 
 def _git() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tables of fedara micro roundtrip and overhead: medians and quartiles by hand."""
+"""The tables of fedara micro roundtrip, overhead and step: medians and quartiles by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,22 @@ from typing import Any
 import pytest
 
 from analysis.cli import main
+from analysis.figures import step_levers
 from analysis.records.launches import Launches, load_launches
 from analysis.tables import overhead as table_overhead
 from analysis.tables import roundtrip as table_roundtrip
+from analysis.tables import step as table_step
 from support.launch import ROOT
-from support.records import make_launch, overhead_row
+from support.records import make_launch, overhead_row, step_row
 
 PUBLISHED = ROOT / "results" / "published" / "micro"
-MAKERS: dict[str, Any] = {"roundtrip": table_roundtrip, "overhead": table_overhead}
+MAKERS: dict[str, Any] = {
+    "roundtrip": table_roundtrip,
+    "overhead": table_overhead,
+    "step": table_step,
+}
+# Of a report, besides the tables.
+FIGURES = {"step": {f"step_levers.{suffix}" for suffix in ("pdf", "png", "txt")}}
 
 
 def roundtrip_row(milliseconds: float, ratio: float, **more: Any) -> dict[str, Any]:
@@ -26,6 +34,11 @@ def roundtrip_row(milliseconds: float, ratio: float, **more: Any) -> dict[str, A
         "phase_seconds": {"pack": 0.001, "exchange": 0.0025},
     }
     return row | more
+
+
+def any_row(benchmark: str) -> dict[str, Any]:
+    makers = {"roundtrip": roundtrip_row, "overhead": overhead_row, "step": step_row}
+    return makers[benchmark](10, 2)
 
 
 def load(folder: Path, benchmark: str) -> Launches:
@@ -122,17 +135,65 @@ def test_overhead_by_hand(tmp_path: Path) -> None:
     assert (cells["metering %"], cells["launches"]) == ("0.12", "3")
 
 
+def test_step_by_hand(tmp_path: Path) -> None:
+    """Ratios of 0.5, 0.6 and 0.8; levers keep the order of the record, fp32 comes first. A launch
+    whose attention ran otherwise is a row of its own."""
+    for number, ratio in enumerate((0.5, 0.8, 0.6)):
+        rows = [
+            step_row(0.1, ratio / 2, precision="bf16"),
+            step_row(0.3, ratio, bare_loop_step_peak_bytes=5e8),
+            step_row(0.45, 2 * ratio, levers="all but packing", packed=False, token_share=0.625),
+        ]
+        make_launch(tmp_path, "step", number, *rows)
+    make_launch(tmp_path, "step", 3, step_row(0.2, 0.4, precision="bf16", attention="sdpa"))
+    cells = table_step.table(load(tmp_path, "step")).cells
+    shown = cells[["precision", "levers", "attention", "launches"]].to_numpy().tolist()
+    assert shown == [
+        ["fp32", "all", "eager", "3"],
+        ["fp32", "all but packing", "eager", "3"],
+        ["bf16", "all", "eager", "3"],
+        ["bf16", "all", "sdpa", "1"],
+    ]
+    first, second, *_, last = cells.to_dict("records")
+    assert first["ratio"] == "0.600 (0.550 to 0.700)"
+    assert (first["ms a step"], first["PEFT loop ms"]) == ("300 (300 to 300)", "500")
+    assert (first["peak MB"], first["PEFT loop peak MB"], first["filled %"]) == (
+        "300",
+        "500",
+        "100",
+    )
+    assert (second["PEFT loop peak MB"], second["filled %"]) == ("", "62")  # no launch has the peak
+    assert last["ratio"] == "0.400"
+
+
+def test_step_figure_has_a_panel_for_each_ablation_and_says_what_ran(tmp_path: Path) -> None:
+    levers = ("all", "all but adapter.fused", "none")
+    for number, ratio in enumerate((0.5, 0.6)):
+        rows = [
+            step_row(0.3, ratio * (1 + place), levers=name, precision=precision, lengths=lengths)
+            for lengths in ("full", "docstrings")
+            for precision in ("fp32", "bf16")
+            for place, name in enumerate(levers)
+        ]
+        make_launch(tmp_path, "step", number, *rows)
+    files = step_levers.draw(load(tmp_path, "step"), tmp_path / "out")
+    assert [file.name for file in files] == [f"step_levers.{end}" for end in ("pdf", "png", "txt")]
+    caption = " ".join(files[-1].read_text().split())
+    assert "Launches: 2; bars: median over launches" in caption
+
+
 @pytest.mark.parametrize("benchmark", MAKERS)
 def test_the_report_has_the_table_and_leaves_out_what_did_not_finish(
     benchmark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = roundtrip_row(10, 2) if benchmark == "roundtrip" else overhead_row(1, 1)
+    row = any_row(benchmark)
     make_launch(tmp_path, benchmark, 0, row)
     make_launch(tmp_path, benchmark, 1, row)
     (tmp_path / f"micro-{benchmark}-mpi-p2-1" / "DONE").unlink()
     main(tmp_path, None, tmp_path / "out", None)
     assert f"left out, no DONE: micro-{benchmark}-mpi-p2-1" in capsys.readouterr().out
     files = {f"{benchmark}.{suffix}" for suffix in ("md", "csv", "tex")} | {"report.html"}
+    files |= FIGURES.get(benchmark, set())
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     page = (tmp_path / "out" / "report.html").read_text()
     assert f'<tr id="run-micro-{benchmark}-mpi-p2-0"' in page
@@ -141,8 +202,8 @@ def test_the_report_has_the_table_and_leaves_out_what_did_not_finish(
 
 @pytest.mark.parametrize("benchmark", MAKERS)
 def test_a_row_without_a_number_is_damage_with_its_line(benchmark: str, tmp_path: Path) -> None:
-    row = roundtrip_row(10, 2) if benchmark == "roundtrip" else overhead_row(1, 1)
+    row = any_row(benchmark)
     del row["ratio_to_bare_loop"]
     make_launch(tmp_path, benchmark, 0, row)
     (reason,) = load(tmp_path, benchmark).damaged
-    assert reason.endswith("jsonl:1: missing ratio_to_bare_loop; allowed: a whole record")
+    assert "jsonl:1: missing ratio_to_bare_loop;" in reason

@@ -107,9 +107,9 @@ def add_energy(run: Path, *, counted: bool) -> None:
 
 
 def make_launch(
-    folder: Path, benchmark: str, number: int, row: dict[str, Any], **facts: Any
+    folder: Path, benchmark: str, number: int, *rows: dict[str, Any], **facts: Any
 ) -> None:
-    """Write a launch of one row on two processes; facts: more of its run.json."""
+    """Write a launch of these rows on two processes; facts: more of its run.json."""
     comm = facts.get("comm", "mpi")
     run_id = f"micro-{benchmark}-{comm}-p2-{number}"
     (folder / run_id).mkdir(parents=True)
@@ -126,7 +126,8 @@ def make_launch(
         "processes": [{"host": "a"}],
     }
     (folder / run_id / "run.json").write_text(json.dumps(run | facts))
-    (folder / run_id / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / run_id / "rows.jsonl").write_text(lines)
     (folder / run_id / "DONE").touch()
 
 
@@ -136,3 +137,14 @@ def overhead_row(seconds: float, ratio: float) -> dict[str, Any]:
         **{"median_seconds": seconds, "bare_loop_median_seconds": seconds / ratio},
         **{"ratio_to_bare_loop": ratio, "meter_share": 0.0012},
     }
+
+
+def step_row(seconds: float, ratio: float, **more: Any) -> dict[str, Any]:
+    row = {
+        **{"method": "lora", "precision": "fp32", "lengths": "full", "max_length": 64},
+        **{"batch_size": 16, "lora_rank": 12, "token_share": 1.0, "levers": "all"},
+        **{"attention": "eager", "packed": True},
+        **{"median_seconds": seconds, "bare_loop_median_seconds": seconds / ratio},
+        **{"ratio_to_bare_loop": ratio, "step_peak_bytes": 3e8},
+    }
+    return row | more

@@ -1,6 +1,7 @@
 """fedara doctor: what it says of Slurm, launchers, host names and energy in a wrong environment."""
 
 import os
+import platform
 import shutil
 import socket
 import time
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.metering.codecarbon import RunEnergy, check_sources
+from bench.run import provenance
 from bench.tools import doctor
 from support.stand_in import put_first, stand_in
 
@@ -124,6 +126,54 @@ def test_an_interface_that_is_not_there(
     assert found.state == "bad"
     assert repr(name) in found.text
     assert "allowed: lo" in found.advice
+
+
+# ---- CPU ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "state", "found", "advice"),
+    [
+        ({"avx512_bf16", "amx_bf16", "amx_tile"}, "ok", "a CPU, AMX", "several times as fast"),
+        ({"avx2", "avx512_bf16"}, "ok", "a CPU, avx512_bf16", "products are about twice as fast"),
+        ({"asimd", "bf16"}, "ok", "a CPU, bf16 units", "may be faster"),
+        ({"avx2", "avx512f"}, "none", "a CPU, no bf16 units", "'fp32' is the faster"),
+        (None, "ok", "a CPU", "unknown; fedara micro step measures both"),
+    ],
+)
+def test_what_a_cpu_is_good_at(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str] | None, state: str, found: str, advice: str
+) -> None:
+    monkeypatch.setattr(doctor, "cpu_name", lambda: "a CPU")
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: flags)
+    finding = doctor.CHECKS["CPU"]()
+    assert (finding.state, finding.text) == (state, found)
+    assert advice in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "flags"),
+    [
+        (
+            "model name\t: Some CPU @ 2 GHz\nflags\t\t: fpu amx_bf16\n\nflags\t\t: fpu\n",
+            "Some CPU @ 2 GHz",
+            {"fpu", "amx_bf16"},
+        ),
+        ("Features\t: fp asimd bf16\n", platform.machine(), {"fp", "asimd", "bf16"}),
+        (None, platform.processor() or None, None),
+    ],
+    ids=["x86", "arm", "no /proc"],
+)
+def test_what_linux_says_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, name: str | None, flags: set[str] | None
+) -> None:
+    def read_text(path: Path, **_: str) -> str:
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(provenance.Path, "read_text", read_text)
+    assert (provenance.cpu_name(), provenance.cpu_flags()) == (name, flags)
 
 
 # ---- energy ----

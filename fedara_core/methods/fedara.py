@@ -13,6 +13,7 @@ Down: live triplets, the head, and the rank_mask, one bit per triplet (a client 
 Shapes: A (r, d_in), E (r,), B (d_out, r); row i = [A[i], E[i], B[:, i]].
 Deviation (public text silent): init_std 0.1 (AdaLoRA's 0.02 stalls small encoders); no
     orthogonality penalty; no scores kept between rounds; the defaults below; arbitration "budget".
+    importance_per_cost is ours and off by default; with it a run is not FedARA as published.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fedara_core.factors import orthogonality_penalty, svd_parts
 from fedara_core.importance import (
     Importance,
     ImportanceMeter,
+    relative_costs,
     scheduled_budget,
     top_k,
     top_shares,
@@ -44,14 +46,18 @@ class FedAra(Method):
     init_std: deviation of A and B; e_lr_factor: factor on E's learning rate; orthogonality: weight
     of ||A A^T - I||^2 + ||B^T B - I||^2; final_budget: share of the first triplets that is left;
     warmup_fraction, final_fraction: shares of the rounds before and after the cubic.
+    importance_per_cost (ours): divide scores by `relative_costs`, so that low layers, which keep
+    the backward pass above them alive, lose their triplets first.
     """
 
     coded: ClassVar = ("down", "feedback")
+    younger: ClassVar = ("importance_per_cost",)
 
     truncated_svd: bool = True
     rank_allocation: bool = True
     module_pruning: bool = True
     importance: Importance = "sensitivity"
+    importance_per_cost: bool = False
     arbitration: Literal["threshold", "budget"] = "threshold"
     vote_threshold: float = 0.5
     final_budget: float = 0.25
@@ -109,6 +115,8 @@ class FedAra(Method):
         if not client.notes["votes"]:
             return super().upload(client, state)
         scores = client.notes["importance"].scores(client.model)  # (live triplets,)
+        if self.importance_per_cost:
+            scores = scores / relative_costs(client.model)
         values = client.sent_values
         if self.arbitration == "budget":
             values = torch.cat([values, scores])

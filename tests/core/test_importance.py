@@ -50,7 +50,7 @@ def test_costs_by_hand() -> None:
 
 
 def test_only_what_lives_pays() -> None:
-    # 3 (2 + 3) + 3 x 5 + 5 x 4 + 4 x 2, alone; and all are alike where one adapter is left.
+    """A dead adapter has no cost and no share: the triplets of the one that is left are alike."""
     for num_live in ({"high": 0, "low": 1}, {"high": 3, "low": 0}):
         found = relative_costs(chain(num_live))
         assert found.tolist() == [1.0] * sum(num_live.values())

@@ -18,7 +18,7 @@ USUAL_SETTINGS: dict[str, float | str | bool] = {
     "federation.server_momentum": 0.9,
     "federation.server_optimizer": "fedavg",
     "federation.server_tau": 0.001,
-    "method.importance_per_cost": False,
+    "method.importance_per_cost": 0.0,
     "model.attention": "sdpa",
     "model.dropout_masks": "words",
     "model.packing": True,

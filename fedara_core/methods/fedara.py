@@ -46,8 +46,9 @@ class FedAra(Method):
     init_std: deviation of A and B; e_lr_factor: factor on E's learning rate; orthogonality: weight
     of ||A A^T - I||^2 + ||B^T B - I||^2; final_budget: share of the first triplets that is left;
     warmup_fraction, final_fraction: shares of the rounds before and after the cubic.
-    importance_per_cost (ours): divide scores by `relative_costs`, so that low layers, which keep
-    the backward pass above them alive, lose their triplets first.
+    importance_per_cost (ours): a score is divided by `relative_costs` to this power, so that low
+    layers, which keep the backward pass above them alive, lose their triplets first; 0: off, 1:
+    importance for each multiplication.
     """
 
     coded: ClassVar = ("down", "feedback")
@@ -57,7 +58,7 @@ class FedAra(Method):
     rank_allocation: bool = True
     module_pruning: bool = True
     importance: Importance = "sensitivity"
-    importance_per_cost: bool = False
+    importance_per_cost: float = 0.0
     arbitration: Literal["threshold", "budget"] = "threshold"
     vote_threshold: float = 0.5
     final_budget: float = 0.25
@@ -71,7 +72,7 @@ class FedAra(Method):
         require(self, "in [0, 1]", "vote_threshold", "final_budget")
         require(self, "in [0, 1]", "warmup_fraction", "final_fraction")
         require(self, "above 0", "init_std", "e_lr_factor")
-        require(self, "0 or above", "orthogonality")
+        require(self, "0 or above", "orthogonality", "importance_per_cost")
         if self.importance == "magnitude" and not self.truncated_svd:
             raise InputError("method.importance = 'magnitude' needs method.truncated_svd = true")
 
@@ -116,7 +117,7 @@ class FedAra(Method):
             return super().upload(client, state)
         scores = client.notes["importance"].scores(client.model)  # (live triplets,)
         if self.importance_per_cost:
-            scores = scores / relative_costs(client.model)
+            scores = scores / relative_costs(client.model) ** self.importance_per_cost
         values = client.sent_values
         if self.arbitration == "budget":
             values = torch.cat([values, scores])

@@ -541,16 +541,19 @@ def test_orthogonality_pulls_the_factors_together() -> None:
 
 # ---- importance_per_cost ----
 
-PER_COST = "method.importance_per_cost=true"
+PER_COST = "method.importance_per_cost=1.0"
 FEW = ("method.final_budget=0.1", "federation.num_rounds=8", "evaluate.every=9", *SHORT)
 
 
 @pytest.mark.parametrize("arbitration", ["threshold", "budget"])
 @pytest.mark.parametrize("importance", IMPORTANCES)
-def test_every_score_is_divided_by_the_cost(importance: str, arbitration: str) -> None:
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_every_score_is_divided_by_the_cost(
+    importance: str, arbitration: str, power: float
+) -> None:
     """The vote is of the quotients, and so are the scores that travel; all else is as without."""
     words = (f"method.importance={importance}", f"method.arbitration={arbitration}", *SHORT)
-    job = make_tiny_job(PER_COST, *words)
+    job = make_tiny_job(f"method.importance_per_cost={power}", *words)
     state = play_rounds(job, num_rounds=2)[-1].after
     uploads = [
         train_one_client(own, state, client_id=0)
@@ -558,7 +561,7 @@ def test_every_score_is_divided_by_the_cost(importance: str, arbitration: str) -
     ]
     num_sent = state.index.num_sent
     assert torch.equal(uploads[0].values[:num_sent], uploads[1].values[:num_sent])
-    scores = uploads[0].values[num_sent:] / relative_costs(job.model)
+    scores = uploads[0].values[num_sent:] / relative_costs(job.model) ** power
     assert torch.equal(uploads[1].bits, top_k(scores, TINY_BUDGET[2]))
     sent = scores if arbitration == "budget" else scores[:0]
     assert torch.equal(uploads[1].values[num_sent:], sent)
@@ -589,7 +592,7 @@ def test_it_changes_nothing_where_all_triplets_cost_the_same() -> None:
     words = ("adapter.targets=['encoder.encoder.layer.1.output.dense']", *SHORT)
     on, off, default = (
         [played.row["state_digest"] for played in play_rounds(make_tiny_job(*option, *words))]
-        for option in ((PER_COST,), ("method.importance_per_cost=false",), ())
+        for option in ((PER_COST,), ("method.importance_per_cost=0.0",), ())
     )
     assert on == off == default
 
@@ -621,6 +624,7 @@ def test_costs_are_the_same_on_every_process(arbitration: str) -> None:
         ("init_std", 0.0),
         ("e_lr_factor", -1.0),
         ("orthogonality", -0.5),
+        ("importance_per_cost", -1.0),
     ],
 )
 def test_settings_out_of_range_are_named(key: str, value: float) -> None:

@@ -152,7 +152,9 @@ class Method:
     the same place in the next). plain_mean: the next state is the clients' mean in the place of
     what they sent, in the same layout and with the same `fixed`, round after round, so that a
     server optimiser can go on along it. low_rank: whether its layers have a low-rank branch, whose
-    input adapter.dropout acts on. version: grows when the method's results change beyond rounding.
+    input adapter.dropout acts on. younger: hyperparameters that came after the method's first
+    records; at their defaults they are no part of run_id. version: grows when the method's results
+    change beyond rounding.
     """
 
     combine: ClassVar[Literal["mean", "masked", "gather"]] = "mean"
@@ -162,6 +164,7 @@ class Method:
     coded: ClassVar[tuple[Literal["down", "feedback"], ...]] = ()
     plain_mean: ClassVar[bool] = False
     low_rank: ClassVar[bool] = True
+    younger: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
 
     def init(self, start: Start) -> ServerState:

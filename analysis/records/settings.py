@@ -21,6 +21,7 @@ USUAL_SETTINGS: dict[str, float | str | bool] = {
     "method.e_lr_factor": 1.0,
     "method.freeze_head": False,
     "method.rounding": "floor",
+    "method.importance_per_cost": 0.0,
     "model.attention": "sdpa",
     "model.dropout_masks": "words",
     "model.packing": True,

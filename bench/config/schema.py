@@ -155,6 +155,10 @@ class RunConfig(sections.Section):
             for key in keys:
                 if getattr(getattr(self, section), key) == fields[key].default:
                     del settings[section][key]
+        method = make_method(self.method)
+        for key in method.younger:
+            if getattr(method, key) == getattr(type(method), key):
+                del settings["method"][key]
         if self.clients.timed:  # the order of the devices decides who has which
             devices = canonical["devices"]
             settings["devices"] = [

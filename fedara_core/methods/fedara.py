@@ -14,6 +14,7 @@ Down: live triplets, the head, and the rank_mask, one bit per triplet (a client 
 Shapes: A (r, d_in), E (r,), B (d_out, r); row i = [A[i], E[i], B[:, i]].
 Deviation (public text silent): init_std 0.1 (AdaLoRA's 0.02 stalls small encoders); no
     orthogonality penalty; no scores kept between rounds; the defaults below; arbitration "budget".
+    importance_per_cost is ours and off by default; with it a run is not FedARA as published.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from fedara_core.factors import orthogonality_penalty, svd_parts
 from fedara_core.importance import (
     Importance,
     ImportanceMeter,
+    relative_costs,
     scheduled_budget,
     top_k,
     top_shares,
@@ -45,14 +47,19 @@ class FedAra(Method):
     init_std: deviation of A and B; e_lr_factor: factor on E's learning rate; orthogonality: weight
     of ||A A^T - I||^2 + ||B^T B - I||^2; final_budget: share of the first triplets that is left;
     warmup_fraction, final_fraction: shares of the rounds before and after the cubic.
+    importance_per_cost (ours): a score is divided by `relative_costs` to this power, so that low
+    layers, which keep the backward pass above them alive, lose their triplets first; 0: off, 1:
+    importance for each multiplication.
     """
 
     coded: ClassVar = ("down", "feedback")
+    younger: ClassVar = ("importance_per_cost",)
 
     truncated_svd: bool = True
     rank_allocation: bool = True
     module_pruning: bool = True
     importance: Importance = "sensitivity"
+    importance_per_cost: float = 0.0
     arbitration: Literal["threshold", "budget"] = "threshold"
     vote_threshold: float = 0.5
     final_budget: float = 0.25
@@ -66,7 +73,7 @@ class FedAra(Method):
         require(self, "in [0, 1]", "vote_threshold", "final_budget")
         require(self, "in [0, 1]", "warmup_fraction", "final_fraction")
         require(self, "above 0", "init_std", "e_lr_factor")
-        require(self, "0 or above", "orthogonality")
+        require(self, "0 or above", "orthogonality", "importance_per_cost")
         if self.importance == "magnitude" and not self.truncated_svd:
             raise InputError("method.importance = 'magnitude' needs method.truncated_svd = true")
 
@@ -113,6 +120,8 @@ class FedAra(Method):
         if not client.notes["votes"]:
             return super().upload(client, state)
         scores = client.notes["importance"].scores(client.model)  # (live triplets,)
+        if self.importance_per_cost:
+            scores = scores / relative_costs(client.model) ** self.importance_per_cost
         values = client.sent_values
         if self.arbitration == "budget":
             values = torch.cat([values, scores])

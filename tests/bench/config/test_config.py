@@ -9,10 +9,11 @@ import pytest
 
 from analysis.records.settings import USUAL_SETTINGS
 from bench.config.load import load_runs, parse_run, read_toml
-from bench.config.schema import YOUNGER_KEYS, RunConfig
+from bench.config.schema import YOUNGER_KEYS, RunConfig, make_method
 from bench.run.checkpoint import FILE, write_atomically
 from bench.run.record import Recorder
 from fedara_core.errors import InputError
+from fedara_core.method import load_method, method_names
 from support.launch import ROOT, TINY
 
 # One other value for each key of a config but [system]; a new key needs a line here.
@@ -269,6 +270,8 @@ def test_younger_keys_at_their_defaults_are_no_part_of_the_id() -> None:
     for section, keys in YOUNGER_KEYS.items():
         for key in keys:
             del settings[section][key]
+    for key in make_method(config.method).younger:
+        del settings["method"][key]
     for section in ("system", "energy", "devices"):
         del settings[section]
     text = json.dumps(settings, sort_keys=True)
@@ -291,6 +294,10 @@ def test_reports_know_the_usual_values_of_younger_keys() -> None:
     for section, keys in YOUNGER_KEYS.items():
         for key in keys:
             assert USUAL_SETTINGS[f"{section}.{key}"] == config[section][key]
+    for name in method_names():
+        method = load_method(name)
+        for key in method.younger:
+            assert USUAL_SETTINGS[f"method.{key}"] == getattr(method(), key)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ from torch import nn
 
 from bench.run.clients import draw_cohort
 from fedara_core.adapters import AdaptedModel, AdapterSpec, LowRank, inject
+from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
 from fedara_core.factors import orthogonality_penalty
 from fedara_core.importance import (
     IMPORTANCES,
     ImportanceMeter,
     cubic_budget,
+    relative_costs,
     top_k,
 )
 from fedara_core.merge.received import Received
@@ -26,6 +28,7 @@ from fedara_core.train import start_client
 from fedara_core.values import EMPTY, Masks, bits_of_masks, masks_of_bits
 from fedara_core.wire import Upload, make_upload
 from support.adapted import join_rows, load_rows, split_rows
+from support.in_turn import in_turn
 from support.rounds import make_tiny_job, play_rounds, train_one_client
 
 NUM_HEAD = 4 * 32 + 4  # tiny.toml's model
@@ -537,6 +540,77 @@ def test_orthogonality_pulls_the_factors_together() -> None:
     assert penalties[1] < 0.8 * penalties[0]
 
 
+# ---- importance_per_cost ----
+
+PER_COST = "method.importance_per_cost=1.0"
+FEW = ("method.final_budget=0.1", "federation.num_rounds=8", "evaluate.every=9", *SHORT)
+
+
+@pytest.mark.parametrize("arbitration", ["threshold", "budget"])
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_every_score_is_divided_by_the_cost(
+    importance: str, arbitration: str, power: float
+) -> None:
+    """The vote is of the quotients, and so are the scores that travel; all else is as without."""
+    words = (f"method.importance={importance}", f"method.arbitration={arbitration}", *SHORT)
+    job = make_tiny_job(f"method.importance_per_cost={power}", *words)
+    state = play_rounds(job, num_rounds=2)[-1].after
+    uploads = [
+        train_one_client(own, state, client_id=0)
+        for own in (make_tiny_job("method.arbitration=budget", words[0], *SHORT), job)
+    ]
+    num_sent = state.index.num_sent
+    assert torch.equal(uploads[0].values[:num_sent], uploads[1].values[:num_sent])
+    scores = uploads[0].values[num_sent:] / relative_costs(job.model) ** power
+    assert torch.equal(uploads[1].bits, top_k(scores, TINY_BUDGET[2]))
+    sent = scores if arbitration == "budget" else scores[:0]
+    assert torch.equal(uploads[1].values[num_sent:], sent)
+
+
+def test_without_it_low_layers_live_longer() -> None:
+    """The backward pass ends higher up, in fewer layers; bytes are those of as many triplets."""
+    words = ("method.arbitration=budget", *FEW)
+    reached = []
+    for option in ((), (PER_COST,)):
+        rounds = play_rounds(make_tiny_job(*option, *words))
+        reached.append([p.row["clients"][0].num_backward_layers for p in rounds])
+        assert rounds[-1].row["live_triplets"] == 5
+        for played in rounds:
+            num_live = played.before.num_live
+            bits = -(-num_live // 8) + 4 * num_live if played.row["live_triplets"] < num_live else 0
+            size = 24 + 4 * played.before.index.num_sent
+            assert played.row["uplink_bytes"] == 5 * (size + bits)
+            assert played.row["downlink_bytes"] == 5 * (size + 48 // 8)
+    without, with_it = reached
+    assert without[0] == with_it[0] == 12
+    assert all(ours <= theirs for ours, theirs in zip(with_it, without, strict=True))
+    assert with_it[-1] < without[-1]
+
+
+def test_it_changes_nothing_where_all_triplets_cost_the_same() -> None:
+    """In one adapter; and by default it is off."""
+    words = ("adapter.targets=['encoder.encoder.layer.1.output.dense']", *SHORT)
+    on, off, default = (
+        [played.row["state_digest"] for played in play_rounds(make_tiny_job(*option, *words))]
+        for option in ((PER_COST,), ("method.importance_per_cost=0.0",), ())
+    )
+    assert on == off == default
+
+
+@pytest.mark.parametrize("arbitration", ["threshold", "budget"])
+def test_costs_are_the_same_on_every_process(arbitration: str) -> None:
+    words = (PER_COST, f"method.arbitration={arbitration}", *FEW)
+    digests = [played.row["state_digest"] for played in play_rounds(make_tiny_job(*words))]
+    jobs = [make_tiny_job(*words) for _ in range(3)]
+
+    def run(communicator: Communicator) -> list[str]:
+        rounds = play_rounds(jobs[communicator.world_rank], communicator=communicator)
+        return [played.row["state_digest"] for played in rounds]
+
+    assert in_turn(3, run) == [digests] * 3
+
+
 # ---- settings ----
 
 
@@ -551,6 +625,7 @@ def test_orthogonality_pulls_the_factors_together() -> None:
         ("init_std", 0.0),
         ("e_lr_factor", -1.0),
         ("orthogonality", -0.5),
+        ("importance_per_cost", -1.0),
     ],
 )
 def test_settings_out_of_range_are_named(key: str, value: float) -> None:

@@ -55,5 +55,5 @@ def _checksum(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256(json.dumps(sorted(facts.items())).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

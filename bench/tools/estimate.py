@@ -9,7 +9,7 @@ import torch
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.data.texts import BUILT_IN_SETS, load_texts
+from bench.data.texts import BUILT_IN_SETS, dataset_facts
 from bench.metering.meter import Meter
 from bench.models.source import BUILT_IN
 from bench.run.arrivals import make_fleet
@@ -65,7 +65,7 @@ def round_bytes(config: RunConfig) -> tuple[int, int] | None:
 def _round_bytes(settings: str) -> tuple[int, int]:
     """The points of a sweep mostly share what decides this."""
     config = parse_run(json.loads(settings))
-    job = null_job(config, num_classes=len(load_texts(config.dataset).labels))
+    job = null_job(config, num_classes=len(dataset_facts(config.dataset).labels))
     state, _ = job.compression.send_down(job.state)
     meter = Meter(job.device)
     costs = [

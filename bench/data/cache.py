@@ -18,6 +18,7 @@ from bench.sealed import Damaged, metadata, unseal
 
 FOLDER_KEY = "FEDARA_CACHE"
 MOST_BYTES = 4 << 30  # of all files; those that were not read for longest are removed
+_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _SUFFIX, _PART = ".safetensors", ".part"
 _PART_SECONDS = 24 * 3600  # a part that is older was left by a job that was killed
 
@@ -34,7 +35,8 @@ class Entry:
         """Its metadata; empty for a damaged file."""
         with suppress(OSError, ValueError, RecursionError), self.path.open("rb") as file:
             size = file.read(8)
-            return metadata(size + file.read(int.from_bytes(size, "little")))
+            length = int.from_bytes(size, "little")
+            return metadata(size + file.read(min(length, _MOST_HEADER_BYTES)))
         return {}
 
 

@@ -19,6 +19,7 @@ from bench.metering.devices import Device, check_names, deal, load_devices
 from bench.models.encoders import Classifier, build_model
 from bench.run.arrivals import Fleet, make_fleet
 from bench.run.encoded import EncodedSet, load_encoded
+from bench.run.frozen import share_frozen
 from bench.run.identity import Digests, digests, identity, weights_digest
 from fedara_core.adapters import AdaptedModel, AdapterSpec, inject
 from fedara_core.comm.base import Communicator
@@ -81,6 +82,7 @@ def prepare(config: RunConfig, communicator: Communicator) -> Job:
     device, devices, fleet = together(communicator, lambda: _equipment(config, communicator))
     data = load_encoded(config.dataset, config.model, communicator)
     job = together(communicator, lambda: _job(config, data, device, devices, fleet))
+    share_frozen(job.model.module, communicator)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return replace(job, prepare_seconds=perf_counter() - start)

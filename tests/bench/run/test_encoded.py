@@ -235,3 +235,15 @@ def test_a_worker_holds_no_library_of_tables(
         said.append(done.stdout.splitlines()[-1])
     assert said[1] == "[]"
     assert kind == "file" or said[0] == "[]"
+
+
+@pytest.mark.parametrize("launcher", ["mpi", "torch"])
+def test_shared_weights_change_no_bit(launcher: str, tmp_path: Path, expected: list[str]) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import bench.run.frozen as frozen; frozen._LEAST_BYTES = 0\n"
+        "from bench.cli import main; main()"
+    )
+    job = launch(launcher, 3, script, "run", TINY, "--results", tmp_path / "out")
+    assert job.code == 0, job.err
+    assert digests_in(tmp_path / "out") == expected

@@ -25,7 +25,14 @@ def once_per_host(communicator: Communicator, make: Callable[[], bytes]) -> Cont
     one process is raised on all.
     """
     leads = communicator.host_rank == 0
-    data = together(communicator, lambda: make() if leads else b"")
+
+    def lead() -> bytes:
+        try:
+            return make() if leads else b""
+        finally:
+            communicator.idle_barrier()  # what is made has the cores to itself
+
+    data = together(communicator, lead)
     path = _written(data) if leads and communicator.host_size > 1 else ""
     try:
         paths = communicator.gather_json(path)

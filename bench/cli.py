@@ -33,6 +33,7 @@ for command in (runs.run, jobs.sweep, jobs.submit, jobs.status, tools.reproduce)
 app.command("report")(report)
 app.command("list")(tools.list_)
 app.command()(tools.export)
+app.command()(tools.cache)
 app.command()(tools.doctor)
 app.add_typer(micro.app, name="micro")
 

@@ -78,6 +78,14 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def subset(self, index: Tensor) -> "Encoded":
+        """Copies of the examples `index` (n,)."""
+        return Encoded(
+            input_ids=self.input_ids[index],
+            lengths=self.lengths[index],
+            labels=self.labels[index],
+        )
+
     def batch(self, index: Tensor, device: torch.device) -> Batch:
         """The examples `index` (n,), cut to the longest of them, on the device."""
         lengths = self.lengths[index]

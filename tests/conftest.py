@@ -1,4 +1,5 @@
-"""One thread, no network, and which tests one worker of xdist runs one after another."""
+"""One thread, no network, a cache of its own, and which tests one worker of xdist runs one after
+another."""
 
 import os
 from functools import cache
@@ -11,6 +12,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test and no job of a test reads or writes the user's cache."""
+    os.environ["FEDARA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist's

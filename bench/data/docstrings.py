@@ -51,7 +51,7 @@ def load(stdlib: Path) -> TextDataset:
     texts only, a name would show which topic a text does not belong to. Texts with fewer than
     MIN_WORDS words are dropped, and so are texts that occur under several topics.
     """
-    files = {label: list(_topic_files(stdlib, modules)) for label, modules in TOPICS.items()}
+    files = _files(stdlib)
     names = _module_names(stdlib, files)
     found: dict[str, tuple[str, set[str]]] = {}
     for label, paths in files.items():
@@ -85,6 +85,16 @@ def load(stdlib: Path) -> TextDataset:
         test_texts=[text for _, text, _ in test],
         test_labels=np.array([label_id for _, _, label_id in test], dtype=np.int64),
     )
+
+
+def source_files(stdlib: Path) -> list[Path]:
+    """The files that `load` reads, in a fixed order."""
+    return [path for paths in _files(stdlib).values() for path in paths]
+
+
+def _files(stdlib: Path) -> dict[str, list[Path]]:
+    """Label -> its modules' files."""
+    return {label: list(_topic_files(stdlib, modules)) for label, modules in TOPICS.items()}
 
 
 def _topic_files(stdlib: Path, modules: Sequence[str]) -> Iterator[Path]:

@@ -30,6 +30,15 @@ def load_folder(config: DatasetConfig) -> TextDataset:
     label that is not in labels.json or can be read in two ways, half a character, and a split
     without rows. Warns of what looks like swallowed rows or missing labels. Rows count from 0.
     """
+    *paths, names = folder_files(config)
+    columns = config.text_column, config.label_column
+    train, test = (_split_of(read_table(path, *columns), str(path), config) for path in paths)
+    return encoded(config.name, names_in(names), train, test)
+
+
+def folder_files(config: DatasetConfig) -> tuple[Path, Path, Path]:
+    """The train file, the test file and labels.json of file:DIR; the last need not exist. Raises
+    InputError."""
     name = config.name.removeprefix("file:")
     folder = _folder(name)
     if folder is None:
@@ -37,10 +46,7 @@ def load_folder(config: DatasetConfig) -> TextDataset:
             f"dataset.name = {config.name!r}: no folder {name!r}; "
             "allowed: file:DIR, where DIR holds a train and a test file"
         )
-    paths = [_split_file(folder, split) for split in ("train", "test")]
-    columns = config.text_column, config.label_column
-    train, test = (_split_of(read_table(path, *columns), str(path), config) for path in paths)
-    return encoded(config.name, names_in(folder / "labels.json"), train, test)
+    return _split_file(folder, "train"), _split_file(folder, "test"), folder / "labels.json"
 
 
 def load_from_hub(config: DatasetConfig) -> TextDataset:

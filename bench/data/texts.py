@@ -106,20 +106,40 @@ def load_dataset(config: DatasetConfig) -> TextDataset:
     return tables.load_from_hub(config)
 
 
-@lru_cache(maxsize=1)
-def load_texts(config: DatasetConfig) -> TextDataset:
-    """As `load_dataset`; the last set is kept, since the points of a sweep mostly share it."""
-    return load_dataset(config)
+def source_files(config: DatasetConfig) -> list[Path] | None:
+    """The files that `load_dataset` reads, of which some need not exist; None for a set that a
+    library fetches. Raises InputError."""
+    from bench.data import docstrings, tables
+
+    if config.name == "docstrings":
+        return docstrings.source_files(Path(sysconfig.get_path("stdlib")))
+    if config.name == "toy":
+        return []
+    return list(tables.folder_files(config)) if config.name.startswith("file:") else None
 
 
-def holdout(dataset: TextDataset, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """What a set is, without its texts."""
+
+    labels: tuple[str, ...]
+    digest: str
+
+
+@lru_cache(maxsize=8)
+def dataset_facts(config: DatasetConfig) -> DatasetFacts:
+    """Those of `load_dataset`; kept, since the points of a sweep mostly share a set."""
+    dataset = load_dataset(config)
+    return DatasetFacts(labels=dataset.labels, digest=dataset.digest)
+
+
+def holdout(num_examples: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split the train examples for tuning: (train_index, validation_index), sorted and disjoint.
 
-    Both are int64 arrays of indices into train_texts; the validation part has
-    floor(fraction * num_train) examples drawn without regard to their label, none at fraction 0.
+    Both are int64 arrays of indices below num_examples; the validation part has
+    floor(fraction * num_examples) examples drawn without regard to their label, none at fraction 0.
     """
     assert 0 <= fraction < 1, fraction
-    num_examples = len(dataset.train_texts)
     generator = np.random.default_rng(np.random.SeedSequence([seed, HOLDOUT_TAG]))
     order = generator.permutation(num_examples)
     num_validation = int(fraction * num_examples)

@@ -225,3 +225,26 @@ def scaling(
         )
 
     as_job(comm, lambda communicator: run_scaling(settings(), results, communicator))
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Option(help="The data set.")] = "docstrings",
+    model: Annotated[str, typer.Option(help="The model to adapt.")] = "minilm",
+    max_length: Annotated[int, typer.Option(help="Tokens; longer texts are cut.")] = 64,
+    results: Results = RESULTS,
+    comm: Comm = "auto",
+) -> None:
+    """Measure seconds and memory of preparing a run on more and more processes.
+
+    Each launch prepares twice: with an empty cache of its own, and with what that left there. Each
+    process then trains one step of 16 texts with LoRA.
+
+    \b
+      for p in 1 2 4; do mpiexec -n $p fedara micro prepare; done
+      fedara report results/micro
+    """
+    from bench.micro.prepare import Settings, run_prepare
+
+    settings = Settings(dataset=dataset, model=model, max_length=max_length)
+    as_job(comm, lambda communicator: run_prepare(settings, results, communicator))

@@ -141,7 +141,7 @@ def run_layout(run_dir: Path, communicator: Communicator, seed: int) -> Layout:
     """
     trained = together(communicator, lambda: load_trained(run_dir))
     config, method = trained.config, trained.config.method.name
-    job = together(communicator, lambda: prepare(config, communicator))
+    job = prepare(config, communicator)
     if job.method.combine != "masked":
         raise InputError(
             f"--runs {run_dir}: clients of {method} send no rows of their own choice that are "

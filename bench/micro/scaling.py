@@ -17,7 +17,6 @@ from bench.micro.timing import phase_seconds, quantiles, slowest, time_rounds
 from bench.run.job import prepare
 from bench.run.runner import set_threads
 from fedara_core.comm.base import Communicator
-from fedara_core.comm.launch import together
 from fedara_core.errors import InputError
 
 BENCHMARK = "micro-scaling"
@@ -64,7 +63,7 @@ def _rows(settings: Settings, communicator: Communicator) -> Iterator[dict[str, 
 
 def _measure(config: RunConfig, settings: Settings, communicator: Communicator) -> dict[str, Any]:
     """Seconds of a round without evaluation, the maximum over processes; phases likewise."""
-    job = together(communicator, lambda: prepare(config, communicator))
+    job = prepare(config, communicator)
     seconds, measured, _ = time_rounds(job, communicator, settings.rounds, _WARM_UP)
     return {
         **quantiles(slowest(seconds, communicator)),

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.data.texts import load_texts
+from bench.data.texts import load_dataset
 from bench.metering.memory import peak_bytes_above_rest
 from bench.micro.peft_loop import build_peft_model, peft_step, require_peft
 from bench.micro.record import record_rows
@@ -206,7 +206,7 @@ def make_batches(settings: Settings, lengths: str) -> Batches:
         )
         num_classes = _NUM_CLASSES
     else:
-        texts = load_texts(config.dataset)
+        texts = load_dataset(config.dataset)
         examples = encode(config.model, texts.train_texts, texts.train_labels)
         num_classes = len(texts.labels)
     order = torch.randperm(len(examples), generator=draw)

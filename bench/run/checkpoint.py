@@ -5,7 +5,6 @@ file that was cut off, damaged, copied from elsewhere or written by another vers
 for the right one. The file before it stays beside it.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from bench.run.identity import differences
 from bench.run.job import ClientState
+from bench.sealed import Damaged, inspect, seal
 from fedara_core.errors import InputError
 from fedara_core.state import ServerState, index_from_lists, pieces_as_lists
 
@@ -29,10 +27,6 @@ FORMAT = "2"  # other ones are refused
 _CLIENT = "client-"
 
 Identity = Mapping[str, Any]  # what a checkpoint belongs to: JSON values by key
-
-
-class Damaged(Exception):
-    """Bytes that are no whole checkpoint; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +64,7 @@ def dump(state: ServerState, client_state: ClientState, identity: Identity) -> b
         "identity": json.dumps(identity, sort_keys=True),
         "index": json.dumps(pieces_as_lists(state.index)),
     }
-    return save(tensors, metadata=facts | {"sha256": _checksum(facts, tensors)})
+    return seal(facts, tensors)
 
 
 def find_checkpoint(run_dir: Path) -> Found | None:
@@ -134,14 +128,9 @@ def load_client_state(data: bytes) -> ClientState:
 
 def _load(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors. Raises Damaged, and InputError for a whole file of another format."""
-    try:
-        tensors = load(data)
-        facts = _metadata(data)
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise Damaged(str(error)) from None
-    checksum, found = facts.pop("sha256", None), facts.get("format")
-    whole = checksum == _checksum(facts, tensors)
-    if (whole and found != FORMAT) or (checksum is None and found is None):
+    facts, tensors, whole = inspect(data)
+    found = facts.get("format")
+    if (whole and found != FORMAT) or (whole is None and found is None):
         raise InputError(
             f"{FILE} has format {found}; allowed: {FORMAT} (delete it to start over, or resume "
             "with the version that wrote it)"
@@ -149,22 +138,6 @@ def _load(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not whole:
         raise Damaged("its checksum is not that of its contents")
     return facts, tensors
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The file's metadata (safetensors: u64 header length, then JSON)."""
-    length = int.from_bytes(data[:8], "little")
-    found: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return found
-
-
-def _checksum(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over metadata, names, types, shapes and values, in hex."""
-    sha = hashlib.sha256(json.dumps(sorted(facts.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def _named(client_state: ClientState) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.config.schema import RunConfig
 from bench.config.sections import ModelConfig
-from bench.data.texts import load_texts
+from bench.data.texts import dataset_facts
 from bench.models.encoders import build_model
 from bench.models.source import DRAWN
 from bench.run.identity import KEYS, Digests, differences, digests, weights_digest
@@ -44,7 +44,7 @@ def check_finished(run_dir: Path, config: RunConfig) -> str:
 
 def _digests_here(config: RunConfig) -> Digests:
     """Of data and model on this machine, without a run. Raises InputError."""
-    dataset = load_texts(config.dataset)
+    dataset = dataset_facts(config.dataset)
     drawn = config.model.name in DRAWN or config.model.pooling == "model"
     seed = config.seed if drawn else 0  # weights that are read are the same for every seed
     weights = _weights_digest(config.model, len(dataset.labels), seed)

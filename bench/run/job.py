@@ -13,15 +13,17 @@ from torch import Tensor
 
 from bench.config.schema import RunConfig, make_method
 from bench.data.partition import draw_client_lora_ranks, label_counts, partition, summary
-from bench.data.texts import holdout, load_texts
+from bench.data.texts import holdout
 from bench.metering.client_cost import ClientCounter, profiles
 from bench.metering.devices import Device, check_names, deal, load_devices
 from bench.models.encoders import Classifier, build_model
-from bench.models.tokens import encode
 from bench.run.arrivals import Fleet, make_fleet
+from bench.run.encoded import EncodedSet, load_encoded
+from bench.run.frozen import share_frozen
 from bench.run.identity import Digests, digests, identity, weights_digest
 from fedara_core.adapters import AdaptedModel, AdapterSpec, inject
 from fedara_core.comm.base import Communicator
+from fedara_core.comm.launch import together
 from fedara_core.compression import Compression
 from fedara_core.dropout import with_fast_dropout
 from fedara_core.errors import InputError
@@ -56,6 +58,7 @@ class Job:
     prefix: FrozenPrefix | None = None  # with train.frozen_prefix = "cache"
     devices: dict[str, Device] = field(default_factory=dict)  # to model each round on
     computes: dict[str, Any] = field(default_factory=dict)  # how the model does, for the record
+    data_summary: str = ""  # in one line
     prepare_seconds: float = 0.0  # of this process
 
     @property
@@ -75,69 +78,86 @@ class Job:
 
 
 def prepare(config: RunConfig, communicator: Communicator) -> Job:
-    """Load, split, tokenise, partition, and build model and first state. Raises InputError."""
+    """Load, split, tokenise, partition, and build model and first state; every process calls it.
+    Raises InputError on every process alike."""
     start = perf_counter()
-    device = choose_device(config.system.device, communicator)
+    device, devices, fleet = together(communicator, lambda: _equipment(config, communicator))
+    data = load_encoded(config.dataset, config.model, communicator)
+    job = together(communicator, lambda: _job(config, data, device, devices, fleet))
+    share_frozen(job.model.module, communicator)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return replace(job, prepare_seconds=perf_counter() - start)
+
+
+def _equipment(
+    config: RunConfig, communicator: Communicator
+) -> tuple[torch.device, dict[str, Device], Fleet]:
+    """What computes here, the devices that are modelled, and the clients'. Raises InputError."""
     devices, device_of = _choose_devices(config)
-    fleet = make_fleet(config, devices, device_of)
-    dataset = load_texts(config.dataset)
-    num_classes = len(dataset.labels)
+    device = choose_device(config.system.device, communicator)
+    return device, devices, make_fleet(config, devices, device_of)
+
+
+def _job(
+    config: RunConfig,
+    data: EncodedSet,
+    device: torch.device,
+    devices: dict[str, Device],
+    fleet: Fleet,
+) -> Job:
+    """All that follows from the data. Raises InputError."""
+    num_classes = len(data.labels)
     train_index, validation_index = holdout(
-        dataset, config.dataset.validation_fraction, config.seed
+        len(data.train), config.dataset.validation_fraction, config.seed
     )
-    texts, labels = dataset.train_texts, dataset.train_labels
+    labels = data.train.labels.numpy()[train_index]
     shards = partition(
-        labels[train_index],
+        labels,
         config.partition,
         num_clients=config.federation.num_clients,
         num_classes=num_classes,
         seed=config.seed,
     )
-    if config.evaluate.split == "validation" and not len(validation_index):
-        raise InputError(
-            "evaluate.split = 'validation' needs dataset.validation_fraction above 0, not "
-            f"{config.dataset.validation_fraction}"
-        )
-    evaluated_texts, evaluated_labels = dataset.test_texts, dataset.test_labels
+    evaluated = data.test
     if config.evaluate.split == "validation":
-        evaluated_texts = [texts[i] for i in validation_index]
-        evaluated_labels = labels[validation_index]
+        if not len(validation_index):
+            raise InputError(
+                "evaluate.split = 'validation' needs dataset.validation_fraction above 0, not "
+                f"{config.dataset.validation_fraction}"
+            )
+        evaluated = data.train.subset(torch.from_numpy(validation_index))
     classifier = build_model(config.model, num_classes=num_classes, seed=config.seed, device=device)
     weights = weights_digest(classifier)  # before adapters take their places
     model, method, state = adapt(config, classifier, device)
-    client_lora_ranks = state.adapter.client_lora_ranks
     counter = ClientCounter(model)
     if config.clients.timed and not counter.counts_flops:
         raise InputError(
             f"model.name = {config.model.name!r}: its FLOPs can not be counted, and modelled time "
             "needs them; allowed: clients.deadline_seconds = 'none', clients.over_selection = 1.0"
         )
-    partition_summary = summary(labels[train_index], shards, dataset.labels, client_lora_ranks)
-    job = Job(
+    partition_summary = summary(labels, shards, data.labels, state.adapter.client_lora_ranks)
+    return Job(
         config=config,
         model=model,
         method=method,
         state=state,
         fleet=fleet,
-        labels=dataset.labels,
+        labels=data.labels,
         training=LocalTraining(**config.train.model_dump()),
-        train=encode(config.model, [texts[i] for i in train_index], labels[train_index]),
-        evaluated=replace(
-            encode(config.model, evaluated_texts, evaluated_labels), first_text=len(train_index)
-        ),
+        train=data.train,
+        evaluated=replace(evaluated, first_text=len(data.train)),
         prefix=_open_prefix(config, model),
-        shards=shards,
-        label_counts=label_counts(labels[train_index], shards, num_classes),
+        shards=[train_index[shard] for shard in shards],
+        label_counts=label_counts(labels, shards, num_classes),
         partition_summary=[entry | fleet.facts(entry["client_id"]) for entry in partition_summary],
-        digests=digests(config, dataset=dataset.digest, weights=weights),
+        digests=digests(config, dataset=data.digest, weights=weights),
         device=device,
         counter=counter,
         devices=devices,
         computes=classifier.facts,
+        data_summary=data.summary,
     )
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return replace(job, prepare_seconds=perf_counter() - start)
 
 
 def _open_prefix(config: RunConfig, model: AdaptedModel) -> FrozenPrefix | None:

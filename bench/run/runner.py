@@ -17,7 +17,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bench import output
 from bench.config.schema import RunConfig
 from bench.config.sections import EnergyConfig
-from bench.data.texts import load_texts
 from bench.jobs.plan import load_points
 from bench.metering.codecarbon import HostEnergy, no_energy, open_energy
 from bench.run.cost_table import show_costs
@@ -49,7 +48,7 @@ def run_all(
     """
     keep_freed_memory()
     if communicator.world_rank != 0:  # all have the same data and model, and one says so
-        warnings.filterwarnings("ignore", module=r"bench\.(data|models)\.")
+        warnings.filterwarnings("ignore", module=r"bench\.models\.")
     points = _points(path, results, overrides, communicator, index)
     console = output.console(quiet=communicator.world_rank != 0)
     diverged: list[Diverged] = []
@@ -110,8 +109,8 @@ def _run_point(
     """Run one point to its end."""
     set_threads(config.system.threads, communicator)
     console.print(f"{title}: preparing")
-    job = together(communicator, lambda: prepare(config, communicator))
-    console.print(f"{title}: {load_texts(config.dataset).summary()}", soft_wrap=True)
+    job = prepare(config, communicator)
+    console.print(f"{title}: {job.data_summary}", soft_wrap=True)
     if communicator.world_size > config.num_drawn:
         console.print(
             f"{communicator.world_size} processes share a cohort of {config.num_drawn} clients: "

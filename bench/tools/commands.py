@@ -1,4 +1,4 @@
-"""`fedara reproduce`, `fedara list`, `fedara export` and `fedara doctor`."""
+"""`fedara reproduce`, `fedara list`, `fedara export`, `fedara cache` and `fedara doctor`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -72,6 +72,19 @@ def export(
     from bench.tools.export import export as write
 
     typer.echo(f"{out}: {write(run_dir, out, client)}")
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all of them.")] = False,
+) -> None:
+    """List the encoded data sets that jobs keep for later ones.
+
+    They lie in FEDARA_CACHE, else in fedara in the user's cache directory, and take 4.3 GB at most:
+    the sets that were not read for longest make room. A job makes again what it does not find.
+    """
+    from bench.tools.cache import show
+
+    typer.echo("\n".join(show(clear=clear)))
 
 
 def doctor() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
-from bench.data.texts import BUILT_IN_SETS, load_texts
+from bench.data.texts import BUILT_IN_SETS, dataset_facts
 from bench.metering.meter import Meter
 from bench.models.source import BUILT_IN
 from bench.run.arrivals import make_fleet
@@ -79,7 +79,7 @@ def round_bytes(config: RunConfig, round_index: int = 0) -> tuple[int, int] | No
 def _first_rounds(settings: str) -> list[tuple[int, int]]:
     """Of rounds 0 and 1. The points of a sweep mostly share what decides this."""
     config = parse_run(json.loads(settings))
-    job = null_job(config, num_classes=len(load_texts(config.dataset).labels))
+    job = null_job(config, num_classes=len(dataset_facts(config.dataset).labels))
     state, sums = job.state, []
     for round_index in range(2):
         sent, _ = job.compression.send_down(state)

@@ -78,6 +78,11 @@ class Communicator:
     def barrier(self) -> None:
         """Return once every process is here."""
 
+    def idle_barrier(self) -> None:
+        """As `barrier`, for waits of seconds: a process that waits leaves its core to the others,
+        and may return some milliseconds late."""
+        self.barrier()
+
     def close(self) -> None:
         """Leave the job in good order; every process calls it."""
 

@@ -13,6 +13,7 @@ from fedara_core.comm.base import Communicator, ReusedBuffer, check_counts, conc
 from fedara_core.errors import InputError
 
 MAX_COUNT = (1 << 31) - 1  # the largest count that one call of an MPI-3 library takes
+_POLL_SECONDS = 0.005
 _FORWARD_SECONDS = 0.5  # the launcher's time to forward the output of a process that aborts
 
 
@@ -116,6 +117,11 @@ class MpiCommunicator(Communicator):
 
     def barrier(self) -> None:
         self._comm.Barrier()
+
+    def idle_barrier(self) -> None:
+        request = self._comm.Ibarrier()  # MPI libraries poll without a pause in a blocking call
+        while not request.Test():
+            time.sleep(_POLL_SECONDS)
 
     def abort(self) -> NoReturn:
         # The launcher reads output and aborts from separate descriptors. On a busy machine mpiexec

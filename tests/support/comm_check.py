@@ -288,7 +288,19 @@ def check(communicator: Communicator, per_host: int) -> None:
         check_network(communicator)
     check_bytes(communicator)
     check_host(communicator, per_host)
+    check_idle(communicator)
+
+
+def check_idle(communicator: Communicator) -> None:
+    """Who waits for a slow process leaves its core to the others."""
     communicator.barrier()
+    if communicator.world_rank == 0:
+        time.sleep(0.5)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    communicator.idle_barrier()
+    assert time.process_time() - cpu_start < 0.2
+    if communicator.world_rank != 0:
+        assert time.perf_counter() - start > 0.2
 
 
 def passed(name: str) -> None:

@@ -55,6 +55,7 @@ class _Process(Communicator):
         super().__init__()
         self.board = board
         self.world_rank, self.world_size = world_rank, len(board.messages)
+        self.host_of = tuple(range(self.world_size))  # each is alone on its host
 
     def allgather(self, buffer: Tensor, counts: object = None) -> list[Tensor]:
         self.board.messages[self.world_rank] = buffer.clone()

@@ -49,18 +49,17 @@ def test_digest_sees_every_part_and_no_two_framings_agree() -> None:
 
 
 def test_holdout_is_seeded_sorted_and_disjoint() -> None:
-    dataset = load_dataset(DatasetConfig(name="toy"))
-    train, validation = holdout(dataset, 0.1, seed=3)
-    again = holdout(dataset, 0.1, seed=3)
+    train, validation = holdout(400, 0.1, seed=3)
+    again = holdout(400, 0.1, seed=3)
     assert (len(train), len(validation)) == (360, 40)
     assert sorted([*train, *validation]) == list(range(400))
     assert (np.diff(train) > 0).all()
     assert (np.diff(validation) > 0).all()
     assert np.array_equal(validation, again[1])
-    assert not np.array_equal(validation, holdout(dataset, 0.1, seed=4)[1])
+    assert not np.array_equal(validation, holdout(400, 0.1, seed=4)[1])
 
 
 def test_holdout_of_nothing_keeps_all() -> None:
-    train, validation = holdout(load_dataset(DatasetConfig(name="toy")), 0.0, seed=0)
+    train, validation = holdout(400, 0.0, seed=0)
     assert np.array_equal(train, np.arange(400))
     assert validation.size == 0

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from bench.config.sections import DatasetConfig
-from bench.data.texts import load_texts
+from bench.data.texts import dataset_facts
 from bench.run.identity import require_same, tokenizer_digest
 from fedara_core.comm.base import Communicator
 from fedara_core.errors import InputError
@@ -41,7 +41,7 @@ def write_bert(folder: Path, seed: int) -> None:
 
 def run(results: Path, *overrides: str) -> Finished:
     """`fedara run` on tests/tiny.toml, as a job that has read nothing yet."""
-    load_texts.cache_clear()
+    dataset_facts.cache_clear()
     tokenizer_digest.cache_clear()
     shown = sets(["federation.num_rounds=3", *overrides])
     return fedara_here("run", TINY, "--results", results, *shown)
@@ -71,7 +71,7 @@ def test_a_finished_run_is_not_taken_for_one_on_other_data(
     monkeypatch.chdir(tmp_path / "fold1")
     other = run(tmp_path / "out", "dataset.name=file:data")
     assert (other.code, other.err.count("\n")) == (2, 1)
-    second = load_texts(DatasetConfig(name="file:data")).digest
+    second = dataset_facts(DatasetConfig(name="file:data")).digest
     assert f'dataset_digest is "{first}" there and "{second}" here' in other.err
 
 
@@ -82,7 +82,7 @@ def test_no_command_takes_edited_data_for_those_of_the_record(command: str, tmp_
     assert run(results, f"dataset.name=file:{data}").code == 0
     with (data / "test.jsonl").open("a") as file:
         file.write('{"text": "rain", "label": 1}\n')
-    load_texts.cache_clear()
+    dataset_facts.cache_clear()
     words = ["--set", f"dataset.name=file:{data}"]
     if command == "sweep":
         words += ["--set", "federation.num_rounds=3", "--results", str(results)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.config.load import load_runs
-from bench.data.texts import load_texts
+from bench.data import cache
 from bench.run.job import prepare
 from bench.run.record import Recorder
 from bench.run.rounds import run
@@ -42,7 +42,7 @@ def test_a_run_does_not_go_on_with_other_data(
     job = prepare(config, Communicator())
     with pytest.raises(KeyboardInterrupt):
         run(job, Communicator(), recorder, stop_after_two)
-    load_texts.cache_clear()
+    monkeypatch.setenv(cache.FOLDER_KEY, str(tmp_path / "cache"))
     monkeypatch.setattr("bench.data.texts.TextDataset.digest", "0123")
     with pytest.raises(InputError, match=r'dataset_digest is .* and "0123" here'):
         run(prepare(config, Communicator()), Communicator(), recorder)

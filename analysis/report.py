@@ -41,6 +41,7 @@ from analysis.tables import (
     headline,
     modelled,
     overhead,
+    prepare,
     roundtrip,
     summary,
 )
@@ -65,11 +66,12 @@ class Records:
     scaling: Launches | None = None
     roundtrip: Launches | None = None
     overhead: Launches | None = None
+    prepare: Launches | None = None
 
     @property
     def micro(self) -> list[Launches]:
         """Of every micro-benchmark that there is a record of."""
-        kinds = (self.collectives, self.scaling, self.roundtrip, self.overhead)
+        kinds = (self.collectives, self.scaling, self.roundtrip, self.overhead, self.prepare)
         return [kind for kind in kinds if kind is not None]
 
     @property
@@ -163,6 +165,8 @@ def _makers(
         yield roundtrip.NAME, partial(roundtrip.table, launches)
     if launches := _any(records.overhead):
         yield overhead.NAME, partial(overhead.table, launches)
+    if launches := _any(records.prepare):
+        yield prepare.NAME, partial(prepare.table, launches)
 
 
 def _any(launches: Launches | None) -> Launches | None:
@@ -200,6 +204,7 @@ def _load(directory: Path) -> Records:
         scaling=load_scaling(directory),
         roundtrip=load_launches(directory, roundtrip.BENCHMARK, roundtrip.REQUIRED),
         overhead=load_launches(directory, overhead.BENCHMARK, overhead.REQUIRED),
+        prepare=load_launches(directory, prepare.BENCHMARK, prepare.REQUIRED),
     )
     # Without any record this says so.
     if not records.micro or reader.run_folders(directory):

@@ -32,8 +32,11 @@ from support.rounds import Round, make_tiny_job, play_rounds, received, train_on
 # 4 clients on 3 processes: one of them has two.
 SETTINGS = ("train.local_steps=2", "federation.cohort=4", "evaluate.every=100")
 NUM_ROUNDS = 6
-# The program's own name, and the method whose overhead is measured.
-ALLOWED_NAMES = {"cli.py": {"fedara"}, "overhead.py": {"lora"}}
+# The program's own name, and the method whose overhead and preparation are measured.
+ALLOWED_NAMES = {
+    **{"cli.py": {"fedara"}, "cache.py": {"fedara"}},
+    **{"overhead.py": {"lora"}, "prepare.py": {"lora"}},
+}
 HEAD = {"classifier.bias", "classifier.weight"}
 
 

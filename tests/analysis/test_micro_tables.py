@@ -1,4 +1,4 @@
-"""The tables of fedara micro roundtrip and overhead: medians and quartiles by hand."""
+"""The tables of fedara micro roundtrip, overhead and prepare: medians and quartiles by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,17 @@ import pytest
 from analysis.cli import main
 from analysis.records.launches import Launches, load_launches
 from analysis.tables import overhead as table_overhead
+from analysis.tables import prepare as table_prepare
 from analysis.tables import roundtrip as table_roundtrip
 from support.launch import ROOT
-from support.records import make_launch, overhead_row
+from support.records import make_launch, overhead_row, prepare_row
 
 PUBLISHED = ROOT / "results" / "published" / "micro"
-MAKERS: dict[str, Any] = {"roundtrip": table_roundtrip, "overhead": table_overhead}
+MAKERS: dict[str, Any] = {
+    "roundtrip": table_roundtrip,
+    "overhead": table_overhead,
+    "prepare": table_prepare,
+}
 
 
 def roundtrip_row(milliseconds: float, ratio: float, **more: Any) -> dict[str, Any]:
@@ -26,6 +31,15 @@ def roundtrip_row(milliseconds: float, ratio: float, **more: Any) -> dict[str, A
         "phase_seconds": {"pack": 0.001, "exchange": 0.0025},
     }
     return row | more
+
+
+def any_row(benchmark: str) -> dict[str, Any]:
+    rows = {
+        "roundtrip": roundtrip_row(10, 2),
+        "overhead": overhead_row(1, 1),
+        "prepare": prepare_row("empty", 3),
+    }
+    return rows[benchmark]
 
 
 def load(folder: Path, benchmark: str) -> Launches:
@@ -122,11 +136,26 @@ def test_overhead_by_hand(tmp_path: Path) -> None:
     assert (cells["metering %"], cells["launches"]) == ("0.12", "3")
 
 
+def test_prepare_by_hand(tmp_path: Path) -> None:
+    """Three launches, one without memory; 2 processes of 300 and 500 MB."""
+    for number, seconds in enumerate((3.0, 5.0, 4.0)):
+        row = prepare_row("empty", seconds)
+        if number:
+            row["trained_pss_bytes"] = {1: 600e6, 2: 1000e6}[number]
+        make_launch(tmp_path, "prepare", number, row)
+    make_launch(tmp_path, "prepare", 3, prepare_row("filled", 0.5))
+    empty, filled = table_prepare.table(load(tmp_path, "prepare")).cells.to_dict("records")
+    assert (empty["cache"], empty["processes"], empty["launches"]) == ("empty", "2", "3")
+    assert empty["preparing s"] == "4 (3.5 to 4.5)"
+    assert (empty["CPU s"], empty["loading s"], empty["MB each"]) == ("8", "2", "400")
+    assert (filled["cache"], filled["preparing s"], filled["MB each"]) == ("filled", "0.5", "")
+
+
 @pytest.mark.parametrize("benchmark", MAKERS)
 def test_the_report_has_the_table_and_leaves_out_what_did_not_finish(
     benchmark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = roundtrip_row(10, 2) if benchmark == "roundtrip" else overhead_row(1, 1)
+    row = any_row(benchmark)
     make_launch(tmp_path, benchmark, 0, row)
     make_launch(tmp_path, benchmark, 1, row)
     (tmp_path / f"micro-{benchmark}-mpi-p2-1" / "DONE").unlink()
@@ -141,8 +170,8 @@ def test_the_report_has_the_table_and_leaves_out_what_did_not_finish(
 
 @pytest.mark.parametrize("benchmark", MAKERS)
 def test_a_row_without_a_number_is_damage_with_its_line(benchmark: str, tmp_path: Path) -> None:
-    row = roundtrip_row(10, 2) if benchmark == "roundtrip" else overhead_row(1, 1)
-    del row["ratio_to_bare_loop"]
+    row, key = any_row(benchmark), MAKERS[benchmark].REQUIRED[-1]
+    del row[key]
     make_launch(tmp_path, benchmark, 0, row)
     (reason,) = load(tmp_path, benchmark).damaged
-    assert reason.endswith("jsonl:1: missing ratio_to_bare_loop")
+    assert f"jsonl:1: missing {key};" in reason

@@ -42,6 +42,7 @@ from analysis.tables import (
     headline,
     modelled,
     overhead,
+    prepare,
     roundtrip,
     step,
     summary,
@@ -68,11 +69,15 @@ class Records:
     roundtrip: Launches | None = None
     overhead: Launches | None = None
     step: Launches | None = None
+    prepare: Launches | None = None
 
     @property
     def micro(self) -> list[Launches]:
         """Of every micro-benchmark that there is a record of."""
-        kinds = (self.collectives, self.scaling, self.roundtrip, self.overhead, self.step)
+        kinds = (
+            *(self.collectives, self.scaling, self.roundtrip, self.overhead),
+            *(self.step, self.prepare),
+        )
         return [kind for kind in kinds if kind is not None]
 
     @property
@@ -169,6 +174,8 @@ def _makers(
     if launches := _any(records.step):
         yield step_levers.NAME, partial(step_levers.draw, launches, out_dir)
         yield step.NAME, partial(step.table, launches)
+    if launches := _any(records.prepare):
+        yield prepare.NAME, partial(prepare.table, launches)
 
 
 def _any(launches: Launches | None) -> Launches | None:
@@ -207,6 +214,7 @@ def _load(directory: Path) -> Records:
         roundtrip=load_launches(directory, roundtrip.BENCHMARK, roundtrip.REQUIRED),
         overhead=load_launches(directory, overhead.BENCHMARK, overhead.REQUIRED),
         step=load_launches(directory, step.BENCHMARK, step.REQUIRED),
+        prepare=load_launches(directory, prepare.BENCHMARK, prepare.REQUIRED),
     )
     # Without any record this says so.
     if not records.micro or reader.run_folders(directory):

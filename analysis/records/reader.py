@@ -24,7 +24,7 @@ from fedara_core.schema import (
 
 NO_DONE = "no DONE"
 _FILES = (RUN_FILE, ROUNDS_FILE, ROWS_FILE, DONE_FILE)
-_BENCHMARKS = ("collectives", "scaling", "roundtrip", "overhead", "step")
+_BENCHMARKS = ("collectives", "scaling", "roundtrip", "overhead", "step", "prepare")
 _LAUNCHES = tuple(f"micro-{name}-" for name in _BENCHMARKS)
 
 Read = TypeVar("Read")

@@ -3,10 +3,10 @@
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from bench.config.sections import ModelConfig
@@ -17,6 +17,7 @@ from fedara_core.train import Encoded
 
 # Of the tokens of words: a larger share of unknown ones is warned of.
 MAX_UNKNOWN = 0.1
+_BLOCK = 16384  # texts at a time: lists of ids take ten times the memory of the ids
 
 
 def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Encoded:
@@ -25,56 +26,96 @@ def encode(config: ModelConfig, texts: Sequence[str], labels: np.ndarray) -> Enc
     Raises InputError for ids that the model's embedding does not have. Warns if more than
     MAX_UNKNOWN of the tokens are unknown.
     """
-    ids, pad = _tokenize(config, texts)
+    tokenizer = _Hashing(config) if config.name in DRAWN else _Tokenizer(config)
+    blocks = [
+        _padded(tokenizer.ids(texts[start : start + _BLOCK]), tokenizer.pad)
+        for start in range(0, len(texts), _BLOCK)
+    ]
+    tokenizer.warn()
+    longest = max(ids.shape[1] for ids, _ in blocks)
+    padded = torch.full((len(texts), longest), tokenizer.pad, dtype=torch.int32)
+    for start, (ids, _) in zip(range(0, len(texts), _BLOCK), blocks, strict=True):
+        padded[start : start + len(ids), : ids.shape[1]] = ids
+    return Encoded(
+        input_ids=padded,
+        lengths=torch.cat([lengths for _, lengths in blocks]),
+        labels=torch.from_numpy(labels).long(),
+    )
+
+
+def _padded(ids: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids as one tensor (n, longest), and lengths (n,)."""
     rows = [torch.tensor(item or [pad], dtype=torch.int32) for item in ids]  # some have no token
     lengths = torch.tensor([len(row) for row in rows])
-    padded = pad_sequence(rows, batch_first=True, padding_value=pad)
-    return Encoded(input_ids=padded, lengths=lengths, labels=torch.from_numpy(labels).long())
+    return pad_sequence(rows, batch_first=True, padding_value=pad), lengths
 
 
-def _tokenize(config: ModelConfig, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-    """Token ids of each text, and the padding id."""
-    if config.name in DRAWN:
-        return [_hash_tokens(text)[: config.max_length] for text in texts], 0
-    tokenizer, settings = load_tokenizer(config), load_config(config)
-    with loading(config.name):
-        encoded = tokenizer(list(texts), truncation=True, max_length=config.max_length)
-    ids: list[list[int]] = encoded["input_ids"]
-    every = np.concatenate([np.array(row, dtype=np.int64) for row in ids])
-    _require_rows(config.name, every, tokenizer, settings)
-    _warn_of_unknown(config.name, every, len(texts), tokenizer)
-    return ids, padding_id(settings, tokenizer)
+class _Hashing:
+    """The tokeniser of models that have no files."""
+
+    pad = 0
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._max_length = config.max_length
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [_hash_tokens(text)[: self._max_length] for text in texts]
+
+    def warn(self) -> None:
+        """No word is unknown."""
 
 
-def _require_rows(name: str, ids: np.ndarray, tokenizer: Any, settings: Any) -> None:
-    """ids (num_tokens,): of all texts."""
-    num_rows = getattr(settings.get_text_config(), "vocab_size", None)
-    largest = int(ids.max(initial=0))
-    if num_rows is not None and largest >= num_rows:
-        raise InputError(
-            f"model.name = {name!r}: its tokeniser makes tokens up to id {largest} "
-            f"({tokenizer.convert_ids_to_tokens(largest)!r:.80}), and its embedding has {num_rows} "
-            f"rows; allowed: ids up to {num_rows - 1}, as from the tokeniser that belongs to the "
-            "weights, or weights whose embedding was resized"
-        )
+class _Tokenizer:
+    """A model's tokeniser, and what it has seen. Tokens that stand for no word, such as [CLS], do
+    not count. Byte-level tokenisers know every token."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._tokenizer, settings = load_tokenizer(config), load_config(config)
+        self._num_rows = getattr(settings.get_text_config(), "vocab_size", None)
+        self._unknown = self._tokenizer.unk_token_id
+        self._special = [i for i in self._tokenizer.all_special_ids if i != self._unknown]
+        self._num_texts = self._num_words = self._num_unknown = 0
+        self.pad = padding_id(settings, self._tokenizer)
 
-def _warn_of_unknown(name: str, ids: np.ndarray, num_texts: int, tokenizer: Any) -> None:
-    """ids (num_tokens,): of all texts. Tokens that stand for no word, such as [CLS], do not count.
-    Byte-level tokenisers know every token."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return
-    words = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != unknown])]
-    share = float(np.mean(words == unknown)) if len(words) else 0.0
-    if share > MAX_UNKNOWN:
-        warnings.warn(
-            f"model.name = {name!r}: {100 * share:.1f} % of the tokens of {num_texts} texts are "
-            f"{tokenizer.unk_token!r}, words unknown to its tokeniser; usual are less than "
-            f"{100 * MAX_UNKNOWN:g} %",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text. Raises InputError for those that the embedding does not have."""
+        config = self._config
+        with loading(config.name):
+            encoded = self._tokenizer(list(texts), truncation=True, max_length=config.max_length)
+        ids: list[list[int]] = encoded["input_ids"]
+        every = np.concatenate([np.array(row, dtype=np.int64) for row in ids])
+        self._require_rows(every)
+        words = every[~np.isin(every, self._special)]
+        self._num_texts += len(texts)
+        self._num_words += len(words)
+        if self._unknown is not None:
+            self._num_unknown += int(np.sum(words == self._unknown))
+        return ids
+
+    def _require_rows(self, ids: np.ndarray) -> None:
+        """ids (num_tokens,): of some texts."""
+        largest = int(ids.max(initial=0))
+        if self._num_rows is not None and largest >= self._num_rows:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise InputError(
+                f"model.name = {self._config.name!r}: its tokeniser makes tokens up to id "
+                f"{largest} ({token!r:.80}), and its embedding has {self._num_rows} rows; allowed: "
+                f"ids up to {self._num_rows - 1}, as from the tokeniser that belongs to the "
+                "weights, or weights whose embedding was resized"
+            )
+
+    def warn(self) -> None:
+        """Warn if too many of all texts' tokens are unknown."""
+        share = self._num_unknown / max(1, self._num_words)
+        if share > MAX_UNKNOWN:
+            warnings.warn(
+                f"model.name = {self._config.name!r}: {100 * share:.1f} % of the tokens of "
+                f"{self._num_texts} texts are {self._tokenizer.unk_token!r}, words unknown to its "
+                f"tokeniser; usual are less than {100 * MAX_UNKNOWN:g} %",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _hash_tokens(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The tables of fedara micro roundtrip, overhead and step: medians and quartiles by hand."""
+"""The tables of the micro-benchmarks of one process: medians and quartiles by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,18 @@ from analysis.cli import main
 from analysis.figures import step_levers
 from analysis.records.launches import Launches, load_launches
 from analysis.tables import overhead as table_overhead
+from analysis.tables import prepare as table_prepare
 from analysis.tables import roundtrip as table_roundtrip
 from analysis.tables import step as table_step
 from support.launch import ROOT
-from support.records import make_launch, overhead_row, step_row
+from support.records import make_launch, overhead_row, prepare_row, step_row
 
 PUBLISHED = ROOT / "results" / "published" / "micro"
 MAKERS: dict[str, Any] = {
     "roundtrip": table_roundtrip,
     "overhead": table_overhead,
     "step": table_step,
+    "prepare": table_prepare,
 }
 # Of a report, besides the tables.
 FIGURES = {"step": {f"step_levers.{suffix}" for suffix in ("pdf", "png", "txt")}}
@@ -37,8 +39,13 @@ def roundtrip_row(milliseconds: float, ratio: float, **more: Any) -> dict[str, A
 
 
 def any_row(benchmark: str) -> dict[str, Any]:
-    makers = {"roundtrip": roundtrip_row, "overhead": overhead_row, "step": step_row}
-    return makers[benchmark](10, 2)
+    rows = {
+        "roundtrip": roundtrip_row(10, 2),
+        "overhead": overhead_row(1, 1),
+        "step": step_row(10, 2),
+        "prepare": prepare_row("empty", 3),
+    }
+    return rows[benchmark]
 
 
 def load(folder: Path, benchmark: str) -> Launches:
@@ -182,6 +189,21 @@ def test_step_figure_has_a_panel_for_each_ablation_and_says_what_ran(tmp_path: P
     assert "Launches: 2; bars: median over launches" in caption
 
 
+def test_prepare_by_hand(tmp_path: Path) -> None:
+    """Three launches, one without memory; 2 processes of 300 and 500 MB."""
+    for number, seconds in enumerate((3.0, 5.0, 4.0)):
+        row = prepare_row("empty", seconds)
+        if number:
+            row["trained_pss_bytes"] = {1: 600e6, 2: 1000e6}[number]
+        make_launch(tmp_path, "prepare", number, row)
+    make_launch(tmp_path, "prepare", 3, prepare_row("filled", 0.5))
+    empty, filled = table_prepare.table(load(tmp_path, "prepare")).cells.to_dict("records")
+    assert (empty["cache"], empty["processes"], empty["launches"]) == ("empty", "2", "3")
+    assert empty["preparing s"] == "4 (3.5 to 4.5)"
+    assert (empty["CPU s"], empty["loading s"], empty["MB each"]) == ("8", "2", "400")
+    assert (filled["cache"], filled["preparing s"], filled["MB each"]) == ("filled", "0.5", "")
+
+
 @pytest.mark.parametrize("benchmark", MAKERS)
 def test_the_report_has_the_table_and_leaves_out_what_did_not_finish(
     benchmark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -202,8 +224,8 @@ def test_the_report_has_the_table_and_leaves_out_what_did_not_finish(
 
 @pytest.mark.parametrize("benchmark", MAKERS)
 def test_a_row_without_a_number_is_damage_with_its_line(benchmark: str, tmp_path: Path) -> None:
-    row = any_row(benchmark)
-    del row["ratio_to_bare_loop"]
+    row, key = any_row(benchmark), MAKERS[benchmark].REQUIRED[-1]
+    del row[key]
     make_launch(tmp_path, benchmark, 0, row)
     (reason,) = load(tmp_path, benchmark).damaged
-    assert "jsonl:1: missing ratio_to_bare_loop;" in reason
+    assert f"jsonl:1: missing {key};" in reason

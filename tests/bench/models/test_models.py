@@ -109,7 +109,8 @@ def test_a_damaged_model_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_text_without_a_token_becomes_one_padding_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_tokenize", lambda config, texts: ([[], [5, 6]], 9))
+    monkeypatch.setattr(tokens._Hashing, "ids", lambda self, texts: [[], [5, 6]])
+    monkeypatch.setattr(tokens._Hashing, "pad", 9)
     data = encode(ModelConfig(name="tiny"), ["", "two words"], np.zeros(2))
     assert data.lengths.tolist() == [1, 2]
     assert data.input_ids.tolist() == [[9, 9], [5, 6]]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 from bench.config.sections import DatasetConfig, ModelConfig
@@ -127,3 +128,20 @@ def test_a_padding_token_that_the_embedding_does_not_have_pads_nothing(tmp_path:
     words = [*WORDS, *(f"word{i}" for i in range(10, 20)), "[PAD]"]
     write_tokenizer(tmp_path, words, pad_token="[PAD]")
     assert encode(config, ["rain", "rain rain"], np.zeros(2)).input_ids.tolist() == [[1, 3], [1, 1]]
+
+
+# ---- blocks ----
+
+
+@pytest.mark.parametrize("name", ["toy", "minilm"])
+def test_blocks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten texts of unlike lengths, at once and by threes; what is unknown is said once, of all."""
+    texts = [" ".join(["rain", "\u0e01\u0e02", "wind"] * n) for n in range(10)]
+    config = ModelConfig(name=name, max_length=12)
+    whole, said = encode(config, texts, np.arange(10)), warned(config, texts)
+    monkeypatch.setattr("bench.models.tokens._BLOCK", 3)
+    parts = encode(config, texts, np.arange(10))
+    for part in ("input_ids", "lengths", "labels"):
+        assert torch.equal(getattr(whole, part), getattr(parts, part))
+    assert warned(config, texts) == said
+    assert len(said) == (name == "minilm")

@@ -147,6 +147,18 @@ def test_a_file_of_the_host_is_mapped_and_its_pages_are_own(tmp_path: Path) -> N
     assert host._mapped(path) is None
 
 
+def test_no_room_for_a_file_of_the_host_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    assert host._written(b"data") == ""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with Path("/dev/full").open("wb") as full:
+        monkeypatch.setattr("os.fdopen", lambda descriptor, mode: full)
+        assert host._written(b"data") == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- whole jobs ----
 
 

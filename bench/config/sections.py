@@ -301,8 +301,8 @@ class TrainConfig(Section):
 
     frozen_prefix: Literal["recompute", "cache"] = "recompute"
     """Layers below the lowest one that trains: "recompute" runs them in every step. "cache" runs
-    them once for each text, without dropout, and keeps the hidden states. In models that read
-    packed texts (model.packing)."""
+    them once for each text, without dropout, and keeps the hidden states, in bf16 where precision
+    is. In models that read packed texts (model.packing)."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

@@ -73,7 +73,8 @@ class ClientCounter:
         alone: Iterable[BatchShape] = (),
     ) -> dict[str, Any]:
         """The counted fields of ClientCost, of a client that has trained on such batches. alone:
-        texts for which the layers ran that do not run in a step."""
+        its texts, for which the layers that do not run in a step count once a round: what a process
+        keeps of earlier rounds and of other clients is no property of the client."""
         parts = [p for adapter in self._adapters for p in adapter.parts.values()]
         counts: dict[str, Any] = {
             "adapter_bytes": sum(p.nbytes for p in parts),
@@ -92,6 +93,12 @@ def batch_shape(module: nn.Module, batch: Batch) -> BatchShape:
     packed = getattr(module, "packed", False)
     num_tokens = int(batch["attention_mask"].sum()) if packed else num_examples * length
     return BatchShape(num_examples, length, num_tokens)
+
+
+def text_lengths(batch: Batch) -> dict[int, int]:
+    """The number of each text of a batch, and its tokens."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    return dict(zip(batch["texts"].tolist(), lengths, strict=True))
 
 
 def reduce_clients(parts: Iterable[Iterable[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -160,13 +160,17 @@ class StepFlops:
     def _count(
         self, tape: "_Tape", live: int, layers: Sequence["_Layer"], depth: int | None = None
     ) -> Counts:
-        """FLOPs of one traced shape if the sources `live` train. depth: of so many layers alone."""
-        num_matmuls, num_calls = (None, None) if depth is None else tape.ends[depth]
+        """FLOPs of one traced shape if the sources `live` train. depth: of so many layers alone,
+        which have no backward pass."""
+        matmuls, calls = tape.matmuls, tape.calls
+        if depth is not None:
+            first, last = (tape.ends[0], tape.ends[depth]) if depth else ((0, 0), (0, 0))
+            matmuls, calls = matmuls[first[0] : last[0]], calls[first[1] : last[1]]
         forward = backward = 0
-        for matmul in tape.matmuls[:num_matmuls]:
+        for matmul in matmuls:
             forward += matmul.flops
             backward += matmul.backward(live, tape.reaches)
-        for call in tape.calls[:num_calls]:
+        for call in calls:
             one, two = self._layer_counts(call.adapter, layers, bool(live & call.depends))
             more = call.num_rows - 1  # both counts are linear in the rows of x
             forward += one[0] + more * (two[0] - one[0])
@@ -281,7 +285,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.matmuls: list[_Matmul] = []
         self.calls: list[_Call] = []
         self.order: dict[int, None] = {}  # bits of sources, by first use
-        self.ends = [(0, 0)]  # matmuls and calls before the first layer, then after each
+        self.ends: list[tuple[int, int]] = []  # matmuls and calls before the layers, after each
         self.reaches = 0
         self._sources = sources  # id of a parameter -> its bit
         self._bits: dict[int, int] = {}  # id of a tensor -> its bits
@@ -306,8 +310,8 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.write(tensor, bits)
         return out
 
-    def layer_ends(self, *_: Any) -> None:
-        """Note that one of the model's layers has run; a forward hook."""
+    def note_place(self, *_: Any) -> None:
+        """Note how far the tape is where a layer begins or ends; a hook of both kinds."""
         self.ends.append((len(self.matmuls), len(self.calls)))
 
     def call(self, adapter: int, x: Tensor, out: Tensor) -> None:
@@ -364,7 +368,9 @@ def _record(
     for module in bare.modules():
         if isinstance(module, _Bare):
             module.tape = tape
-    hooks = [layer.register_forward_hook(tape.layer_ends) for layer in layer_stack(bare)]
+    layers = layer_stack(bare)
+    hooks = [layer.register_forward_pre_hook(tape.note_place) for layer in layers[:1]]
+    hooks += [layer.register_forward_hook(tape.note_place) for layer in layers]
     device = next(bare.parameters()).device
     ids = torch.ones(num_examples, length, dtype=torch.int64, device=device)
     with sdpa_kernel([SDPBackend.MATH]), torch.no_grad(), tape:

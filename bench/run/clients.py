@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.metering.client_cost import ClientCost, batch_shape
+from bench.metering.client_cost import ClientCost, batch_shape, text_lengths
 from bench.metering.flops import BatchShape
 from bench.metering.meter import Meter
 from bench.run.arrivals import Arrivals
@@ -119,15 +119,17 @@ def train_client(
     depth = 0
     if job.prefix:
         job.prefix.settle()
-        job.prefix.computed.clear()
         depth = job.prefix.depth
     step = job.counter.step_cost(depth) if job.counter else None
-    shapes = []
+    shapes: list[BatchShape] = []
+    lengths: dict[int, int] = {}  # by the number of each text
     with meter.phase("local_train"):
         for batch in client_batches(job, state.round_index, client_id):
             shapes.append(batch_shape(job.model.module, batch))
+            if depth:
+                lengths |= text_lengths(batch)
             job.method.local_step(client, batch)
-    alone = [BatchShape(1, n, n) for n in job.prefix.computed] if job.prefix else []
+    alone = [BatchShape(1, n, n) for n in lengths.values()]
     counts = job.counter.counts(client, step, shapes, alone) if job.counter else {}
     counts["activation_bytes"] = meter.device_bytes_above_rest()
     with meter.phase("pack"):

@@ -17,6 +17,7 @@ from bench.run.host import once_per_host
 from bench.sealed import seal
 from fedara_core.comm.base import Communicator
 
+_ALIGNMENT = 64  # bytes, as of torch's own memory
 _LEAST_BYTES = 1 << 24  # a smaller model is not worth a file
 
 
@@ -44,7 +45,8 @@ def share_frozen(module: nn.Module, communicator: Communicator) -> None:
 
     _, shared = once_per_host(communicator, own_memory)
     for name, tensor in shared.items():
-        frozen[name].data = tensor
+        if tensor.data_ptr() % _ALIGNMENT == 0:  # else products with it could have other bits
+            frozen[name].data = tensor
     _give_back_memory()
 
 

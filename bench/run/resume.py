@@ -40,7 +40,7 @@ def resume_or_start(
         facts["idle_watts"] = {k: round(watts, 3) for k, watts in energy.idle_watts.items()}
     processes = communicator.gather_json(facts)
     belongs_to = job.belongs_to
-    require_same(belongs_to, communicator)
+    require_same(belongs_to | job.computes, communicator)
     # Where nothing is saved, all start from world_rank 0's state: an SVD of the same weights need
     # not give the same bits on another machine.
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.metering.flops import BatchShape, StepFlops
@@ -12,6 +14,7 @@ from bench.run.checkpoint import find_checkpoint, restore, save_checkpoint
 from bench.run.job import Job
 from fedara_core.errors import InputError
 from fedara_core.prefix import FrozenPrefix, frozen_depth, layer_stack
+from support.models import SIZES, write_model
 from support.rounds import make_tiny_job, play_rounds
 
 TOP = "adapter.targets=['layer.1.attention.self.query']"  # of two layers
@@ -48,23 +51,38 @@ def test_dropout_is_off_below_and_on_above() -> None:
     assert all(kept[number] is states for number, states in prefix_of(job)._kept.items())
 
 
-def test_each_text_is_computed_once_while_the_layers_stay() -> None:
+def test_each_text_is_computed_once_while_the_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_tiny_job(*COMMON, CACHE)
     job.method.download(job.model, job.state, None)
     job.model.module.eval()
     batch = job.train.batch(torch.arange(6), job.device)
-    prefix = prefix_of(job)
-    prefix.computed.clear()
+    computed: list[int] = []
+
+    def states(ids: Tensor, mask: Tensor) -> Tensor:
+        computed.append(int(mask.sum()))
+        return original(ids, mask)
+
+    original = prefix_of(job)._states
+    monkeypatch.setattr(prefix_of(job), "_states", states)
     for _ in range(3):
         job.model.logits(batch)
-    assert prefix.computed == job.train.lengths[:6].tolist()
+    assert computed == job.train.lengths[:6].tolist()
     evaluated = job.evaluated.batch(torch.arange(6), job.device)  # other texts of the same places
     job.model.logits(evaluated)
-    assert prefix.computed[6:] == job.evaluated.lengths[:6].tolist()
+    assert computed[6:] == job.evaluated.lengths[:6].tolist()
 
 
-def test_the_bits_do_not_depend_on_the_memory_or_the_resume(tmp_path: Path) -> None:
-    words = (*COMMON, CACHE)
+TIMED = (  # FLOPs decide who is late
+    *("clients.over_selection=1.6", "devices.shares={orin_nano=0.5, raspberry_pi_5=0.5}"),
+    "evaluate.every=2",
+)
+
+
+@pytest.mark.parametrize("more", [(), TIMED], ids=["all arrive", "timed"])
+def test_the_bits_do_not_depend_on_the_memory_or_the_resume(
+    more: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = (*COMMON, CACHE, *more)
     wanted = digests(make_tiny_job(*words))
     small = make_tiny_job(*words)
     prefix_of(small)._max_bytes = 2000  # of two texts
@@ -99,15 +117,31 @@ def test_flops_are_those_that_are_executed() -> None:
     assert flops.now().flops(4, max(lengths), sum(lengths)) > step
 
 
-def test_a_record_counts_them() -> None:
-    rows = [
-        [
-            sum(cost.flops for cost in played.row["clients"])
-            for played in play_rounds(make_tiny_job(*COMMON, *more))
-        ]
-        for more in ((CACHE,), ())
-    ]
-    assert sum(rows[0]) < sum(rows[1])
+def test_a_record_counts_each_text_of_a_client_once_a_round() -> None:
+    """Two passes: every text is read twice, and the layers below count once."""
+    words = (*COMMON, "partition.scheme=iid", "train.local_steps=12", "federation.num_rounds=1")
+    job, plain = make_tiny_job(*words, CACHE), make_tiny_job(*words)
+    costs, wholes = (play_rounds(each)[0].row["clients"] for each in (job, plain))
+    job.method.download(job.model, job.state, None)
+    below = StepFlops(plain.model).now(1)
+    for cost, whole in zip(costs, wholes, strict=True):
+        lengths = job.train.lengths[job.shards[cost.client_id]].tolist()
+        once = below.prefix_total(BatchShape(1, n, n) for n in lengths)
+        assert once <= whole.flops - cost.flops < 1.5 * once  # attention pads in a batch
+
+
+def test_a_projection_below_the_layers_runs_in_every_step(tmp_path: Path) -> None:
+    settings = transformers.ElectraConfig(**SIZES, embedding_size=8)
+    name = write_model(tmp_path, settings, pad_token="!").name
+    job = make_tiny_job(f"model.name={name}", "method.name=head_only", CACHE)
+    job.method.download(job.model, job.state, None)
+    batch = job.train.batch(torch.arange(4), job.device)
+    job.model.logits(batch)
+    with FlopCounterMode(display=False) as counter:
+        job.model.logits(batch).sum().backward()
+    lengths = job.train.lengths[:4].tolist()
+    cost = StepFlops(job.model).now(2)
+    assert cost.flops(4, max(lengths), sum(lengths)) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

@@ -303,11 +303,11 @@ def test_adapter_dropout_acts_on_low_rank_branches_in_training_only(complete: Co
 def test_it_learns(complete: Complete) -> None:
     settings = ("partition.scheme=iid", "train.local_steps=10", "evaluate.every=100")
     # Methods differ by much in the learning rate that suits them.
-    for lr in (2e-2, 6e-3, 2e-3):
+    for lr in (2e-2, 2e-3):
         job = make_tiny_job(f"method.name={complete.name}", *settings, f"train.lr={lr}")
         rounds = play_rounds(job)
         losses = [played.row["train_loss"] for played in rounds]
-        learnt = losses[-1] < 0.8 * losses[0] and rounds[-1].row["accuracy"] > 0.55
+        learnt = losses[-1] < 0.85 * losses[0] and rounds[-1].row["accuracy"] > 0.55
         if learnt:  # chance is 0.25
             break
     assert learnt, (losses, rounds[-1].row["accuracy"])

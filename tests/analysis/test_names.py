@@ -102,7 +102,7 @@ def test_no_name_breaks_the_page_or_a_table(reported: tuple[Path, str]) -> None:
     assert len(run_ids) == 3 * len(NAMES)
     rows = (out / "accuracy.md").read_text().split("\n\n")[1].splitlines()
     assert len(rows) == 2 + 3 * len(NAMES)
-    assert {row.replace(r"\|", "").count("|") for row in rows} == {11}
+    assert {row.replace(r"\|", "").count("|") for row in rows} == {12}
 
 
 @pytest.mark.slow

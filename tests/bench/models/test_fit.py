@@ -38,7 +38,7 @@ def logits_of(config: ModelConfig, rows: list[int]) -> Tensor:
     batch = encode(config, TEXTS, np.zeros(len(TEXTS))).batch(
         torch.tensor(rows), torch.device("cpu")
     )
-    del batch["labels"]
+    del batch["labels"], batch["texts"]
     with torch.no_grad():
         return model(**batch)  # type: ignore[no-any-return]
 

@@ -10,7 +10,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +92,10 @@ def run_step(settings: Settings, results: Path, communicator: Communicator) -> N
     for method in settings.methods:
         suite_step(make_config(settings, FULL, method, PRECISIONS[0], {}), _NUM_CLASSES)
     rows = _rows(settings, batches)
-    record_rows(BENCHMARK, settings, results, communicator, rows, describe)
+    # Not where the data lie on this machine.
+    names = tuple(f"file:{Path(n).name}" if n.startswith("file:") else n for n in settings.lengths)
+    named = replace(settings, lengths=names)
+    record_rows(BENCHMARK, named, results, communicator, rows, describe)
 
 
 def levers() -> dict[str, dict[str, Any]]:

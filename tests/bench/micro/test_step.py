@@ -46,22 +46,27 @@ SETTINGS = Settings(
 
 
 def test_a_launch_is_a_record(tmp_path: Path) -> None:
-    words = ("--methods", "lora,head_only", "--precision", "bf16", "--lengths", "toy")
-    job = launch("plain", 1, "-m", "bench", *STEP, *words, "--results", tmp_path)
+    (tmp_path / "own").mkdir()
+    for split in ("train", "test"):
+        lines = [json.dumps({"text": "a b c", "label": i % 2}) for i in range(20)]
+        (tmp_path / "own" / f"{split}.jsonl").write_text("\n".join(lines))
+    lengths = ("--lengths", f"file:{tmp_path / 'own'}")
+    words = ("--methods", "lora,head_only", "--precision", "bf16", *lengths)
+    job = launch("plain", 1, "-m", "bench", *STEP, *words, "--results", tmp_path / "out")
     assert job.code == 0, job.err
     assert "over 2 turns" in job.out
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (tmp_path / "out").iterdir()
     assert folder.name.startswith("micro-step-serial-p1-")
     assert (folder / "DONE").exists()
     run = json.loads((folder / "run.json").read_text())
-    assert run["config"]["lengths"] == ["toy"]
+    assert run["config"]["lengths"] == ["file:own"]  # not where they lie
     assert run["processes"][0]["threads"] == 1
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     assert [(row["method"], row["levers"]) for row in rows] == [
         (method, name) for method in ("lora", "head_only") for name in levers()
     ]
     for row in rows:
-        assert (row["precision"], row["lengths"], row["max_length"]) == ("bf16", "toy", 16)
+        assert (row["precision"], row["lengths"], row["max_length"]) == ("bf16", "own", 16)
         assert len(row["iteration_seconds"]) == len(row["pair_ratios"]) == 2
         low, high = sorted(row["pair_ratios"])
         assert 0.02 < low - 1e-5 <= row["ratio_to_bare_loop"] <= high + 1e-5 < 50

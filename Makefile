@@ -32,7 +32,7 @@ figures: .venv  ## draw figures and table again, from the records in RESULTS
 test: .venv  ## the whole test suite, MPI and torchrun included; two tests at a time
 	$(BIN)/python -m pytest -n 2
 
-test-fast: .venv  ## the tests that are not marked slow: about 3.5 minutes on two cores
+test-fast: .venv  ## the tests that are not marked slow: about 5 minutes on two cores
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 coverage: .venv  ## the whole test suite, and the share of source lines that it runs

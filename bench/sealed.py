@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 _CHECKSUM = "sha256"
-_ALIGNMENT = 64  # bytes, as of torch's own memory
+ALIGNMENT = 64  # bytes, as of torch's own memory
 
 
 class Damaged(Exception):
@@ -20,10 +20,10 @@ class Damaged(Exception):
 
 def seal(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes of a file with these metadata and contiguous tensors. Their values start at a
-    multiple of _ALIGNMENT: the last bits of some products depend on where an operand lies."""
+    multiple of ALIGNMENT: the last bits of some products depend on where an operand lies."""
     data = save(dict(tensors), metadata={**facts, _CHECKSUM: _checksum(facts, tensors)})
     length = int.from_bytes(data[:8], "little")  # of the header, which may end in spaces
-    fill = -(8 + length) % _ALIGNMENT
+    fill = -(8 + length) % ALIGNMENT
     start = (length + fill).to_bytes(8, "little") + data[8 : 8 + length]
     return b"".join([start, b" " * fill, memoryview(data)[8 + length :]])
 

@@ -41,8 +41,7 @@ class FrozenPrefix:
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, texts: Tensor) -> Tensor:
         """Logits (n, num_classes) of a batch (n, length). texts (n,): each one's own number."""
-        self.settle()
-        if self.depth == 0:
+        if self.settle() == 0:
             return self._model.module(input_ids, attention_mask)  # type: ignore[no-any-return]
         numbers = texts.tolist()
         for row, number in enumerate(numbers):
@@ -58,13 +57,15 @@ class FrozenPrefix:
             self._num_bytes -= self._kept.popitem(last=False)[1].nbytes
         return self._above(states, input_ids, attention_mask)
 
-    def settle(self) -> None:
-        """Find out what is frozen now; forget the states of other layers and of other weights."""
+    def settle(self) -> int:
+        """Find out what is frozen now, and forget the states of other layers and of other weights;
+        returns the depth."""
         depth = frozen_depth(self._model, self.layers)
         if depth != self.depth or self._model.fixed is not self._fixed:
             self._kept.clear()
             self._num_bytes = 0
             self.depth, self._fixed = depth, self._model.fixed
+        return depth
 
     @torch.no_grad()
     def _states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -138,8 +138,7 @@ class RunConfig(sections.Section):
         """The settings with only the names of files, not their place on this machine; the record
         holds the data's digest and the devices' numbers."""
         settings = self.settings()
-        if self.dataset.name.startswith("file:"):
-            settings["dataset"]["name"] = f"file:{self.dataset.short_name}"
+        settings["dataset"]["name"] = self.dataset.recorded_name
         if self.devices.file is not None:
             settings["devices"]["file"] = Path(self.devices.file).name
         return settings

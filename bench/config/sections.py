@@ -146,6 +146,11 @@ class DatasetConfig(Section):
         """The last part of a folder's path or of a hub name."""
         return self.name.removeprefix("file:").rstrip("/").split("/")[-1]
 
+    @property
+    def recorded_name(self) -> str:
+        """The name without the place of a folder on this machine, for records."""
+        return f"file:{self.short_name}" if self.name.startswith("file:") else self.name
+
 
 class PartitionConfig(Section):
     """How the training examples are split among the clients; see bench/data/partition.py."""

@@ -80,13 +80,18 @@ class _ProcessPeak:
 def peak_bytes_above_rest(call: Callable[[], object]) -> int | None:
     """Peak resident bytes of this process during a call, above those before it. None where the
     platform does not tell."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # freed memory that glibc keeps would hide what the call needs
+    give_back_freed()  # what glibc keeps would hide what the call needs
     peak = _ProcessPeak()
     before = peak.read_and_reset()
     call()
     after = peak.read_and_reset()
     return None if before is None or after is None or not peak.resets else after - before
+
+
+def give_back_freed() -> None:
+    """Give freed memory back to the system: glibc keeps much of it (bench/run/runner.py)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
+        trim(0)
 
 
 def proportional_bytes() -> int | None:

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
 from bench.micro.bare import add_lora, train_round
 from bench.micro.record import record_rows
-from bench.micro.timing import quantiles
+from bench.micro.timing import against_bare_loop
 from bench.models.encoders import build_model
 from bench.run.clients import client_batches, draw_cohort
 from bench.run.job import Job, prepare
@@ -75,12 +73,8 @@ def _rows(job: Job, settings: Settings, communicator: Communicator) -> Iterator[
 
 def summarize(pairs: Sequence[Pair]) -> dict[str, Any]:
     """The keys of the row that say how long both sides took."""
-    ratios = [pair.suite / pair.bare for pair in pairs]
     return {
-        **quantiles(np.array([pair.suite for pair in pairs])),
-        "bare_loop_median_seconds": statistics.median(pair.bare for pair in pairs),
-        "ratio_to_bare_loop": statistics.median(ratios),
-        "pair_ratios": [float(f"{ratio:.6g}") for ratio in ratios],
+        **against_bare_loop([pair.suite for pair in pairs], [pair.bare for pair in pairs]),
         "meter_share": statistics.median(pair.meter / pair.suite for pair in pairs),
     }
 

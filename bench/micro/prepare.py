@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def run_prepare(settings: Settings, results: Path, communicator: Communicator) -
     seconds, _ = timed(lambda: together(communicator, load), communicator)
     rows = _rows(config, communicator, max(communicator.gather_json(seconds)))
     first = next(rows)  # so that wrong input leaves no record
-    record_rows(BENCHMARK, settings, results, communicator, chain([first], rows), _describe)
+    recorded = replace(settings, dataset=config.dataset.recorded_name)
+    record_rows(BENCHMARK, recorded, results, communicator, chain([first], rows), _describe)
 
 
 def _rows(
@@ -68,7 +69,7 @@ def _rows(
             everyone = communicator.gather_json([seconds, time.process_time() - cpu_start])
             row = {
                 "cache": state,
-                "dataset": config.dataset.name,
+                "dataset": config.dataset.recorded_name,
                 "max_length": config.model.max_length,
                 "load_seconds": load_seconds,
                 "prepare_seconds": max(wall for wall, _ in everyone),

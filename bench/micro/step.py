@@ -7,7 +7,6 @@ same batches, and each turn begins with another one.
 
 import gc
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,17 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from bench.config.load import parse_run
 from bench.config.schema import RunConfig
+from bench.config.sections import DatasetConfig
 from bench.data.texts import load_dataset
 from bench.metering.memory import peak_bytes_above_rest
 from bench.micro.peft_loop import build_peft_model, peft_step, require_peft
 from bench.micro.record import record_rows
-from bench.micro.timing import quantiles
+from bench.micro.timing import against_bare_loop
 from bench.models.encoders import build_model
 from bench.models.source import load_config
 from bench.models.tokens import encode
@@ -92,10 +91,9 @@ def run_step(settings: Settings, results: Path, communicator: Communicator) -> N
     for method in settings.methods:
         suite_step(make_config(settings, FULL, method, PRECISIONS[0], {}), _NUM_CLASSES)
     rows = _rows(settings, batches)
-    # Not where the data lie on this machine.
-    names = tuple(f"file:{Path(n).name}" if n.startswith("file:") else n for n in settings.lengths)
-    named = replace(settings, lengths=names)
-    record_rows(BENCHMARK, named, results, communicator, rows, describe)
+    names = tuple(DatasetConfig(name=name).recorded_name for name in settings.lengths)
+    recorded = replace(settings, lengths=names)
+    record_rows(BENCHMARK, recorded, results, communicator, rows, describe)
 
 
 def levers() -> dict[str, dict[str, Any]]:
@@ -137,7 +135,7 @@ def _measure(configs: Mapping[str, RunConfig], batches: Batches) -> Iterator[dic
     for (name, (_, computes)), own, peak in zip(built.items(), seconds, peaks, strict=True):
         known = {"step_peak_bytes": peak, "bare_loop_step_peak_bytes": bare_peak}
         yield {
-            **{"levers": name, **computes, **summarize(own, bare_seconds)},
+            **{"levers": name, **computes, **against_bare_loop(own, bare_seconds)},
             **{key: value for key, value in known.items() if value is not None},
         }
 
@@ -153,17 +151,6 @@ def _take_turns(loops: Sequence[tuple[_Step, Sequence[Batch]]]) -> list[list[flo
             step(batches[turn])
             seconds[number].append(time.perf_counter() - start)
     return [own[_WARM_UP:] for own in seconds]
-
-
-def summarize(seconds: Sequence[float], bare_seconds: Sequence[float]) -> dict[str, Any]:
-    """The keys of a row that say how long the steps of both loops took."""
-    ratios = [own / bare for own, bare in zip(seconds, bare_seconds, strict=True)]
-    return {
-        **quantiles(np.array(seconds)),
-        "bare_loop_median_seconds": statistics.median(bare_seconds),
-        "ratio_to_bare_loop": statistics.median(ratios),
-        "pair_ratios": [float(f"{ratio:.6g}") for ratio in ratios],
-    }
 
 
 def suite_step(config: RunConfig, num_classes: int) -> tuple[_Step, dict[str, Any]]:

@@ -60,6 +60,17 @@ def slowest(seconds: list[float], communicator: Communicator) -> np.ndarray:
     return longest
 
 
+def against_bare_loop(seconds: Sequence[float], bare_seconds: Sequence[float]) -> dict[str, Any]:
+    """The keys of a row that say how long both sides of a comparison took, which took turns."""
+    ratios = [own / bare for own, bare in zip(seconds, bare_seconds, strict=True)]
+    return {
+        **quantiles(np.array(seconds)),
+        "bare_loop_median_seconds": statistics.median(bare_seconds),
+        "ratio_to_bare_loop": statistics.median(ratios),
+        "pair_ratios": [float(f"{ratio:.6g}") for ratio in ratios],
+    }
+
+
 def quantiles(seconds: np.ndarray) -> dict[str, Any]:
     """The keys of a row that say how long its iterations took."""
     return {

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from fedara_core.dropout import dropout
 
-_Drop = Callable[[Tensor, float], Tensor]
 _UNKNOWN = ("sliding_window", "softcap", "s_aux")  # what some models add to attention, not here
 
 
@@ -120,18 +119,14 @@ def _seen(packing: Packing, *, causal: bool) -> Tensor | None:
     return seen
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, p: float) -> Tensor:
-    return _products(q, k, v, seen, scale, p, dropout)
-
-
-def _eager_torch(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, p: float
-) -> Tensor:
-    return _products(q, k, v, seen, scale, p, functional.dropout)
-
-
-def _products(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, p: float, drop: _Drop
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    p: float,
+    drop: Callable[[Tensor, float], Tensor] = dropout,
 ) -> Tensor:
     scores = (q * scale) @ k.transpose(2, 3)  # (n, heads, longest, longest)
     if seen is not None:
@@ -146,7 +141,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, p:
     )
 
 
-_KERNELS = {"eager": _eager, "eager_torch": _eager_torch, "sdpa": _sdpa}
+_KERNELS: dict[str, Callable[..., Tensor]] = {
+    "eager": _eager,
+    "eager_torch": partial(_eager, drop=functional.dropout),
+    "sdpa": _sdpa,
+}
 
 
 def register(kernel: str) -> str:

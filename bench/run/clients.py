@@ -116,10 +116,7 @@ def train_client(
         client = make_client(job, client_id)
         size = job.method.download(job.model, state, client)
         start_client(client, job.method, job.training, state)
-    depth = 0
-    if job.prefix:
-        job.prefix.settle()
-        depth = job.prefix.depth
+    depth = job.prefix.settle() if job.prefix else 0
     step = job.counter.step_cost(depth) if job.counter else None
     shapes: list[BatchShape] = []
     lengths: dict[int, int] = {}  # by the number of each text

@@ -5,7 +5,6 @@ that it casts, transposes or reads from another format are memory of each proces
 `share_frozen` lets one copy of each host take their place.
 """
 
-import ctypes
 import gc
 from bisect import bisect_right
 from contextlib import suppress
@@ -13,11 +12,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from bench.metering.memory import give_back_freed
 from bench.run.host import once_per_host
-from bench.sealed import seal
+from bench.sealed import ALIGNMENT, seal
 from fedara_core.comm.base import Communicator
 
-_ALIGNMENT = 64  # bytes, as of torch's own memory
 _LEAST_BYTES = 1 << 24  # a smaller model is not worth a file
 
 
@@ -45,9 +44,10 @@ def share_frozen(module: nn.Module, communicator: Communicator) -> None:
 
     _, shared = once_per_host(communicator, own_memory)
     for name, tensor in shared.items():
-        if tensor.data_ptr() % _ALIGNMENT == 0:  # else products with it could have other bits
+        if tensor.data_ptr() % ALIGNMENT == 0:  # else products with it could have other bits
             frozen[name].data = tensor
-    _give_back_memory()
+    gc.collect()
+    give_back_freed()
 
 
 def _mapped_files() -> list[tuple[int, int]]:
@@ -66,11 +66,3 @@ def _lies_in(tensor: Tensor, ranges: list[tuple[int, int]]) -> bool:
     """Whether a tensor's memory starts in one of the sorted ranges."""
     place = bisect_right(ranges, (tensor.data_ptr(), 1 << 64)) - 1
     return place >= 0 and tensor.data_ptr() < ranges[place][1]
-
-
-def _give_back_memory() -> None:
-    """Give freed memory back to the system: glibc would keep up to 512 MB of it (runner.py)."""
-    gc.collect()
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if malloc_trim is not None:
-        malloc_trim(0)

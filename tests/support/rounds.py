@@ -5,8 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bench.config.load import load_runs
 from bench.metering.meter import Meter
+from bench.models.encoders import build_model
 from bench.run import clients
 from bench.run.job import Job, prepare
 from bench.run.rounds import one_round
@@ -18,6 +22,9 @@ from fedara_core.method import Method
 from fedara_core.state import ServerState
 from fedara_core.wire import Upload
 from support.launch import TINY
+
+# Of tiny.toml's model: floats of one row of every adapter, and of the head.
+ROW_FLOATS, NUM_HEAD = 8 * (32 + 32) + 4 * (64 + 32), 4 * 32 + 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,28 @@ def train_one_client(job: Job, state: ServerState, client_id: int) -> Upload:
     sent: list[Upload] = []
     clients.train_client(job, state, client_id, Meter(job.device), sent.append)
     return sent[0]
+
+
+def logits_at_start(job: Job) -> tuple[Tensor, Tensor]:
+    """Logits of eight texts: of the plain model, and of the one with the state before round 0."""
+    batch = job.train.batch(torch.arange(8), job.device)
+    plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
+    job.method.download(job.model, job.state, None)
+    job.model.module.eval()
+    with torch.no_grad():
+        before = plain(batch["input_ids"], batch["attention_mask"])
+        after = job.model.module(batch["input_ids"], batch["attention_mask"])
+    return before, after
+
+
+def check_bytes_of_own_ranks(job: Job, rounds: Sequence[Round]) -> None:
+    """Up and down r_k rows of each client and the head; in round 0 nothing down."""
+    ranks = job.state.adapter.client_lora_ranks
+    for played in rounds:
+        num_rows = sum(ranks[client_id] for client_id in played.row["cohort"])
+        expected = 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
+        assert played.row["uplink_bytes"] == expected
+        assert played.row["downlink_bytes"] == (expected if played.row["round_index"] else 5 * 24)
 
 
 def received(

@@ -20,7 +20,7 @@ from fedara_core.method import Client, load_method
 from fedara_core.state import ServerState, with_parts
 from fedara_core.train import start_client
 from fedara_core.values import Tensors
-from support.rounds import make_tiny_job, play_rounds, received, train_one_client
+from support.rounds import logits_at_start, make_tiny_job, play_rounds, received, train_one_client
 
 FED_SB = ("method.name=fed_sb", "adapter.lora_alpha=8.0", "train.lr=2e-2")  # scale 2
 SHAPES = [(32, 32)] * 8 + [(64, 32), (32, 64)] * 2  # tiny.toml's model
@@ -126,13 +126,7 @@ def test_a_run_resumes_in_between(tmp_path: Path) -> None:
 
 def test_the_start_leaves_the_function_as_it_was() -> None:
     job = make_tiny_job(*FED_SB)
-    batch = job.train.batch(torch.arange(8), job.device)
-    plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
-    job.method.download(job.model, job.state, None)
-    job.model.module.eval()
-    with torch.no_grad():
-        before = plain(batch["input_ids"], batch["attention_mask"])
-        after = job.model.module(batch["input_ids"], batch["attention_mask"])
+    before, after = logits_at_start(job)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from fedara_core.errors import InputError
 from fedara_core.methods.fedadapter import Bottleneck, FedAdapter
 from fedara_core.state import Start, with_parts
 from support.adapted import join_rows
-from support.rounds import make_tiny_job, play_rounds
+from support.rounds import logits_at_start, make_tiny_job, play_rounds
 
 FEDADAPTER = ("method.name=fedadapter", "method.width=5", "model.dropout=0.0", "train.lr=1e-2")
 NUM_HEAD = 4 * 32 + 4
@@ -119,13 +119,7 @@ def test_the_start_is_nearly_the_identity() -> None:
         assert half.abs().max() <= 0.02
         assert float(half.std()) == pytest.approx(0.0088, rel=0.02)  # 0.88 x 0.01: the cut
     assert len(drawn[:, 0].unique()) == len(drawn)  # no two layers start alike
-    batch = job.train.batch(torch.arange(8), job.device)
-    plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
-    job.method.download(job.model, job.state, None)
-    job.model.module.eval()
-    with torch.no_grad():
-        before = plain(batch["input_ids"], batch["attention_mask"])
-        after = job.model.module(batch["input_ids"], batch["attention_mask"])
+    before, after = logits_at_start(job)
     assert 0 < (after - before).abs().max() < 1e-2
 
 

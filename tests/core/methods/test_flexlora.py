@@ -16,7 +16,13 @@ from fedara_core.methods.flexlora import FlexLora
 from fedara_core.state import ServerState, Start
 from fedara_core.wire import Upload, make_upload
 from support.pairs import model_parts, pair, sent_pairs, with_random_rows
-from support.rounds import make_tiny_job, play_rounds, received, train_one_client
+from support.rounds import (
+    check_bytes_of_own_ranks,
+    make_tiny_job,
+    play_rounds,
+    received,
+    train_one_client,
+)
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 NUM_HEAD = 4 * 32 + 4
@@ -181,12 +187,7 @@ def test_clients_get_the_first_triplets() -> None:
 def test_bytes_of_a_run() -> None:
     """Up and down r_k rows, whether or not it is the client's first round; down none in round 0."""
     job = make_tiny_job(FLEXLORA, UNEQUAL, "train.local_steps=2")
-    ranks = job.state.adapter.client_lora_ranks
-    for played in play_rounds(job):
-        num_rows = sum(ranks[client_id] for client_id in played.row["cohort"])
-        expected = 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
-        assert played.row["uplink_bytes"] == expected
-        assert played.row["downlink_bytes"] == (expected if played.row["round_index"] else 5 * 24)
+    check_bytes_of_own_ranks(job, play_rounds(job))
 
 
 def test_client_ranks_are_part_of_the_runs_identity() -> None:

@@ -14,7 +14,13 @@ from fedara_core.methods.fslora import sketch
 from fedara_core.state import ServerState
 from support.in_turn import in_turn
 from support.pairs import model_parts, update
-from support.rounds import make_tiny_job, play_rounds, received, train_one_client
+from support.rounds import (
+    check_bytes_of_own_ranks,
+    make_tiny_job,
+    play_rounds,
+    received,
+    train_one_client,
+)
 
 ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
 NUM_HEAD = 4 * 32 + 4
@@ -136,10 +142,4 @@ def test_full_sketches_are_lora() -> None:
 def test_bytes_of_a_run() -> None:
     """Up and down r_k rows, and no sketch."""
     job = make_tiny_job(*FSLORA, UNEQUAL, "train.local_steps=1")
-    ranks = job.state.adapter.client_lora_ranks
-    for played in play_rounds(job):
-        num_rows = sum(ranks[client_id] for client_id in played.row["cohort"])
-        expected = 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
-        assert played.row["uplink_bytes"] == expected
-        if played.before.round_index:
-            assert played.row["downlink_bytes"] == expected
+    check_bytes_of_own_ranks(job, play_rounds(job))

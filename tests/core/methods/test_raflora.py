@@ -12,10 +12,8 @@ from fedara_core.methods.raflora import RaFLora
 from fedara_core.state import ServerState, Start
 from fedara_core.wire import Upload, make_upload
 from support.pairs import pair, with_random_rows
-from support.rounds import make_tiny_job, play_rounds
+from support.rounds import check_bytes_of_own_ranks, make_tiny_job, play_rounds
 
-ROW_FLOATS = 8 * (32 + 32) + 4 * (64 + 32)  # one row of every adapter of tiny.toml's model
-NUM_HEAD = 4 * 32 + 4
 RAFLORA = "method.name=raflora"
 UNEQUAL = "adapter.client_lora_ranks=[{lora_rank=1, share=0.5}, {lora_rank=4, share=0.5}]"
 
@@ -115,10 +113,4 @@ def test_at_equal_ranks_it_is_flexlora() -> None:
 def test_bytes_of_a_run() -> None:
     """Up and down r_k rows."""
     job = make_tiny_job(RAFLORA, UNEQUAL, "train.local_steps=1")
-    ranks = job.state.adapter.client_lora_ranks
-    for played in play_rounds(job):
-        num_rows = sum(ranks[client_id] for client_id in played.row["cohort"])
-        expected = 5 * (24 + 4 * NUM_HEAD) + 4 * num_rows * ROW_FLOATS
-        assert played.row["uplink_bytes"] == expected
-        if played.before.round_index:
-            assert played.row["downlink_bytes"] == expected
+    check_bytes_of_own_ranks(job, play_rounds(job))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.models.encoders import build_model
 from bench.run.clients import draw_cohort
 from bench.run.job import Job
 from fedara_core.errors import InputError
@@ -15,7 +14,7 @@ from fedara_core.method import Client, load_method
 from fedara_core.methods.fed_sb import Core
 from fedara_core.state import ServerState, with_parts
 from fedara_core.train import start_client
-from support.rounds import make_tiny_job, play_rounds, received, train_one_client
+from support.rounds import logits_at_start, make_tiny_job, play_rounds, received, train_one_client
 
 RAVAN = ("method.name=ravan", "adapter.lora_alpha=8.0", "train.lr=2e-2")  # scale 2, r = 4, h = 4
 SHAPES = [(32, 32)] * 8 + [(64, 32), (32, 64)] * 2  # tiny.toml's model
@@ -82,13 +81,7 @@ def test_a_layer_is_its_dense_weight(bases: str) -> None:
 
 def test_the_start_leaves_the_function_as_it_was() -> None:
     job = make_tiny_job(*RAVAN)
-    batch = job.train.batch(torch.arange(8), job.device)
-    plain = build_model(job.config.model, num_classes=4, seed=job.config.seed).model.eval()
-    job.method.download(job.model, job.state, None)
-    job.model.module.eval()
-    with torch.no_grad():
-        before = plain(batch["input_ids"], batch["attention_mask"])
-        after = job.model.module(batch["input_ids"], batch["attention_mask"])
+    before, after = logits_at_start(job)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
